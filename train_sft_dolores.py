@@ -1,0 +1,1398 @@
+#!/usr/bin/env python3
+"""Fine-tune Dolores v5 from Llama-3.1-8B-Instruct on one 24 GB card: one file, one command.
+
+    python3 train_sft_dolores.py                      # the documented run: train.chatml, NF4 + LoRA
+    python3 train_sft_dolores.py --dry-run            # only look at the data
+    python3 train_sft_dolores.py --resume             # go on after a stop
+
+train.chatml -> turns -> (input_ids, labels) -> packed rows -> NF4 base + LoRA -> Trainer -> --output.
+Then `python3 merge_lora.py` makes of base and adapter a folder that Ollama reads.
+The file reads top down in that order; down to "Looking" nothing imports torch.
+"""
+
+import argparse
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from difflib import get_close_matches
+from itertools import chain, islice, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+ROLES = ("system", "user", "assistant")
+IGNORE = -100  # the label that the loss passes over, torch's own default
+
+
+class InputError(Exception):
+    """What the user can mend: one line, `place: what; what to do`, exit status 2."""
+
+
+# ---- The chat format, said once ------------------------------------------------------------------
+
+
+class ChatFormat(NamedTuple):
+    """What stands around a turn's content; from it come the training ids, the Jinja and the Go TEMPLATE."""
+
+    header: str  # opens a turn, and, with role=assistant, the answer to be generated
+    turn_end: str  # closes a system or user turn
+    answer_end: str  # closes an assistant turn; its end token is trained
+    eos_token: str  # what the model says when it has finished
+
+
+FORMATS = {
+    # Readable tags that cost no new tokens; {eos} is the end token of the base's own tokenizer.
+    "dolores": ChatFormat("<|{role}|>\n", "\n", "{eos}\n", "{eos}"),
+    "llama3": ChatFormat("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>", "<|eot_id|>"),
+    "chatml": ChatFormat("<|im_start|>{role}\n", "<|im_end|>\n", "<|im_end|>\n", "<|im_end|>"),
+}
+
+
+def chat_format(name: str, tokenizer) -> ChatFormat:
+    """The format with this tokenizer's end token in it."""
+    chat = ChatFormat(*(part.replace("{eos}", tokenizer.eos_token or "") for part in FORMATS[name]))
+    if chat.eos_token not in special_tokens(tokenizer):
+        raise InputError(
+            f"--chat-format {name}: the model's vocabulary has no end token {chat.eos_token!r}; choose another format"
+        )
+    return chat
+
+
+def special_tokens(tokenizer) -> dict[str, int]:
+    """Control tokens by their text: what contents must never forge."""
+    return {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def chat_template(chat: ChatFormat) -> str:
+    """The same format as Jinja, for `chat_template.jinja` and tokenizer.apply_chat_template."""
+    before, after = (json.dumps(part, ensure_ascii=False) for part in chat.header.split("{role}"))
+    turn_end, answer_end = (json.dumps(part, ensure_ascii=False) for part in (chat.turn_end, chat.answer_end))
+    return (
+        f"{{% for message in messages %}}{{{{ {before} + message['role'] + {after} + message['content'] }}}}"
+        f"{{{{ {answer_end} if message['role'] == 'assistant' else {turn_end} }}}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {json.dumps(chat.header.format(role='assistant'))} }}}}{{% endif %}}"
+    )
+
+
+# ---- The knobs -----------------------------------------------------------------------------------
+
+
+def number(kind, low, high=float("inf"), low_open=False):
+    """An argparse type: an int or float within bounds, refused with one clear line."""
+
+    def parse(text):
+        value = kind(text)
+        if not (low < value if low_open else low <= value) or not value <= high:
+            raise argparse.ArgumentTypeError(
+                f"{text} is not {'above' if low_open else 'at least'} {low}"
+                + ("" if high == float("inf") else f" and at most {high}")
+            )
+        return value
+
+    parse.__name__ = "number" if kind is float else "whole number"
+    return parse
+
+
+def checkpointing(text):
+    """--gradient-checkpointing's value: auto, all, none or a number of layers."""
+    if text in ("auto", "all", "none"):
+        return text
+    with contextlib.suppress(ValueError):
+        if int(text) >= 0:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not one of auto, all, none or a number of layers")
+
+
+SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
+OPTIMIZERS = ("paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch", "adamw_torch_fused")
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Fine-tune Dolores v5: assistant-only SFT with NF4 + LoRA on one 24 GB card.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    switch = argparse.BooleanOptionalAction
+    count, positive = number(int, 1), number(float, 0, low_open=True)
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--model", default="meta-llama/Llama-3.1-8B-Instruct", help="Hub name or local folder")
+    data.add_argument("--train-files", nargs="+", default=["train.chatml"], help="files or globs")
+    data.add_argument("--input-format", choices=("chatml", "messages"), default="chatml", help="see the README")
+    data.add_argument("--eval-files", nargs="+", default=[], help="held-out conversations, instead of --eval-fraction")
+    data.add_argument("--eval-fraction", type=number(float, 0, 0.5), default=0.05, help="held out of the training data")
+    data.add_argument("--chat-format", choices=tuple(FORMATS), default="dolores", help="what stands around a turn")
+    data.add_argument("--max-length", type=number(int, 16), default=2048, help="tokens in a row")
+    data.add_argument("--overlong", choices=("split", "drop", "error"), default="split", help="conversations above it")
+    data.add_argument("--packing", action=switch, default=True, help="several whole conversations in a row")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--output", type=Path, default=Path("runs_dolores_v5/llama31_clean"), help="folder")
+    training.add_argument("--epochs", type=positive, default=1.0, help="passes over the data")
+    training.add_argument("--train-batch-size", type=count, default=1, help="rows at once")
+    training.add_argument("--eval-batch-size", type=count, default=1, help="rows at once in evaluation")
+    training.add_argument("--grad-accum", type=count, default=32, help="batches in an optimizer step")
+    training.add_argument("--learning-rate", type=positive, default=1.5e-4, help="its peak")
+    training.add_argument("--lr-scheduler-type", choices=SCHEDULERS, default="cosine", help="learning rate over time")
+    training.add_argument("--warmup-ratio", type=number(float, 0, 0.99), default=0.03, help="share of all steps")
+    training.add_argument("--max-grad-norm", type=number(float, 0), default=0.8, help="0: no clipping")
+    training.add_argument("--optim", choices=OPTIMIZERS, default="paged_adamw_8bit", help="optimizer")
+    training.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of everything random")
+
+    lora = parser.add_argument_group("LoRA and precision")
+    lora.add_argument("--lora-r", type=count, default=32, help="rank")
+    lora.add_argument("--lora-alpha", type=positive, default=64.0, help="scale: alpha / r")
+    lora.add_argument("--lora-dropout", type=number(float, 0, 0.99), default=0.05, help="on the adapters' input")
+    lora.add_argument(
+        "--lora-target-modules",
+        default="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+        help="names of linear layers, with commas",
+    )
+    lora.add_argument("--bf16", action=switch, default=True, help="weights and activations in bfloat16, else float32")
+    lora.add_argument("--bnb-nf4", action=switch, default=True, help="base weights in 4 bits (NF4, double quantised)")
+    lora.add_argument(
+        "--bnb-dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="NF4 computes in"
+    )
+
+    memory = parser.add_argument_group("memory")
+    memory.add_argument(
+        "--gradient-checkpointing",
+        type=checkpointing,
+        nargs="?",
+        const="auto",
+        default="auto",
+        metavar="auto|all|none|N",
+        help="layers that recompute their activations; auto: as many as the card needs",
+    )
+    memory.add_argument("--torch-memory-fraction", type=number(float, 0, 1, True), default=0.95, help="of the card")
+    memory.add_argument("--cuda-alloc-expandable", action=switch, default=True, help="expandable_segments")
+    memory.add_argument("--max-split-size-mb", type=number(int, 21), default=128, help="where not expandable")
+
+    looking = parser.add_argument_group("looking and keeping")
+    looking.add_argument("--logging-steps", type=count, default=1, help="optimizer steps between log lines")
+    looking.add_argument("--eval-steps", type=count, default=10, help="optimizer steps between evaluations")
+    looking.add_argument("--save-steps", type=count, default=10, help="optimizer steps between checkpoints")
+    looking.add_argument("--save-total-limit", type=count, default=5, help="checkpoints kept")
+    looking.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    looking.add_argument("--overwrite", action="store_true", help="throw away what --output holds")
+    args = parser.parse_args(argv)
+    args.lora_target_modules = [name.strip() for name in args.lora_target_modules.split(",") if name.strip()]
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite exclude each other")
+    return args
+
+
+# ---- Text -> turns -------------------------------------------------------------------------------
+
+
+class Turn(NamedTuple):
+    role: str
+    content: str  # stripped: white space at its edges would merge with the format's own tokens
+    line: int
+
+
+class Conversation(NamedTuple):
+    turns: list[Turn]
+    file: str
+    line: int
+
+
+TAG = re.compile(r"<\|([^|<>\s]{1,40})\|>")
+ESCAPED_TAG = re.compile(r"\\+<\|[^|<>\s]{1,40}\|>")
+IM_END = re.compile(r"(?<!\\)<\|im_end\|>")
+
+
+def expand(patterns: list[str]) -> list[str]:
+    """File names of paths and globs, each once, in order."""
+    names = [name for pattern in patterns for name in (sorted(glob.glob(pattern, recursive=True)) or [pattern])]
+    for name in names:
+        if not os.path.isfile(name):
+            raise InputError(f"{name}: no such file; give the path of a data file or a glob that matches one")
+        if os.path.getsize(name) == 0:
+            raise InputError(f"{name}: the file is empty; write dialogues into it (README, data format)")
+    return list(dict.fromkeys(names))
+
+
+def numbered_lines(file: str):
+    """Yield (number, line) of a UTF-8 file without line ends; BOM and CRLF are accepted."""
+    with open(file, "rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{file}:{number}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
+                ) from None
+            if number == 1:
+                line = line.removeprefix("\ufeff")
+            yield number, line.rstrip("\r\n")
+
+
+def nearest(name: str, choices) -> str:
+    """`; did you mean …?` where a choice is near, else the list of them."""
+    near = get_close_matches(name.lower(), choices, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else f"use one of {', '.join(choices)}"
+
+
+def tag_hint(name: str) -> str:
+    near = get_close_matches(name.lower(), ROLES, n=1, cutoff=0.6)
+    return f"did you mean <|{near[0]}|>?" if near else f"write \\<|{name}|> if it is text"
+
+
+def read_chatml(file: str, warn):
+    """Yield the conversations of a ChatML file, both dialects.
+
+    Role tags at the start of a line (`<|user|>`, content on the same line or the next ones), or
+    `<|im_start|>user` … `<|im_end|>`. A conversation starts at the file's start, at a system turn
+    and after a line `<|endoftext|>`. A backslash before a tag makes it text.
+    """
+    turns, opened = [], None  # opened: [role, line number, content lines, closed by <|im_end|>?]
+
+    def close():
+        nonlocal opened
+        if opened:
+            role, line, lines, _ = opened
+            turns.append(Turn(role, "\n".join(lines).strip(), line))
+        opened = None
+
+    def flush():
+        close()
+        if turns:
+            yield checked(turns, file, warn)
+            turns.clear()
+
+    for number, line in numbered_lines(file):
+        if opened and opened[3]:  # inside <|im_start|> … <|im_end|>: everything is text
+            end = IM_END.search(line)
+            if line.startswith("<|im_start|>"):
+                raise InputError(f"{file}:{opened[1]}: this turn is not closed; end it with <|im_end|>")
+            opened[2].append((line[: end.start()] if end else line).replace("\\<|im_end|>", "<|im_end|>"))
+            if end and line[end.end() :].strip():
+                raise InputError(f"{file}:{number}: text after <|im_end|>; put it inside a turn")
+            if end:
+                close()
+            continue
+        tag = TAG.match(line)
+        if not tag and opened:
+            opened[2].append(line[1:] if ESCAPED_TAG.match(line) else line)
+        elif not tag and line.strip():
+            raise InputError(f"{file}:{number}: text outside of a turn; begin with a tag such as <|user|>")
+        if not tag:
+            continue
+        name, rest = tag[1], line[tag.end() :]
+        if name == "endoftext":
+            if rest.strip():
+                raise InputError(f"{file}:{number}: text after <|endoftext|>; put the separator alone on its line")
+            yield from flush()
+            continue
+        role = rest.strip() if name == "im_start" else name
+        if role not in ROLES:
+            hint = nearest(role, ROLES) if name == "im_start" else tag_hint(name)
+            what = f"unknown role {role!r}" if name == "im_start" else f"unknown role tag <|{name}|>"
+            raise InputError(f"{file}:{number}: {what}; {hint}")
+        if role == "system":
+            yield from flush()
+        close()
+        opened = [role, number, [] if name == "im_start" else [rest], name == "im_start"]
+    if opened and opened[3]:
+        raise InputError(f"{file}:{opened[1]}: this turn is not closed; end it with <|im_end|>")
+    yield from flush()
+
+
+SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def records(file: str):
+    """Yield (row number, dict) of a JSON-lines, JSON or Parquet file."""
+    if file.endswith(".parquet"):
+        import pyarrow
+        import pyarrow.parquet as parquet
+
+        try:
+            batches = parquet.ParquetFile(file).iter_batches(1000)
+        except (pyarrow.ArrowInvalid, OSError):
+            raise InputError(f"{file}: not a Parquet file; give JSON lines, JSON or Parquet") from None
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+        return
+    lines = numbered_lines(file)
+    first = next(((number, line) for number, line in lines if line.strip()), (1, ""))
+    try:
+        if first[1].lstrip().startswith("["):
+            yield from enumerate(json.loads("\n".join([first[1], *(line for _, line in lines)])), 1)
+            return
+        for number, line in (pair for source in ([first], lines) for pair in source):
+            if line.strip():
+                yield number, json.loads(line)
+    except json.JSONDecodeError as error:
+        place = first[0] + error.lineno - 1 if first[1].lstrip().startswith("[") else number
+        raise InputError(f"{file}:{place}: not JSON ({error.msg}); give one object a line, or one list") from None
+
+
+def read_messages(file: str, warn):
+    """Yield the conversations of `messages` data: OpenAI's messages or ShareGPT's conversations."""
+    for number, record in records(file):
+        place = f"{file}:{number}"
+        messages = isinstance(record, dict) and (record.get("messages") or record.get("conversations"))
+        if not isinstance(messages, list):
+            raise InputError(f"{place}: no list 'messages' (or 'conversations'); each row is one conversation")
+        turns = []
+        for message in messages:
+            if not isinstance(message, dict):
+                raise InputError(f"{place}: a message is no object; write {{'role': …, 'content': …}}")
+            role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+            if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+                content = "".join(str(part.get("text", "")) for part in content)
+            if role not in SHAREGPT:
+                raise InputError(f"{place}: unknown role {role!r}; {nearest(str(role), ROLES)}")
+            if not isinstance(content, str):
+                raise InputError(f"{place}: the content of a {role} message is no text; only text can be trained on")
+            if re.search("[\ud800-\udfff]", content):
+                raise InputError(f"{place}: a lone surrogate in a {role} message; repair the text's encoding")
+            turns.append(Turn(SHAREGPT[role], content.strip(), number))
+        yield checked(turns, file, warn, start=number)
+
+
+def checked(turns: list[Turn], file: str, warn, start=None) -> Conversation:
+    """One conversation, neighbours of a role joined as Ollama joins them; raise on what cannot be trained."""
+    start = start or turns[0].line
+    joined = []
+    for turn in turns:
+        if not turn.content:
+            if turn.role != "system":
+                raise InputError(f"{file}:{turn.line}: empty {turn.role} turn; fill it or delete it")
+            warn(file, turn.line, "empty system", "the empty system turn is left out")
+        elif joined and joined[-1].role == turn.role:
+            joined[-1] = joined[-1]._replace(content=f"{joined[-1].content}\n\n{turn.content}")
+        else:
+            joined.append(turn)
+    if not any(turn.role == "assistant" for turn in joined):
+        raise InputError(f"{file}:{start}: a conversation without an assistant turn; nothing in it can be trained")
+    first = next(turn for turn in joined if turn.role != "system")
+    if first.role == "assistant":
+        raise InputError(f"{file}:{first.line}: the assistant speaks first; put a user turn before it")
+    if joined[-1].role != "assistant":
+        warn(file, joined[-1].line, "trailing turn", f"the {joined[-1].role} turn at the end has no answer: left out")
+        while joined[-1].role != "assistant":
+            joined.pop()
+    return Conversation(joined, file, start)
+
+
+def read_conversations(files: list[str], input_format: str, warn=lambda *_: None):
+    """Yield the conversations of all files, one at a time: memory does not grow with the data."""
+    reader = {"chatml": read_chatml, "messages": read_messages}[input_format]
+    for file in files:
+        found = False
+        for conversation in reader(file, warn):
+            found = True
+            yield conversation
+        if not found:
+            raise InputError(f"{file}: no conversation in it; see the README on the data format")
+
+
+# ---- Turns -> tokens -----------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """A conversation, or a part of one, as tokens."""
+
+    input_ids: np.ndarray  # [T] int32
+    labels: np.ndarray  # [T] int32: the id where it is trained, else -100
+    digest: int  # of the conversation
+    file: str
+    line: int
+
+
+class Encoder:
+    """Turns -> token ids, such that what is trained is what a runtime will send.
+
+    A runtime encodes the text between two special tokens as one string; so do we, and the answer
+    apart from its prompt: then the prompt's ids are a prefix of the training ids. Special tokens
+    come from the format alone: contents are encoded with split_special_tokens, so that a user's
+    `<|eot_id|>` stays text.
+    """
+
+    def __init__(self, tokenizer, chat: ChatFormat):
+        self.tokenizer, self.chat = tokenizer, chat
+        self.special_ids = special_tokens(tokenizer)
+        longest_first = sorted(self.special_ids, key=len, reverse=True)
+        self.special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        ids = tokenizer("").input_ids
+        self.start = ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+
+    def pieces(self, turns: list[Turn]):
+        """Yield (text or special token's id, trained?) of a conversation."""
+        text = ""  # what is open, up to the next special token or answer
+        for turn in turns:
+            answer = turn.role == "assistant"
+            end = self.chat.answer_end if answer else self.chat.turn_end
+            for part, format_text in (
+                (self.chat.header.format(role=turn.role), True),
+                (turn.content, False),
+                (end, True),
+            ):
+                if not format_text and answer:
+                    if text:
+                        yield text, False
+                    yield part, True
+                    text = ""
+                elif not format_text:
+                    text += part
+                else:
+                    for bit in self.special.split(part):
+                        if bit not in self.special_ids:
+                            text += bit
+                            continue
+                        if text:
+                            yield text, False
+                        yield self.special_ids[bit], answer and part is end and bit == self.chat.eos_token
+                        text = ""
+        if text:
+            yield text, False
+
+    def __call__(self, conversations: list[list[Turn]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(input_ids, labels) of each conversation; one call of the tokenizer for all texts."""
+        pieces = [list(self.pieces(turns)) for turns in conversations]
+        texts = [text for parts in pieces for text, _ in parts if isinstance(text, str)]
+        encoded = iter(
+            self.tokenizer(
+                texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+            ).input_ids
+            if texts
+            else []
+        )
+        result = []
+        for parts in pieces:
+            input_ids, labels = list(self.start), [IGNORE] * len(self.start)
+            for piece, trained in parts:
+                ids = next(encoded) if isinstance(piece, str) else [piece]
+                input_ids += ids
+                labels += ids if trained else [IGNORE] * len(ids)
+            result.append((np.array(input_ids, np.int32), np.array(labels, np.int32)))
+        return result
+
+
+def split_conversation(turns: list[Turn], encode: Encoder, max_length: int):
+    """Continue a long conversation in further samples at turn boundaries, each with the system turn again.
+
+    Returns ([(input_ids, labels)], [turn that begins an exchange which cannot fit]).
+    """
+    system = [turn for turn in turns[:1] if turn.role == "system"]
+    exchanges = []
+    for turn in turns[len(system) :]:
+        if not exchanges or (turn.role != "assistant" and exchanges[-1][-1].role == "assistant"):
+            exchanges.append([])
+        exchanges[-1].append(turn)
+    head = len(encode([system])[0][0])
+    sizes = [len(ids) - head for ids, _ in encode([system + exchange for exchange in exchanges])]
+    samples, lost, first = [], [], 0
+    while first < len(exchanges):
+        last, size = first, head
+        while last < len(exchanges) and size + sizes[last] <= max_length:
+            size += sizes[last]
+            last += 1
+        # Sizes add up but for a token at a seam, in some tokenizers: the whole is measured again.
+        while last > first:
+            ids, labels = encode([system + list(chain(*exchanges[first:last]))])[0]
+            if len(ids) <= max_length:
+                samples.append((ids, labels))
+                break
+            last -= 1
+        if last == first:
+            lost.append(exchanges[first][0])
+            last += 1
+        first = last
+    return samples, lost
+
+
+def encode_conversations(conversations, encode: Encoder, max_length: int, overlong: str, warn, batch_size=1000):
+    """Yield lists of Samples, each from `batch_size` conversations; none is longer than max_length."""
+    conversations = iter(conversations)
+    while batch := list(islice(conversations, batch_size)):
+        samples = []
+        for conversation, (ids, labels) in zip(batch, encode([c.turns for c in batch]), strict=True):
+            turns, file, line = conversation
+            origin = digest(turns), file, line
+            if len(ids) <= max_length:
+                samples.append(Sample(ids, labels, *origin))
+            elif overlong == "error":
+                raise InputError(
+                    f"{file}:{line}: {len(ids)} tokens, above --max-length {max_length}; shorten it or use --overlong split"
+                )
+            elif overlong == "drop":
+                warn(file, line, "overlong", f"dropped: {len(ids)} tokens")
+            else:
+                parts, lost = split_conversation(turns, encode, max_length)
+                samples += [Sample(*part, *origin) for part in parts]
+                if parts:
+                    warn(file, line, "overlong", f"{len(ids)} tokens: continued in {len(parts)} parts")
+                for turn in lost:
+                    warn(file, turn.line, "overlong", "dropped: this exchange alone is longer than a row")
+        yield samples
+
+
+# ---- Tokens -> rows ------------------------------------------------------------------------------
+
+
+def sha256(file: str) -> str:
+    found = hashlib.sha256()
+    with open(file, "rb") as source:
+        while block := source.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def digest(turns: list[Turn]) -> int:
+    """63 bits that tell conversations apart by what is said in them."""
+    said = "\0".join(text for turn in turns for text in (turn.role, turn.content))
+    return int.from_bytes(hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
+
+
+def prepare(files: list[str], args, encode: Encoder):
+    """All samples of these files as a memory-mapped datasets.Dataset, with what was warned about.
+
+    Columns: input_ids and labels (lists of int32), digest, file, line. They lie in
+    datasets' cache under a key of everything they depend on, so that a second start finds them.
+    """
+    import datasets
+
+    tokenizer = encode.tokenizer.backend_tokenizer.to_str()
+    parts = [Path(__file__).read_text(), tokenizer, encode.chat, args.input_format, args.max_length, args.overlong]
+    key = hashlib.sha256(repr([*parts, *((file, sha256(file)) for file in files)]).encode()).hexdigest()[:32]
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dolores_sft" / key
+    if not folder.exists():
+        partial = folder.with_name(f"{key}.{os.getpid()}.partial")
+        partial.mkdir(parents=True)
+        try:
+            warnings = []
+            conversations = read_conversations(files, args.input_format)
+            batches = encode_conversations(
+                conversations, encode, args.max_length, args.overlong, lambda *w: warnings.append(w)
+            )
+            write_arrow(batches, partial / "samples.arrow")
+            (partial / "warnings.json").write_text(json.dumps(warnings))
+            with contextlib.suppress(OSError):  # another process was faster
+                partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    samples = datasets.Dataset.from_file(str(folder / "samples.arrow")).with_format("numpy")
+    return samples, json.loads((folder / "warnings.json").read_text())
+
+
+def write_arrow(batches, file: Path):
+    """Write batches of Samples as an Arrow stream; the arrays are copied, never turned into objects."""
+    import pyarrow as pa
+
+    tokens = pa.large_list(pa.int32())
+    schema = pa.schema(
+        {"input_ids": tokens, "labels": tokens, "digest": pa.int64(), "file": pa.string(), "line": pa.int32()}
+    )
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
+        for batch in batches:
+            ends = np.cumsum([0] + [len(sample.input_ids) for sample in batch], dtype=np.int64)
+            columns = [
+                pa.LargeListArray.from_arrays(
+                    ends, np.concatenate([sample[i] for sample in batch] or [[]]).astype(np.int32)
+                )
+                for i in (0, 1)
+            ]
+            columns += [[sample[i] for sample in batch] for i in (2, 3, 4)]
+            arrays = [column if i < 2 else pa.array(column, schema.field(i).type) for i, column in enumerate(columns)]
+            stream.write_batch(pa.record_batch(arrays, schema))
+
+
+def column_lengths(samples) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, trained tokens) of each sample: int64 [N] each, straight from the mapped file."""
+    tokens, trained = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for batch in samples.with_format("arrow").iter(10_000):
+        labels = batch["labels"].combine_chunks()
+        ends = labels.offsets.to_numpy()
+        tokens.append(np.diff(ends))
+        trained.append(np.diff(np.cumsum(np.append(0, labels.values.to_numpy() != IGNORE))[ends]))
+    return np.concatenate(tokens), np.concatenate(trained)
+
+
+def hold_out(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """bool [N]: which samples are held out; all parts and copies of a conversation fall on one side."""
+    conversations = np.unique(digests)
+    size = min(max(1, round(fraction * len(conversations))), len(conversations) - 1) if fraction else 0
+    return np.isin(digests, np.random.default_rng(seed).permutation(conversations)[:size])
+
+
+def pack(lengths: np.ndarray, capacity: int, seed: int) -> list[np.ndarray]:
+    """Best-fit-decreasing: int64 arrays of sample numbers, one a row of at most `capacity` tokens.
+
+    The rows with room are kept in stacks by their free space; the smallest space that is large
+    enough is the lowest set bit of one integer, so a million samples take seconds.
+    """
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    order = order[np.argsort(-lengths[order], kind="stable")]
+    row_of, rows, free, spaces = np.empty(len(lengths), np.int64), 0, {}, 0
+    for sample, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        fitting = spaces >> length
+        if fitting:
+            space = length + (fitting & -fitting).bit_length() - 1
+            row = free[space].pop()
+            if not free[space]:
+                spaces ^= 1 << space
+        else:
+            space, row, rows = capacity, rows, rows + 1
+        row_of[sample] = row
+        if space > length:
+            free.setdefault(space - length, []).append(row)
+            spaces |= 1 << (space - length)
+    by_row = np.argsort(row_of, kind="stable")
+    return np.split(by_row, np.searchsorted(row_of[by_row], np.arange(1, rows)))
+
+
+class Rows:
+    """A sequence of rows, each assembled when asked for: the samples of one row, from disk."""
+
+    def __init__(self, samples, plan: list[np.ndarray]):
+        self.samples, self.plan = samples, plan
+
+    def __len__(self):
+        return len(self.plan)
+
+    def __getitem__(self, row: int) -> dict:
+        return self.samples[self.plan[row]]
+
+
+def collate(rows: list[dict]) -> dict:
+    """Rows -> one batch without padding: all their documents one behind the other, [1, T].
+
+    input_ids, position_ids [1, T] int64 (positions restart at each document); cu_seq_lens_q
+    [documents + 1] int32 and max_length_q, for attention within documents; logits_to_keep [N] int64,
+    the places whose next token is trained, and labels = shift_labels [1, N] those tokens; documents,
+    their (file, line), for messages. No attention_mask: transformers would then join the documents.
+    """
+    import torch
+
+    documents = [ids for row in rows for ids in row["input_ids"]]
+    labels = np.concatenate([labels for row in rows for labels in row["labels"]])
+    lengths = [len(ids) for ids in documents]
+    keep = np.flatnonzero(labels[1:] != IGNORE)
+    targets = torch.from_numpy(labels[keep + 1].astype(np.int64))[None]
+    return {
+        "input_ids": torch.from_numpy(np.concatenate(documents).astype(np.int64))[None],
+        "position_ids": torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None],
+        "cu_seq_lens_q": torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        "max_length_q": max(lengths),
+        "logits_to_keep": torch.from_numpy(keep),
+        "labels": targets,
+        "shift_labels": targets,
+        "documents": [f"{file}:{line}" for row in rows for file, line in zip(row["file"], row["line"], strict=True)],
+    }
+
+
+# ---- Model ---------------------------------------------------------------------------------------
+
+
+def resolve_model(name: str) -> tuple[str, str | None]:
+    """(local folder, Hub revision or None) of a folder or Hub name; downloads what is missing."""
+    if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, "config.json")):
+            raise InputError(f"--model {name}: no config.json in this folder; give a model in Hugging Face's layout")
+        return name, None
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise InputError(f"--model {name}: no such folder; give a local folder or a Hub name such as org/model")
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        folder = snapshot_download(
+            name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"], ignore_patterns="original/*"
+        )
+    except errors.GatedRepoError:
+        raise InputError(
+            f"--model {name}: access is gated; accept the licence at hf.co/{name}, then run `hf auth login`"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(
+            f"--model {name}: unknown on the Hub; check the name, or `hf auth login` if it is private"
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError):
+        raise InputError(
+            f"--model {name}: not in the local cache and no way to the Hub; go online or give a local folder"
+        ) from None
+    return folder, os.path.basename(folder)
+
+
+def load_config(name: str, folder: str):
+    """The model's config, refused where it is no base that can be trained and merged."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(f"--model {name}: {first_line(error)}; give a causal language model") from None
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"--model {name}: already quantised; give the 16-bit original, --bnb-nf4 quantises it")
+    if not glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
+        raise InputError(f"--model {name}: no *.safetensors in it; give a folder with the weights")
+    return config
+
+
+def load_tokenizer(name: str, folder: str):
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(
+            f"--model {name}: no tokenizer that loads ({first_line(error)}); complete the folder"
+        ) from None
+    if not tokenizer.is_fast:
+        raise InputError(f"--model {name}: only a slow tokenizer; give a model with a tokenizer.json")
+    return tokenizer
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
+def skeleton(config):
+    """The model without weights, on the meta device: names and shapes cost nothing there."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def check_targets(model, targets: list[str]):
+    """Each --lora-target-modules name must be a linear layer of the body; the head stays frozen."""
+    import torch
+
+    head = model.get_output_embeddings()
+    linear = sorted(
+        {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    )
+    for name in targets or [""]:
+        if name not in linear:
+            raise InputError(
+                f"--lora-target-modules {name}: matches no linear layer of the model; {nearest(name, linear)}"
+            )
+
+
+def load_base(args, folder: str, device):
+    """The frozen base model: NF4 with double quantisation or plain, everything else in --bf16's dtype.
+
+    prepare_model_for_kbit_training would cast norms, embeddings and head to float32 and with them
+    the residual stream: a third slower and 3 GiB more, for nothing.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, args.bnb_dtype),  # the default would be float32
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.bfloat16 if args.bf16 else torch.float32,
+        quantization_config=nf4 if args.bnb_nf4 else None,
+        device_map={"": device},
+        attn_implementation=packed_attention(),
+    )
+    model.requires_grad_(False)
+    for module in model.modules():
+        # On CPUs with avx512_bf16 a no-grad forward repacks the 4-bit weights, and every gradient
+        # after it is wrong while the loss looks right.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def add_lora(model, args, revision: str | None):
+    """A PeftModel whose adapters are float32 and compute in the activations' dtype."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    model.name_or_path = args.model if revision else os.path.abspath(args.model)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_target_modules,
+        revision=revision,
+    )
+    model = get_peft_model(model, config)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.forward = lean_lora_forward.__get__(module)
+    return model
+
+
+# ---- Speed ---------------------------------------------------------------------------------------
+
+
+def lean_lora_forward(self, x):
+    """A LoRA layer's forward: W x + s B A dropout(x), with A and B cast to x's dtype.
+
+    PEFT casts x up to the adapters' float32 instead, which doubles what is kept for backward and
+    multiplies in float32; autocast would avoid that at the price of a cast before every matmul.
+    """
+    import torch.nn.functional as F
+
+    result = self.base_layer(x)
+    if self.disable_adapters:
+        return result
+    (name,) = self.active_adapters
+    a, b = self.lora_A[name].weight.to(x.dtype), self.lora_B[name].weight.to(x.dtype)
+    return result.add(F.linear(F.linear(self.lora_dropout[name](x), a), b), alpha=self.scaling[name])
+
+
+def packed_attention() -> str:
+    """Register an attention that stays inside documents and needs no mask; return its name.
+
+    On CUDA torch's varlen_attn (>= 2.10) skips the other documents' work; elsewhere sdpa runs once
+    a document. The usual way builds a boolean S x S mask for each row and does all S x S work.
+    """
+    import torch
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        varlen_attn = None
+
+    def attention(
+        module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs
+    ):
+        """query [1, heads, T, d], key and value [1, kv_heads, T, d] -> [1, T, heads, d]"""
+        if cu_seq_lens_q is None:  # generation: one sequence, no padding
+            kwargs = {"dropout": 0.0, "scaling": scaling, "is_causal": kwargs.get("is_causal")}
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        if query.is_cuda and varlen_attn and query.dtype in (torch.bfloat16, torch.float16):
+            q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+            ends, longest = (cu_seq_lens_q,) * 2, (max_length_q,) * 2
+            out = varlen_attn(q, k, v, *ends, *longest, scale=scaling, window_size=(-1, 0), enable_gqa=True)
+            return out[None], None
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        ends = cu_seq_lens_q.tolist()
+        spans = [slice(*span) for span in pairwise(ends)]
+        out = [
+            torch.nn.functional.scaled_dot_product_attention(
+                query[:, :, span], key[:, :, span], value[:, :, span], is_causal=True, scale=scaling
+            )
+            for span in spans
+        ]
+        return torch.cat(out, 2).transpose(1, 2), None
+
+    AttentionInterface.register("packed", attention)
+    AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)
+    return "packed"
+
+
+def chunked_cross_entropy(hidden, head, targets, rows=1024):
+    """Sum of the cross-entropies of head(hidden) and targets: [N, h], [N] -> scalar, float32.
+
+    The head is frozen, so the gradient of `hidden` is all that backward needs: it is computed
+    chunk by chunk along with the loss, and no more than `rows` x vocabulary logits ever exist.
+    The idea is Liger Kernel's fused linear cross-entropy (arXiv 2410.10989), without a kernel.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    class SumOfLosses(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden):
+            total, grads = hidden.new_zeros((), dtype=torch.float32), []
+            for chunk, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+                with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                    chunk = chunk.detach().requires_grad_(ctx.needs_input_grad[0])
+                    loss = F.cross_entropy(head(chunk).float(), target, reduction="sum")
+                total += loss.detach()
+                if ctx.needs_input_grad[0]:
+                    grads += torch.autograd.grad(loss, chunk)
+            if grads:
+                ctx.save_for_backward(torch.cat(grads))
+            return total
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.saved_tensors[0]
+
+    return SumOfLosses.apply(hidden)
+
+
+def lose_on_trained_tokens(model):
+    """Make the causal LM's forward, given shift_labels, return the loss of those places alone.
+
+    Only the hidden states before a trained token go through the head. The loss is their mean, or
+    their sum over num_items_in_batch, as transformers has it. Without shift_labels (generation)
+    the forward is the model's own.
+    """
+    from transformers.modeling_outputs import CausalLMOutput
+
+    whole_forward, decoder, head = model.forward, model.get_decoder(), model.get_output_embeddings()
+
+    def forward(*args, shift_labels=None, labels=None, logits_to_keep=0, num_items_in_batch=None, **kwargs):
+        if shift_labels is None:
+            return whole_forward(*args, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+        hidden = decoder(*args, **kwargs).last_hidden_state[0].index_select(0, logits_to_keep)
+        total = chunked_cross_entropy(hidden, head, shift_labels[0])
+        return CausalLMOutput(loss=total / (shift_labels.numel() if num_items_in_batch is None else num_items_in_batch))
+
+    model.forward = forward
+
+
+def check_head(model, vocabulary: int):
+    """Refuse a model whose logits are more than its head's (a softcap, a scale): our loss would be wrong."""
+    import torch
+
+    ids = torch.arange(8, device=model.device)[None] % vocabulary
+    with torch.no_grad():
+        theirs = model(input_ids=ids, use_cache=False).logits
+        ours = model.get_output_embeddings()(model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(theirs.float(), ours.float(), rtol=1e-2, atol=1e-2):
+        raise InputError("--model: its logits are more than a linear head's; this program trains Llama-like models")
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def set_allocator(args):
+    """Set CUDA's allocator; torch reads the variable when it is imported, so this comes before."""
+    set_already = next((v for v in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if v in os.environ), None)
+    if set_already:
+        print(f"allocator: {set_already}={os.environ[set_already]} from the environment is kept")
+    elif args.cuda_alloc_expandable:
+        # Together the two block the reuse of freed segments: 220 MiB reserved become 14,060 (pytorch #193400).
+        print(
+            f"allocator: expandable_segments; --max-split-size-mb {args.max_split_size_mb} is left out, the pair harms"
+        )
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    else:
+        os.environ["PYTORCH_ALLOC_CONF"] = f"max_split_size_mb:{args.max_split_size_mb}"
+
+
+def choose_device(args):
+    """The device, its memory capped; on a CPU the knobs that change nothing there are named once."""
+    import torch
+
+    if not torch.cuda.is_available():
+        print("device: CPU; no CUDA here, so --torch-memory-fraction and the allocator's settings have no effect")
+        if args.bf16 and not torch.cpu._is_avx512_bf16_supported():
+            print(
+                "device: this CPU has no bfloat16 arithmetic; --no-bf16 --bnb-dtype float32 is about ten times faster"
+            )
+        if args.optim.startswith("paged_"):
+            args.optim = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}[args.optim]
+            print(f"device: paged optimizer state needs CUDA; {args.optim} does the same arithmetic unpaged")
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    torch.cuda.set_per_process_memory_fraction(args.torch_memory_fraction, device)
+    if (args.bf16 or (args.bnb_nf4 and args.bnb_dtype == "bfloat16")) and not torch.cuda.is_bf16_supported(False):
+        raise InputError("--bf16: this GPU has no bfloat16; use --no-bf16 --bnb-dtype float16")
+    card = torch.cuda.get_device_properties(device)
+    print(
+        f"device: {card.name}, {card.total_memory / 2**30:.1f} GiB, of which {args.torch_memory_fraction:.0%} may be used"
+    )
+    return device
+
+
+def claim_output(args):
+    """Make the output folder ours: refuse a used one unless asked, and a running one always."""
+    import fcntl
+
+    folder = args.output
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {folder}: is a file; name a folder")
+    used = folder.exists() and any(entry.name != ".lock" for entry in folder.iterdir())
+    if args.resume and not (folder / "training_args.json").is_file():
+        raise InputError(f"--resume: no run in {folder}; start it without --resume")
+    if used and not (args.resume or args.overwrite):
+        raise InputError(
+            f"--output {folder}: already in use; --resume goes on, --overwrite starts anew, or name another"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until the process ends, whatever ends it
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"--output {folder}: another process is training there; wait for it or name another") from None
+    if args.overwrite:
+        for entry in folder.iterdir():
+            if entry.name != ".lock":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    return lock
+
+
+class Stop:
+    """SIGINT and SIGTERM: leave at once before training; in it, end the step and keep a checkpoint."""
+
+    def __init__(self):
+        self.signal, self.gently = None, False
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self)
+
+    def __call__(self, signum, frame):
+        if not self.gently or self.signal:
+            os._exit(128 + signum)
+        self.signal = signum
+        print("\nstopping: this step is finished and a checkpoint written; once more leaves at once", flush=True)
+
+
+def training_arguments(args, evaluating: bool):
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(args.output),
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=args.train_batch_size,
+        per_device_eval_batch_size=args.eval_batch_size,
+        gradient_accumulation_steps=args.grad_accum,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type=args.lr_scheduler_type,
+        warmup_steps=args.warmup_ratio,  # below 1 it is a share
+        max_grad_norm=args.max_grad_norm,
+        optim=args.optim,
+        seed=args.seed,
+        logging_steps=args.logging_steps,
+        logging_nan_inf_filter=False,  # it waits for the GPU after every batch; we look once a step
+        eval_strategy="steps" if evaluating else "no",
+        eval_steps=args.eval_steps,
+        save_steps=args.save_steps,
+        save_total_limit=args.save_total_limit,
+        load_best_model_at_end=evaluating,
+        metric_for_best_model="eval_loss" if evaluating else None,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+        ddp_find_unused_parameters=False,
+        use_cpu=args.on_cpu,
+    )
+
+
+def make_trainer(args, model, tokenizer, train_rows, eval_rows, stop: Stop):
+    """A Hugging Face Trainer with exact evaluation, whole checkpoints and a word for what went wrong."""
+    import torch
+    import transformers
+    from transformers.trainer_callback import PrinterCallback
+    from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+
+    class Trainer(transformers.Trainer):
+        tokens, documents = 0, ()  # seen so far; those of the running step
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            self.tokens += inputs["input_ids"].numel()
+            self.documents = (*self.documents, *inputs.pop("documents"))
+            return super().training_step(model, inputs, num_items_in_batch)
+
+        def _get_grad_norm(self, model, grad_norm=None):
+            grad_norm = super()._get_grad_norm(model, grad_norm)
+            if not torch.isfinite(torch.as_tensor(grad_norm)):
+                raise InputError(
+                    f"step {self.state.global_step + 1}: the gradient is {float(grad_norm)}; look at "
+                    f"{', '.join(self.documents[:8])}{' …' if len(self.documents) > 8 else ''}, or lower --learning-rate"
+                )
+            self.documents = ()
+            return grad_norm
+
+        def floating_point_ops(self, inputs):
+            return 0  # 6 x parameters x tokens, walked through at each batch, is wrong for LoRA anyway
+
+        def get_eval_dataloader(self, eval_dataset=None):
+            mine = range(args.process, len(self.eval_dataset), args.processes)
+            subset = torch.utils.data.Subset(self.eval_dataset, mine)
+            return torch.utils.data.DataLoader(subset, args.eval_batch_size, collate_fn=collate)
+
+        def evaluation_loop(self, dataloader, description, *_, metric_key_prefix="eval", **__):
+            """Mean loss of all trained tokens; Trainer's own is a mean of batch means."""
+            self.model.eval()
+            total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, tokens
+            for inputs in dataloader:
+                del inputs["documents"]
+                count = inputs["labels"].numel()
+                if not count:
+                    continue
+                with torch.no_grad():
+                    loss = self.model(**self._prepare_inputs(inputs)).loss
+                total += torch.stack([loss.double() * count, torch.tensor(count, device=loss.device)])
+            loss, count = self.accelerator.reduce(total, "sum").tolist()
+            return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss / count}, len(self.eval_dataset))
+
+        def _save_checkpoint(self, model, trial):
+            """Trainer's checkpoint, and last of all the list of its files: without it, it is none."""
+            self.args.save_total_limit = None  # nothing older goes before the new one is complete
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                folder = args.output / f"checkpoint-{self.state.global_step}"
+                files = {file.name: sha256(str(file)) for file in sorted(folder.iterdir()) if file.name != COMPLETE}
+                write_json(folder / COMPLETE, files)
+                rotate_checkpoints(str(args.output), args.save_total_limit, self.state.best_model_checkpoint)
+
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(args, evaluating=eval_rows is not None),
+        data_collator=collate,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        callbacks=[progress_callback(stop)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.callback_handler.callbacks[-1].trainer = trainer
+    return trainer
+
+
+def progress_callback(stop: Stop):
+    """One line a logging step, a bar where there is a terminal, and the end of the step on a signal."""
+    from tqdm import tqdm
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None, leave=False)
+            self.began, self.first, self.tokens = time.monotonic(), state.global_step, self.trainer.tokens
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.bar.update()
+            if stop.signal:
+                control.should_save = control.should_training_stop = True
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if not state.is_world_process_zero or not hasattr(self, "bar"):
+                return
+            if "loss" in logs:
+                spent, done = time.monotonic() - self.began, state.global_step - self.first
+                left = spent / max(done, 1) * (state.max_steps - state.global_step)
+                self.bar.write(
+                    f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.4f}  "
+                    f"grad {logs['grad_norm']:.3f}  lr {logs['learning_rate']:.2e}  "
+                    f"{(self.trainer.tokens - self.tokens) / spent:,.0f} tok/s  {duration(left)} left",
+                    file=sys.stdout,
+                )
+            elif "eval_loss" in logs:
+                self.bar.write(
+                    f"step {state.global_step:>5}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}",
+                    file=sys.stdout,
+                )
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.bar.close()
+
+    return Progress()
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {seconds:02} s"
+
+
+# ---- Checkpoints and the run's record ------------------------------------------------------------
+
+COMPLETE = "complete.json"  # written last into a checkpoint: its files and their sha256
+
+
+def write_json(file: Path, content):
+    """Write in one go: the file appears whole or not at all."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+
+
+def newest_checkpoint(output: Path) -> str | None:
+    """The newest checkpoint that is whole; those that are not are named and removed."""
+    found = sorted(output.glob("checkpoint-*"), key=lambda folder: -int(folder.name.split("-")[1]))
+    for folder in found:
+        try:
+            files = json.loads((folder / COMPLETE).read_text())
+            damaged = next((name for name, digest in files.items() if sha256(str(folder / name)) != digest), None)
+        except (OSError, ValueError) as error:
+            damaged = getattr(error, "filename", None) or COMPLETE
+        if not damaged:
+            return str(folder)
+        print(f"resume: {folder} is damaged ({os.path.basename(damaged)}): removed, the one before is taken")
+        shutil.rmtree(folder)
+    return None
+
+
+LOOKING_ONLY = ("output", "resume", "overwrite", "logging_steps", "save_steps", "save_total_limit", "gradient_checkpointing",
+                "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb")  # fmt: skip
+
+
+def run_record(args, chat: ChatFormat, revision, files: list[str], counts: dict) -> dict:
+    """What training_args.json says: enough to merge the adapter, and to do the run again."""
+    from importlib.metadata import version
+
+    knobs = {name: value for name, value in vars(args).items() if name not in ("on_cpu", "process", "processes")}
+    libraries = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "safetensors", "tokenizers")
+    return {
+        "chat_format": {"name": args.chat_format, **chat._asdict()},
+        "base": {"model": args.model if revision else os.path.abspath(args.model), "revision": revision},
+        "quantization": {"bnb_nf4": args.bnb_nf4, "bnb_dtype": args.bnb_dtype, "bnb_double_quant": args.bnb_nf4},
+        "args": knobs,
+        "data": {"sha256": {file: sha256(file) for file in files}, **counts},
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in libraries}},
+    }
+
+
+def check_same_run(old: dict, new: dict):
+    """Refuse to resume what is another run: name the fields that differ."""
+    flat = lambda record: {  # noqa: E731
+        **{f"data {file}": digest for file, digest in record["data"]["sha256"].items()},
+        **{f"base {key}": value for key, value in record["base"].items()},
+        **{f"--{k.replace('_', '-')}": v for k, v in record["args"].items() if k not in LOOKING_ONLY},
+    }
+    old, new = flat(old), flat(json.loads(json.dumps(new, default=str)))
+    different = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    if different:
+        raise InputError(
+            f"--resume: not the same run, these differ: {', '.join(different)}; restore them or --overwrite"
+        )
+
+
+# ---- The whole story -----------------------------------------------------------------------------
+
+
+def train(args):
+    stop = Stop()
+    files, eval_files = expand(args.train_files), expand(args.eval_files)
+    for _ in read_conversations(files + eval_files, args.input_format):
+        pass  # errors in the data show now, before anything slow is imported
+    lock = claim_output(args)
+    set_allocator(args)
+    quiet()
+    from transformers import set_seed
+
+    device = choose_device(args)
+    args.on_cpu = device.type == "cpu"
+    args.process, args.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    folder, revision = resolve_model(args.model)
+    config, tokenizer = load_config(args.model, folder), load_tokenizer(args.model, folder)
+    check_targets(skeleton(config), args.lora_target_modules)
+    chat = chat_format(args.chat_format, tokenizer)
+    tokenizer.chat_template = chat_template(chat)
+
+    train_rows, eval_rows, counts = make_rows(files, eval_files, args, Encoder(tokenizer, chat))
+    record = run_record(args, chat, revision, files + eval_files, counts)
+    checkpoint = None
+    if args.resume:
+        previous = json.loads((args.output / "training_args.json").read_text())
+        check_same_run(previous, record)
+        record["results"] = previous.get("results", {})
+        checkpoint = newest_checkpoint(args.output)
+        print(f"resume: from {checkpoint or 'the beginning, there is no checkpoint yet'}")
+    write_json(args.output / "training_args.json", record)
+
+    set_seed(args.seed)
+    model = load_base(args, folder, device)
+    check_head(model, config.vocab_size)
+    lose_on_trained_tokens(model)
+    model = add_lora(model, args, revision)
+    trainer = make_trainer(args, model, tokenizer, train_rows, eval_rows, stop)
+    results = record.setdefault("results", {})
+    if eval_rows and "eval_loss_before" not in results:
+        results["eval_loss_before"] = trainer.evaluate()["eval_loss"]
+        print(f"held-out loss before training: {results['eval_loss_before']:.4f}")
+        write_json(args.output / "training_args.json", record)
+
+    stop.gently = True
+    set_seed(args.seed)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.signal and trainer.state.global_step < trainer.state.max_steps:
+        print(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with:\n  {resume_command()}"
+        )
+        sys.exit(128 + stop.signal)
+    trainer.save_model(str(args.output))
+    config.save_pretrained(args.output)
+    results |= {"steps": trainer.state.global_step, "train_loss": trainer.state.log_history[-1].get("train_loss")}
+    if eval_rows:
+        results |= {
+            "eval_loss_after": trainer.state.best_metric,
+            "best_checkpoint": trainer.state.best_model_checkpoint,
+        }
+        print(f"held-out loss: {results['eval_loss_before']:.4f} -> {results['eval_loss_after']:.4f}")
+    write_json(args.output / "training_args.json", record)
+    print(f"adapter: {args.output}\nnext: python3 merge_lora.py --adapter {args.output}")
+    lock.close()
+
+
+def make_rows(files, eval_files, args, encode: Encoder):
+    """(train rows, eval rows or None, counts); stops where nothing would be trained."""
+    samples, warnings = prepare(files, args, encode)
+    digests = samples.with_format("numpy", columns=["digest"])[:]["digest"]
+    held_out = hold_out(digests, 0 if eval_files else args.eval_fraction, args.seed)
+    tokens, trained = column_lengths(samples)
+    for file, line, _, text in warnings[:20]:
+        print(f"{file}:{line}: {text}")
+    if len(warnings) > 20:
+        print(f"… and {len(warnings) - 20} more")
+
+    def rows(samples, chosen, lengths):
+        plan = pack(lengths[chosen], args.max_length, args.seed) if args.packing else [[i] for i in range(len(chosen))]
+        return Rows(samples, [chosen[row] for row in plan])
+
+    if not trained[~held_out].sum():
+        raise InputError(f"{', '.join(files)}: nothing to train on; no answer fits into --max-length {args.max_length}")
+    train_rows = rows(samples, np.flatnonzero(~held_out), tokens)
+    eval_rows = rows(samples, np.flatnonzero(held_out), tokens) if held_out.any() else None
+    if eval_files:
+        eval_samples, _ = prepare(eval_files, args, encode)
+        lengths, _ = column_lengths(eval_samples)
+        eval_rows = rows(eval_samples, np.arange(len(lengths)), lengths)
+    steps = -(-len(train_rows) // (args.train_batch_size * args.grad_accum * args.processes))
+    counts = {
+        "conversations": len(np.unique(digests)),
+        "held_out": len(np.unique(digests[held_out])),
+        "tokens": int(tokens[~held_out].sum()),
+        "trained_tokens": int(trained[~held_out].sum()),
+        "rows": len(train_rows),
+        "fill": round(float(tokens[~held_out].sum() / (len(train_rows) * args.max_length)), 4),
+        "steps_per_epoch": steps,
+    }
+    print(
+        f"data: {counts['conversations']:,} conversations, of which {counts['held_out']:,} held out; {counts['tokens']:,} tokens, "
+        f"{counts['trained_tokens'] / counts['tokens']:.0%} trained; {counts['rows']:,} rows, {counts['fill']:.1%} full; "
+        f"{steps:,} steps an epoch"
+    )
+    return train_rows, eval_rows, counts
+
+
+def resume_command() -> str:
+    import shlex
+
+    return shlex.join(["python3", *(arg for arg in sys.argv if arg not in ("--resume", "--overwrite")), "--resume"])
+
+
+def quiet():
+    """No library talks on a normal run; what matters we say ourselves."""
+    import logging
+    import warnings
+
+    from transformers.utils.logging import disable_progress_bar
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT 0.21 asks
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+
+
+def main():
+    args = parse_args()
+    try:
+        train(args)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
