@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from difflib import get_close_matches
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -56,7 +57,14 @@ FORMATS = {
 }
 
 
-def chat_format(name: str, tokenizer) -> ChatFormat:
+class Vocabulary(NamedTuple):
+    """What the data side needs of a tokenizer; transformers' fast tokenizers have both by these names."""
+
+    backend_tokenizer: object  # tokenizers.Tokenizer
+    eos_token: str | None
+
+
+def chat_format(name: str, tokenizer: Vocabulary) -> ChatFormat:
     """The format with this tokenizer's end token in it."""
     chat = ChatFormat(*(part.replace("{eos}", tokenizer.eos_token or "") for part in FORMATS[name]))
     if chat.eos_token not in special_tokens(tokenizer):
@@ -66,9 +74,10 @@ def chat_format(name: str, tokenizer) -> ChatFormat:
     return chat
 
 
-def special_tokens(tokenizer) -> dict[str, int]:
+def special_tokens(tokenizer: Vocabulary) -> dict[str, int]:
     """Control tokens by their text: what contents must never forge."""
-    return {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    return {token.content: i for i, token in added.items() if token.special}
 
 
 def chat_template(chat: ChatFormat) -> str:
@@ -173,6 +182,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         metavar="auto|all|none|N",
         help="layers that recompute their activations; auto: as many as the card needs",
     )
+    memory.add_argument("--compile", action=switch, default=False, help="compile the layers with torch.compile")
     memory.add_argument("--torch-memory-fraction", type=number(float, 0, 1, True), default=0.95, help="of the card")
     memory.add_argument("--cuda-alloc-expandable", action=switch, default=True, help="expandable_segments")
     memory.add_argument("--max-split-size-mb", type=number(int, 21), default=128, help="where not expandable")
@@ -182,10 +192,23 @@ def parse_args(argv=None) -> argparse.Namespace:
     looking.add_argument("--eval-steps", type=count, default=10, help="optimizer steps between evaluations")
     looking.add_argument("--save-steps", type=count, default=10, help="optimizer steps between checkpoints")
     looking.add_argument("--save-total-limit", type=count, default=5, help="checkpoints kept")
+    looking.add_argument(
+        "--early-stopping", type=count, metavar="N", help="stop after N evaluations without a better loss"
+    )
+    looking.add_argument("--sample-prompts", type=Path, help="file with one question a line; 'none' for none")
+    looking.add_argument("--report-to", nargs="+", default=["none"], help="trackers such as tensorboard or wandb")
+    looking.add_argument("--dry-run", action="store_true", help="look at the data and the memory plan, then end")
+    looking.add_argument(
+        "--preview", type=number(int, 0), default=0, metavar="N", help="show N rows with their mask, then end"
+    )
+    looking.add_argument("--json", type=Path, metavar="FILE", help="what --dry-run finds, for machines")
     looking.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    looking.add_argument("--force-resume", action="store_true", help="--resume although data or knobs have changed")
     looking.add_argument("--overwrite", action="store_true", help="throw away what --output holds")
     args = parser.parse_args(argv)
     args.lora_target_modules = [name.strip() for name in args.lora_target_modules.split(",") if name.strip()]
+    args.resume |= args.force_resume
+    args.dry_run |= bool(args.preview or args.json)
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     return args
@@ -257,6 +280,13 @@ def read_chatml(file: str, warn):
     """
     turns, opened = [], None  # opened: [role, line number, content lines, closed by <|im_end|>?]
 
+    def text(line, number):
+        if ESCAPED_TAG.match(line):
+            return line[1:]
+        if found := TAG.search(line):
+            warn(file, number, "tag", f"{found[0]} inside a turn is text, no tag")
+        return line
+
     def close():
         nonlocal opened
         if opened:
@@ -275,15 +305,16 @@ def read_chatml(file: str, warn):
             end = IM_END.search(line)
             if line.startswith("<|im_start|>"):
                 raise InputError(f"{file}:{opened[1]}: this turn is not closed; end it with <|im_end|>")
-            opened[2].append((line[: end.start()] if end else line).replace("\\<|im_end|>", "<|im_end|>"))
-            if end and line[end.end() :].strip():
+            line, rest = (line[: end.start()], line[end.end() :]) if end else (line, "")
+            opened[2].append(text(line.replace("\\<|im_end|>", "<|im_end|>"), number))
+            if rest.strip():
                 raise InputError(f"{file}:{number}: text after <|im_end|>; put it inside a turn")
             if end:
                 close()
             continue
         tag = TAG.match(line)
         if not tag and opened:
-            opened[2].append(line[1:] if ESCAPED_TAG.match(line) else line)
+            opened[2].append(text(line, number))
         elif not tag and line.strip():
             raise InputError(f"{file}:{number}: text outside of a turn; begin with a tag such as <|user|>")
         if not tag:
@@ -302,7 +333,7 @@ def read_chatml(file: str, warn):
         if role == "system":
             yield from flush()
         close()
-        opened = [role, number, [] if name == "im_start" else [rest], name == "im_start"]
+        opened = [role, number, [] if name == "im_start" else [text(rest, number)], name == "im_start"]
     if opened and opened[3]:
         raise InputError(f"{file}:{opened[1]}: this turn is not closed; end it with <|im_end|>")
     yield from flush()
@@ -357,6 +388,8 @@ def read_messages(file: str, warn):
                 raise InputError(f"{place}: the content of a {role} message is no text; only text can be trained on")
             if re.search("[\ud800-\udfff]", content):
                 raise InputError(f"{place}: a lone surrogate in a {role} message; repair the text's encoding")
+            if found := TAG.search(content):
+                warn(file, number, "tag", f"{found[0]} inside a turn is text, no tag")
             turns.append(Turn(SHAREGPT[role], content.strip(), number))
         yield checked(turns, file, warn, start=number)
 
@@ -416,17 +449,16 @@ class Encoder:
 
     A runtime encodes the text between two special tokens as one string; so do we, and the answer
     apart from its prompt: then the prompt's ids are a prefix of the training ids. Special tokens
-    come from the format alone: contents are encoded with split_special_tokens, so that a user's
+    come from the format alone: contents are encoded with encode_special_tokens, so that a user's
     `<|eot_id|>` stays text.
     """
 
-    def __init__(self, tokenizer, chat: ChatFormat):
-        self.tokenizer, self.chat = tokenizer, chat
+    def __init__(self, tokenizer: Vocabulary, chat: ChatFormat):
+        self.tokenizer, self.chat = tokenizer.backend_tokenizer, chat
         self.special_ids = special_tokens(tokenizer)
         longest_first = sorted(self.special_ids, key=len, reverse=True)
         self.special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-        ids = tokenizer("").input_ids
-        self.start = ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+        self.start = self.tokenizer.encode("").ids[:1]  # BOS, where this tokenizer begins with one
 
     def pieces(self, turns: list[Turn]):
         """Yield (text or special token's id, trained?) of a conversation."""
@@ -459,21 +491,19 @@ class Encoder:
             yield text, False
 
     def __call__(self, conversations: list[list[Turn]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(input_ids, labels) of each conversation; one call of the tokenizer for all texts."""
+        """(input_ids, labels), int32 [T] each, of each conversation; one call of the tokenizer for all."""
         pieces = [list(self.pieces(turns)) for turns in conversations]
         texts = [text for parts in pieces for text, _ in parts if isinstance(text, str)]
-        encoded = iter(
-            self.tokenizer(
-                texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-            ).input_ids
-            if texts
-            else []
-        )
+        self.tokenizer.encode_special_tokens = True
+        try:
+            encoded = iter(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        finally:
+            self.tokenizer.encode_special_tokens = False  # it is transformers' tokenizer too
         result = []
         for parts in pieces:
             input_ids, labels = list(self.start), [IGNORE] * len(self.start)
             for piece, trained in parts:
-                ids = next(encoded) if isinstance(piece, str) else [piece]
+                ids = next(encoded).ids if isinstance(piece, str) else [piece]
                 input_ids += ids
                 labels += ids if trained else [IGNORE] * len(ids)
             result.append((np.array(input_ids, np.int32), np.array(labels, np.int32)))
@@ -533,7 +563,7 @@ def encode_conversations(conversations, encode: Encoder, max_length: int, overlo
                 parts, lost = split_conversation(turns, encode, max_length)
                 samples += [Sample(*part, *origin) for part in parts]
                 if parts:
-                    warn(file, line, "overlong", f"{len(ids)} tokens: continued in {len(parts)} parts")
+                    warn(file, line, "overlong", f"{len(ids):,} tokens: split into {len(parts)}")
                 for turn in lost:
                     warn(file, turn.line, "overlong", "dropped: this exchange alone is longer than a row")
         yield samples
@@ -564,7 +594,7 @@ def prepare(files: list[str], args, encode: Encoder):
     """
     import datasets
 
-    tokenizer = encode.tokenizer.backend_tokenizer.to_str()
+    tokenizer = encode.tokenizer.to_str()
     parts = [Path(__file__).read_text(), tokenizer, encode.chat, args.input_format, args.max_length, args.overlong]
     key = hashlib.sha256(repr([*parts, *((file, sha256(file)) for file in files)]).encode()).hexdigest()[:32]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "dolores_sft" / key
@@ -583,8 +613,7 @@ def prepare(files: list[str], args, encode: Encoder):
                 partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    samples = datasets.Dataset.from_file(str(folder / "samples.arrow")).with_format("numpy")
-    return samples, json.loads((folder / "warnings.json").read_text())
+    return datasets.Dataset.from_file(str(folder / "samples.arrow")), json.loads((folder / "warnings.json").read_text())
 
 
 def write_arrow(batches, file: Path):
@@ -609,15 +638,15 @@ def write_arrow(batches, file: Path):
             stream.write_batch(pa.record_batch(arrays, schema))
 
 
-def column_lengths(samples) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, trained tokens) of each sample: int64 [N] each, straight from the mapped file."""
-    tokens, trained = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+def measure(samples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(digest, tokens, trained tokens) of each sample: int64 [N] each, straight from the mapped file."""
+    columns = [(np.zeros(0, np.int64),) * 3]
     for batch in samples.with_format("arrow").iter(10_000):
         labels = batch["labels"].combine_chunks()
         ends = labels.offsets.to_numpy()
-        tokens.append(np.diff(ends))
-        trained.append(np.diff(np.cumsum(np.append(0, labels.values.to_numpy() != IGNORE))[ends]))
-    return np.concatenate(tokens), np.concatenate(trained)
+        trained = np.cumsum(np.append(0, labels.values.to_numpy() != IGNORE))
+        columns.append((batch["digest"].to_numpy(), np.diff(ends), np.diff(trained[ends])))
+    return tuple(map(np.concatenate, zip(*columns, strict=True)))
 
 
 def hold_out(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -657,7 +686,7 @@ class Rows:
     """A sequence of rows, each assembled when asked for: the samples of one row, from disk."""
 
     def __init__(self, samples, plan: list[np.ndarray]):
-        self.samples, self.plan = samples, plan
+        self.samples, self.plan = samples.with_format("numpy"), plan
 
     def __len__(self):
         return len(self.plan)
@@ -693,6 +722,156 @@ def collate(rows: list[dict]) -> dict:
     }
 
 
+# ---- Looking -------------------------------------------------------------------------------------
+
+MOJIBAKE = re.compile("Ã[\u0080-\u00bf©¨ª«´§¹]|â€|Â[«»°\u00a0]|\ufffd")
+LONG_TURN = 20_000  # characters
+
+
+def survey(files: list[str], input_format: str) -> dict:
+    """Read everything once: counts and warnings [file, line, kind, text]; raises on what is wrong."""
+    turns, exchanges, seen, warnings, conversations, characters = Counter(), Counter(), {}, [], 0, 0
+
+    def warn(*warning):
+        warnings.append(warning)
+
+    for conversation in read_conversations(files, input_format, warn):
+        conversations += 1
+        exchanges[sum(turn.role == "assistant" for turn in conversation.turns)] += 1
+        place = f"{conversation.file}:{conversation.line}"
+        first = seen.setdefault(digest(conversation.turns), place)
+        if first != place:
+            warn(conversation.file, conversation.line, "duplicate", f"the same conversation as {first}")
+        for role, content, line in conversation.turns:
+            turns[role] += 1
+            characters += len(content)
+            if found := MOJIBAKE.search(content):
+                warn(conversation.file, line, "mojibake", f"{found[0]!r} looks like text decoded wrongly")
+            if len(content) > LONG_TURN:
+                warn(conversation.file, line, "long", f"a turn of {len(content):,} characters")
+    return {
+        "files": files,
+        "conversations": conversations,
+        "turns": dict(turns),
+        "exchanges": dict(sorted(exchanges.items())),
+        "characters": characters,
+        "warnings": warnings,
+    }
+
+
+def print_survey(found: dict, shown=5):
+    turns, exchanges = found["turns"], found["exchanges"]
+    grouped = Counter(
+        "1" if n == 1 else "2" if n == 2 else "3-8" if n <= 8 else "9+" for n in Counter(exchanges).elements()
+    )
+    say("files", ", ".join(found["files"]))
+    say("data", f"{found['conversations']:,} conversations, {found['characters']:,} characters")
+    say("turns", ", ".join(f"{turns.get(role, 0):,} {role}" for role in ROLES))
+    say("exchanges", ", ".join(f"{grouped[key]:,} with {key}" for key in ("1", "2", "3-8", "9+") if grouped[key]))
+    print_warnings(found["warnings"], shown)
+
+
+def print_warnings(warnings: list, shown=5):
+    """Each kind with its count and its first places."""
+    for kind, count in Counter(kind for _, _, kind, _ in warnings).items():
+        say("warning", f"{count:,} x {kind}")
+        places = [f"  {file}:{line}: {text}" for file, line, k, text in warnings if k == kind]
+        print("\n".join([*places[:shown], *([f"  … and {count - shown:,} more"] if count > shown else [])]))
+
+
+def say(name: str, text: str):
+    """One aligned line for people."""
+    print(f"{name:<10} {text}", flush=True)
+
+
+def print_tokens(counts: dict, lengths: np.ndarray, args):
+    """Tokens, lengths, rows and steps; and what to change where the steps are too few to learn from."""
+    say("tokens", f"{counts['tokens']:,}, of which {counts['trained_tokens'] / counts['tokens']:.0%} trained; "
+        f"{counts['held_out']:,} conversations held out")  # fmt: skip
+    bins = np.histogram(lengths, bins=8, range=(0, args.max_length))
+    for count, low, high in zip(bins[0], bins[1], bins[1][1:], strict=False):
+        print(f"  {low:>7.0f} to {high:<7.0f}{count:>7,}  {'█' * round(40 * count / max(bins[0]))}")
+    say("rows", f"{counts['rows']:,} of at most {args.max_length:,} tokens, {counts['fill']:.1%} full")
+    steps = counts["steps"]
+    say("steps", f"{steps:,} optimizer steps ({args.epochs:g} epochs, {counts['rows_per_step']} rows each)")
+    if steps < 30:
+        rows = counts["rows"] * args.epochs / args.train_batch_size
+        accum = max(1, min(args.grad_accum, int(rows // 30)))
+        epochs = args.epochs * max(1, -(-30 * accum // max(1, int(rows))))
+        say(
+            "warning",
+            f"few steps: --grad-accum {accum} --epochs {epochs:g} would make {int(rows * epochs / args.epochs // accum)}",
+        )
+
+
+def preview(rows: Rows, count: int, decode):
+    """Print rows with trained tokens in colour, or between ⟦ ⟧ where colour is not wanted."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    on, off = ("\033[30;42m", "\033[0m") if colour else ("⟦", "⟧")
+    for number in range(min(count, len(rows))):
+        row = rows[number]
+        print(f"=== row {number + 1}: {sum(map(len, row['input_ids'])):,} tokens")
+        for ids, labels, file, line in zip(*(row[key] for key in ("input_ids", "labels", "file", "line")), strict=True):
+            print(f"--- {file}:{line}: {len(ids):,} tokens, {(labels != IGNORE).sum():,} trained")
+            edges = [0, *(np.flatnonzero(np.diff(labels != IGNORE)) + 1), len(ids)]
+            for begin, end in pairwise(edges):
+                text = decode(ids[begin:end].tolist())
+                print(f"{on}{text}{off}" if labels[begin] != IGNORE else text, end="")
+            print()
+
+
+def memory_plan(config: dict, args, tokens: int, trained_share: float, free_layers=0) -> dict[str, float]:
+    """GiB that one step needs on a GPU, from the config alone; `free_layers` are not checkpointed.
+
+    h hidden, f intermediate, kv key-value width, T tokens of a batch. The counts of what a layer
+    keeps for backward are those of transformers' Llama with our attention and LoRA forward.
+    """
+    h, f, layers, vocabulary = (
+        config[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    )
+    heads = config["num_attention_heads"]
+    kv = config.get("num_key_value_heads", heads) * (config.get("head_dim") or h // heads)
+    shapes = {"q_proj": (h, h), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (h, h),
+              "gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}  # fmt: skip
+    projections = layers * sum(i * o for i, o in shapes.values())
+    lora = layers * args.lora_r * sum(sum(shapes[name]) for name in args.lora_target_modules if name in shapes)
+    size = 2 if args.bf16 else 4
+    dropout = 12 * h + f if args.lora_dropout else 0  # a dropped copy and a mask for each adapter
+    kept = (8 * f + 14 * h + 4 * kv + dropout) * size // 2 + 8 * h  # norms keep float32
+    parts = {
+        "base weights": projections * (0.5 + (1 + 4 / 256) / 64) if args.bnb_nf4 else projections * size,
+        "embedding and head": vocabulary * h * size * (1 if config.get("tie_word_embeddings") else 2),
+        "LoRA, float32": lora * 4,
+        "its gradients": lora * 4,
+        "optimizer state": lora * (2 if "8bit" in args.optim else 8),
+        "activations": tokens * ((layers - free_layers) * h * size + max(free_layers, 1) * kept),
+        "backward": tokens * f * 4 * size + 2 * h * f * size,
+        "loss": min(trained_share * tokens, chunk_rows(vocabulary)) * vocabulary * (12 + 2 * size),
+        "CUDA context": 0.7 * 2**30,
+    }
+    return {name: amount / 2**30 for name, amount in parts.items()}
+
+
+def print_memory_plan(config: dict, args, counts: dict, capacity: float, card: str):
+    """The plan as a table for this card (GiB), and what to change where it does not fit."""
+    tokens, share = args.max_length * args.train_batch_size, counts["trained_tokens"] / counts["tokens"]
+    mode, layers = args.gradient_checkpointing, config["num_hidden_layers"]
+    free = {"all": 0, "auto": 0, "none": layers}.get(mode, layers - mode if isinstance(mode, int) else 0)
+    plan = memory_plan(config, args, tokens, share, free)
+    say(
+        "memory",
+        f"GiB for rows of {args.max_length:,} x {args.train_batch_size}, {layers - free} of {layers} layers checkpointed",
+    )
+    for name, amount in plan.items():
+        print(f"  {name:<20} {amount:6.2f}")
+    need, limit = sum(plan.values()), capacity * args.torch_memory_fraction
+    remedy = ("--bnb-nf4" if not args.bnb_nf4 else "--train-batch-size 1" if args.train_batch_size > 1
+              else "--gradient-checkpointing all" if free else f"--max-length {args.max_length // 2}")  # fmt: skip
+    verdict = "fits" if need <= limit else f"does not fit: {remedy} needs less"
+    say("memory", f"{need:.1f} of {limit:.1f} GiB ({args.torch_memory_fraction:.0%} of {card}): {verdict}")
+    return {**plan, "total": need, "limit": limit}
+
+
 # ---- Model ---------------------------------------------------------------------------------------
 
 
@@ -723,6 +902,29 @@ def resolve_model(name: str) -> tuple[str, str | None]:
             f"--model {name}: not in the local cache and no way to the Hub; go online or give a local folder"
         ) from None
     return folder, os.path.basename(folder)
+
+
+def cached_model(name: str) -> str | None:
+    """The folder of a Hub model in the local cache, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "tokenizer.json") if name.count("/") == 1 else None
+    return os.path.dirname(found) if isinstance(found, str) else None
+
+
+def local_vocabulary(args, folder: str) -> tuple[Vocabulary, ChatFormat]:
+    """The tokenizer of a local folder without transformers, and the chat format with its end token."""
+    from tokenizers import Tokenizer
+
+    try:
+        backend = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+        eos = json.loads((Path(folder) / "tokenizer_config.json").read_text())["eos_token"]
+    except Exception as error:  # the Rust side raises plain Exception
+        raise InputError(
+            f"--model {folder}: no tokenizer that loads ({first_line(error)}); complete the folder"
+        ) from None
+    tokenizer = Vocabulary(backend, eos if isinstance(eos, str) else eos["content"])
+    return tokenizer, chat_format(args.chat_format, tokenizer)
 
 
 def load_config(name: str, folder: str):
@@ -897,7 +1099,12 @@ def packed_attention() -> str:
     return "packed"
 
 
-def chunked_cross_entropy(hidden, head, targets, rows=1024):
+def chunk_rows(vocabulary: int) -> int:
+    """Rows of logits at once: about 2^25 numbers, 0.5 GiB with all that the loss makes of them."""
+    return max(1, 2**25 // vocabulary)
+
+
+def chunked_cross_entropy(hidden, head, targets, rows):
     """Sum of the cross-entropies of head(hidden) and targets: [N, h], [N] -> scalar, float32.
 
     The head is frozen, so the gradient of `hidden` is all that backward needs: it is computed
@@ -944,7 +1151,7 @@ def lose_on_trained_tokens(model):
         if shift_labels is None:
             return whole_forward(*args, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         hidden = decoder(*args, **kwargs).last_hidden_state[0].index_select(0, logits_to_keep)
-        total = chunked_cross_entropy(hidden, head, shift_labels[0])
+        total = chunked_cross_entropy(hidden, head, shift_labels[0], chunk_rows(model.config.vocab_size))
         return CausalLMOutput(loss=total / (shift_labels.numel() if num_items_in_batch is None else num_items_in_batch))
 
     model.forward = forward
@@ -962,6 +1169,59 @@ def check_head(model, vocabulary: int):
         raise InputError("--model: its logits are more than a linear head's; this program trains Llama-like models")
 
 
+def checkpoint_layers(layers, free: int):
+    """Recompute all layers but the last `free`: those are the first that backward lets go."""
+    for i, layer in enumerate(layers):
+        layer.gradient_checkpointing = i < len(layers) - free
+
+
+def free_layers(layers, peak, limit: float, probe=2) -> int:
+    """How many layers may keep their activations below `limit` bytes; peak() does one step, returns bytes."""
+    checkpoint_layers(layers, 0)
+    least = peak()
+    checkpoint_layers(layers, probe)
+    each = max(1.0, (peak() - least) / probe)
+    return max(0, min(len(layers), int((limit - least) // each)))
+
+
+def plan_checkpointing(model, rows: Rows, args):
+    """Checkpoint only the layers that must be: each other one saves a thirtieth of a third of the time."""
+    import torch
+
+    base = model.get_base_model()
+    layers, mode = base.get_decoder().layers, args.gradient_checkpointing
+    base.activation_checkpointing_enable({"use_reentrant": False})
+    if mode == "auto" and model.device.type == "cuda":
+        row = max(range(min(len(rows), 200)), key=lambda i: sum(map(len, rows.samples[rows.plan[i]]["input_ids"])))
+        batch = collate([rows[row]] * args.train_batch_size)
+
+        def peak():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            inputs = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items() if k != "documents"}
+            model.train()(**inputs).loss.backward()
+            return torch.cuda.max_memory_reserved()
+
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = torch.cuda.get_device_properties(model.device).total_memory
+        limit = 0.95 * args.torch_memory_fraction * total - trained * (2 if "8bit" in args.optim else 8)
+        free = free_layers(layers, peak, limit)
+        model.zero_grad()
+        torch.cuda.empty_cache()
+    else:
+        free = {"all": 0, "none": len(layers), "auto": len(layers)}.get(
+            mode, max(0, len(layers) - mode) if isinstance(mode, int) else 0
+        )
+    checkpoint_layers(layers, free)
+    say(
+        "memory",
+        f"{len(layers) - free} of {len(layers)} layers recompute their activations (--gradient-checkpointing {mode})",
+    )
+    if args.compile:
+        for layer in layers:
+            layer.compile()
+
+
 # ---- Training ------------------------------------------------------------------------------------
 
 
@@ -969,7 +1229,7 @@ def set_allocator(args):
     """Set CUDA's allocator; torch reads the variable when it is imported, so this comes before."""
     set_already = next((v for v in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if v in os.environ), None)
     if set_already:
-        print(f"allocator: {set_already}={os.environ[set_already]} from the environment is kept")
+        say("allocator", f"{set_already}={os.environ[set_already]} from the environment is kept")
     elif args.cuda_alloc_expandable:
         # Together the two block the reuse of freed segments: 220 MiB reserved become 14,060 (pytorch #193400).
         print(
@@ -985,14 +1245,14 @@ def choose_device(args):
     import torch
 
     if not torch.cuda.is_available():
-        print("device: CPU; no CUDA here, so --torch-memory-fraction and the allocator's settings have no effect")
+        say("device", "CPU: --torch-memory-fraction and the allocator's settings need CUDA and change nothing here")
         if args.bf16 and not torch.cpu._is_avx512_bf16_supported():
             print(
                 "device: this CPU has no bfloat16 arithmetic; --no-bf16 --bnb-dtype float32 is about ten times faster"
             )
         if args.optim.startswith("paged_"):
             args.optim = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}[args.optim]
-            print(f"device: paged optimizer state needs CUDA; {args.optim} does the same arithmetic unpaged")
+            say("device", f"paged optimizer state needs CUDA: {args.optim} does the same arithmetic unpaged")
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
@@ -1014,7 +1274,7 @@ def claim_output(args):
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {folder}: is a file; name a folder")
     used = folder.exists() and any(entry.name != ".lock" for entry in folder.iterdir())
-    if args.resume and not (folder / "training_args.json").is_file():
+    if args.resume and not (folder / RECORD).is_file():
         raise InputError(f"--resume: no run in {folder}; start it without --resume")
     if used and not (args.resume or args.overwrite):
         raise InputError(
@@ -1049,6 +1309,7 @@ class Stop:
 
 
 def training_arguments(args, evaluating: bool):
+    import torch
     from transformers import TrainingArguments
 
     return TrainingArguments(
@@ -1073,13 +1334,13 @@ def training_arguments(args, evaluating: bool):
         metric_for_best_model="eval_loss" if evaluating else None,
         remove_unused_columns=False,
         disable_tqdm=True,
-        report_to=[],
+        report_to=args.report_to,
         ddp_find_unused_parameters=False,
-        use_cpu=args.on_cpu,
+        use_cpu=not torch.cuda.is_available(),
     )
 
 
-def make_trainer(args, model, tokenizer, train_rows, eval_rows, stop: Stop):
+def make_trainer(args, model, tokenizer, train_rows, eval_rows, prompts: list[str], stop: Stop):
     """A Hugging Face Trainer with exact evaluation, whole checkpoints and a word for what went wrong."""
     import torch
     import transformers
@@ -1125,6 +1386,10 @@ def make_trainer(args, model, tokenizer, train_rows, eval_rows, stop: Stop):
                     loss = self.model(**self._prepare_inputs(inputs)).loss
                 total += torch.stack([loss.double() * count, torch.tensor(count, device=loss.device)])
             loss, count = self.accelerator.reduce(total, "sum").tolist()
+            if prompts and self.is_in_train and not args.process:
+                write_samples(
+                    args.output / "samples.md", self.state.global_step, prompts, answers(self.model, tokenizer, prompts)
+                )
             return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss / count}, len(self.eval_dataset))
 
         def _save_checkpoint(self, model, trial):
@@ -1144,14 +1409,15 @@ def make_trainer(args, model, tokenizer, train_rows, eval_rows, stop: Stop):
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        callbacks=[progress_callback(stop)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.callback_handler.callbacks[-1].trainer = trainer
+    trainer.add_callback(progress_callback(trainer, stop))
+    if args.early_stopping and eval_rows:
+        trainer.add_callback(transformers.EarlyStoppingCallback(args.early_stopping))
     return trainer
 
 
-def progress_callback(stop: Stop):
+def progress_callback(trainer, stop: Stop):
     """One line a logging step, a bar where there is a terminal, and the end of the step on a signal."""
     from tqdm import tqdm
     from transformers import TrainerCallback
@@ -1159,7 +1425,7 @@ def progress_callback(stop: Stop):
     class Progress(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None, leave=False)
-            self.began, self.first, self.tokens = time.monotonic(), state.global_step, self.trainer.tokens
+            self.began, self.first, self.tokens = time.monotonic(), state.global_step, trainer.tokens
 
         def on_step_end(self, args, state, control, **kwargs):
             self.bar.update()
@@ -1175,7 +1441,7 @@ def progress_callback(stop: Stop):
                 self.bar.write(
                     f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.4f}  "
                     f"grad {logs['grad_norm']:.3f}  lr {logs['learning_rate']:.2e}  "
-                    f"{(self.trainer.tokens - self.tokens) / spent:,.0f} tok/s  {duration(left)} left",
+                    f"{(trainer.tokens - self.tokens) / spent:,.0f} tok/s  {duration(left)} left",
                     file=sys.stdout,
                 )
             elif "eval_loss" in logs:
@@ -1197,7 +1463,15 @@ def duration(seconds: float) -> str:
 
 # ---- Checkpoints and the run's record ------------------------------------------------------------
 
+RECORD = "training_args.json"  # the run's record, and the contract with merge_lora.py
 COMPLETE = "complete.json"  # written last into a checkpoint: its files and their sha256
+
+
+def write_samples(file: Path, step: int, prompts: list[str], texts: list[str]):
+    """Add the answers of one evaluation to samples.md."""
+    with open(file, "a", encoding="utf-8") as samples:
+        for prompt, text in zip(prompts, texts, strict=True):
+            samples.write(f"## Step {step}: {prompt}\n\n{text}\n\n")
 
 
 def write_json(file: Path, content):
@@ -1218,20 +1492,21 @@ def newest_checkpoint(output: Path) -> str | None:
             damaged = getattr(error, "filename", None) or COMPLETE
         if not damaged:
             return str(folder)
-        print(f"resume: {folder} is damaged ({os.path.basename(damaged)}): removed, the one before is taken")
+        say("resume", f"{folder} is damaged ({os.path.basename(damaged)}): removed, the one before is taken")
         shutil.rmtree(folder)
     return None
 
 
-LOOKING_ONLY = ("output", "resume", "overwrite", "logging_steps", "save_steps", "save_total_limit", "gradient_checkpointing",
-                "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb")  # fmt: skip
+LOOKING_ONLY = {"output", "resume", "force_resume", "overwrite", "logging_steps", "save_steps", "save_total_limit",
+                "gradient_checkpointing", "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb",
+                "report_to", "sample_prompts", "dry_run", "preview", "json"}  # fmt: skip
 
 
 def run_record(args, chat: ChatFormat, revision, files: list[str], counts: dict) -> dict:
     """What training_args.json says: enough to merge the adapter, and to do the run again."""
     from importlib.metadata import version
 
-    knobs = {name: value for name, value in vars(args).items() if name not in ("on_cpu", "process", "processes")}
+    knobs = {name: value for name, value in vars(args).items() if name not in ("process", "processes")}
     libraries = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "safetensors", "tokenizers")
     return {
         "chat_format": {"name": args.chat_format, **chat._asdict()},
@@ -1258,112 +1533,284 @@ def check_same_run(old: dict, new: dict):
         )
 
 
+# ---- Report --------------------------------------------------------------------------------------
+
+PROMPTS = (
+    "Qui es-tu ?",
+    "Comment distinguer ce que je sais de ce que je crois ?",
+    "Je n'arrive pas à dormir. À quoi bon insister ?",
+)
+
+
+def sample_prompts(file: Path | None) -> list[str]:
+    """The questions answered before training and at each evaluation."""
+    if file is None or str(file) == "none":
+        return [] if file else list(PROMPTS)
+    if not file.is_file():
+        raise InputError(f"--sample-prompts {file}: no such file; write one question a line, or give none")
+    return [line.strip() for _, line in numbered_lines(str(file)) if line.strip()]
+
+
+def answers(model, tokenizer, prompts: list[str], max_new_tokens=80) -> list[str]:
+    """Greedy answers, one question at a time: no padding, so the packed attention serves here too."""
+    from transformers import GenerationConfig
+
+    ends = model.generation_config.eos_token_id
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=[
+            tokenizer.eos_token_id,
+            *(ends if isinstance(ends, list) else [ends] if ends is not None else []),
+        ],
+        pad_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    model.eval()
+    texts = []
+    for prompt in prompts:
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+        ids = tokenizer(chat, return_tensors="pt").input_ids.to(model.device)  # adds BOS where the model has one
+        output = model.generate(ids, generation_config=greedy, use_cache=True)
+        texts.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    return texts
+
+
+def plot_losses(history: list[dict], tokens_per_step: float, before: float | None, file: Path):
+    """Training and held-out loss against tokens seen, the learning rate under them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    logs = [log for log in history if "loss" in log]
+    held_out = [(log["step"], log["eval_loss"]) for log in history if "eval_loss" in log]
+    held_out = ([(0, before)] if before is not None else []) + held_out
+    figure, (loss, rate) = pyplot.subplots(2, sharex=True, height_ratios=(3, 1), figsize=(7, 4.5), layout="constrained")
+    loss.plot([log["step"] * tokens_per_step for log in logs], [log["loss"] for log in logs], lw=1, label="training")
+    if held_out:
+        steps, values = zip(*held_out, strict=True)
+        loss.plot([step * tokens_per_step for step in steps], values, marker="o", ms=4, label="held out")
+    loss.set_ylabel("loss (nats per token)")
+    loss.legend(frameon=False)
+    loss.grid(alpha=0.3)
+    rate.plot(
+        [log["step"] * tokens_per_step for log in logs], [log["learning_rate"] for log in logs], lw=1, color="grey"
+    )
+    rate.set_ylabel("learning rate")
+    rate.set_xlabel("tokens seen")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rate.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def write_card(args, record: dict, samples: list[tuple[str, list[str]]], prompts: list[str], file: Path):
+    """The adapter's README.md: a model card with what was done, measured and said."""
+    from huggingface_hub import ModelCardData
+
+    base, data, results = record["base"], record["data"], record["results"]
+    hub = {"base_model": base["model"]} if base["revision"] else {}
+    card = ModelCardData(
+        language="fr", library_name="peft", pipeline_tag="text-generation", tags=["lora", "sft", "dolores"], **hub
+    )
+    lines = ["---", card.to_yaml().strip(), "---", "# Dolores v5", ""]
+    lines += [
+        f"LoRA adapter for `{base['model']}`" + (f" at revision `{base['revision']}`" if base["revision"] else ""),
+        "",
+    ]
+    lines += ["![Loss](loss.png)", "", "| | |", "|---|---|"]
+    rows = {
+        "conversations": f"{data['conversations']:,}, of which {data['held_out']:,} held out",
+        "tokens an epoch": f"{data['tokens']:,}, {data['trained_tokens']:,} of them trained",
+        "optimizer steps": f"{results['steps']:,}",
+        "chat format": record["chat_format"]["name"],
+    }
+    if "eval_loss_before" in results:
+        rows["held-out loss"] = f"{results['eval_loss_before']:.4f} → {results['eval_loss_after']:.4f}"
+        rows["held-out perplexity"] = (
+            f"{np.exp(results['eval_loss_before']):.2f} → {np.exp(results['eval_loss_after']):.2f}"
+        )
+        rows["adapter from"] = f"step {results['best_step']}, the best by held-out loss"
+    rows |= {f"`{name}`": f"sha256 `{value[:16]}…`" for name, value in data["sha256"].items()}
+    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    if prompts and samples:
+        lines += ["", "## Before and after"]
+        for i, prompt in enumerate(prompts):
+            lines += ["", f"**{prompt}**"]
+            for when, texts in (samples[0], samples[-1]):
+                lines += ["", f"*{when}*", "", *(f"> {line}" for line in texts[i].split("\n"))]
+    knobs = " ".join(f"{name}={value}" for name, value in record["args"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    lines += ["", "## Merge and run", "", "```bash", f"python3 merge_lora.py --adapter {args.output} --output dolores_v5_full",
+              "ollama create dolores-v5 -f dolores_v5_full/Modelfile", "ollama run dolores-v5", "```", "",
+              "## Reproduce", "", f"Knobs: {knobs}", "", f"Versions: {versions}", "",
+              "The licence of the base model binds this adapter and what is merged from it."]  # fmt: skip
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 # ---- The whole story -----------------------------------------------------------------------------
+
+
+def look(args):
+    """--dry-run: what the data is, what a step needs, and what it will train on; no torch."""
+    files, eval_files = expand(args.train_files), expand(args.eval_files)
+    found = survey(files + eval_files, args.input_format)
+    print_survey(found)
+    folder = args.model if os.path.isdir(args.model) else cached_model(args.model)
+    if folder:
+        encode = Encoder(*local_vocabulary(args, folder))
+        train_rows, _, counts, lengths, warnings = make_rows(files, eval_files, args, encode)
+        print_tokens(counts, lengths, args)
+        print_warnings(warnings)
+        config = json.loads((Path(folder) / "config.json").read_text())
+        plan = print_memory_plan(config, args, counts, capacity=24, card="a 24 GiB card")
+        found |= counts | {"memory_gib": plan, "warnings": found["warnings"] + warnings}
+        preview(train_rows, args.preview, lambda ids: encode.tokenizer.decode(ids, skip_special_tokens=False))
+    else:
+        say("tokens", f"{args.model} is not on this machine yet; its tokenizer would tell tokens, rows and steps")
+    if args.json:
+        write_json(
+            args.json,
+            {
+                **found,
+                "warnings": [dict(zip(("file", "line", "kind", "text"), w, strict=True)) for w in found["warnings"]],
+            },
+        )
 
 
 def train(args):
     stop = Stop()
-    files, eval_files = expand(args.train_files), expand(args.eval_files)
-    for _ in read_conversations(files + eval_files, args.input_format):
-        pass  # errors in the data show now, before anything slow is imported
+    files, eval_files, prompts = expand(args.train_files), expand(args.eval_files), sample_prompts(args.sample_prompts)
+    found = survey(files + eval_files, args.input_format)  # errors in the data show now, before slow imports
     lock = claim_output(args)
     set_allocator(args)
     quiet()
     from transformers import set_seed
 
     device = choose_device(args)
-    args.on_cpu = device.type == "cpu"
-    args.process, args.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder, revision = resolve_model(args.model)
     config, tokenizer = load_config(args.model, folder), load_tokenizer(args.model, folder)
     check_targets(skeleton(config), args.lora_target_modules)
     chat = chat_format(args.chat_format, tokenizer)
     tokenizer.chat_template = chat_template(chat)
 
-    train_rows, eval_rows, counts = make_rows(files, eval_files, args, Encoder(tokenizer, chat))
+    print_survey(found)
+    train_rows, eval_rows, counts, lengths, warnings = make_rows(files, eval_files, args, Encoder(tokenizer, chat))
+    print_tokens(counts, lengths, args)
+    print_warnings(warnings)
+    if eval_rows and args.save_steps % args.eval_steps:
+        raise InputError(
+            f"--save-steps {args.save_steps}: must be a multiple of --eval-steps {args.eval_steps}, so that the best can be kept"
+        )
+    if device.type == "cuda":
+        import torch
+
+        card = torch.cuda.get_device_properties(device)
+        print_memory_plan(config.to_dict(), args, counts, card.total_memory / 2**30, card.name)
     record = run_record(args, chat, revision, files + eval_files, counts)
-    checkpoint = None
-    if args.resume:
-        previous = json.loads((args.output / "training_args.json").read_text())
-        check_same_run(previous, record)
-        record["results"] = previous.get("results", {})
-        checkpoint = newest_checkpoint(args.output)
-        print(f"resume: from {checkpoint or 'the beginning, there is no checkpoint yet'}")
-    write_json(args.output / "training_args.json", record)
+    checkpoint = resume_point(args, record) if args.resume else None
 
     set_seed(args.seed)
     model = load_base(args, folder, device)
     check_head(model, config.vocab_size)
     lose_on_trained_tokens(model)
     model = add_lora(model, args, revision)
-    trainer = make_trainer(args, model, tokenizer, train_rows, eval_rows, stop)
+    plan_checkpointing(model, train_rows, args)
+    trainer = make_trainer(args, model, tokenizer, train_rows, eval_rows, prompts, stop)
     results = record.setdefault("results", {})
-    if eval_rows and "eval_loss_before" not in results:
-        results["eval_loss_before"] = trainer.evaluate()["eval_loss"]
-        print(f"held-out loss before training: {results['eval_loss_before']:.4f}")
-        write_json(args.output / "training_args.json", record)
+    if not results:
+        if eval_rows:
+            results["eval_loss_before"] = trainer.evaluate()["eval_loss"]
+        results["samples"] = [("before", answers(model, tokenizer, prompts))]
+        write_json(args.output / RECORD, record)
 
     stop.gently = True
-    set_seed(args.seed)
+    set_seed(args.seed)  # the same numbers whether or not an evaluation came before
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.signal and trainer.state.global_step < trainer.state.max_steps:
         print(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with:\n  {resume_command()}"
         )
         sys.exit(128 + stop.signal)
-    trainer.save_model(str(args.output))
-    config.save_pretrained(args.output)
-    results |= {"steps": trainer.state.global_step, "train_loss": trainer.state.log_history[-1].get("train_loss")}
-    if eval_rows:
-        results |= {
-            "eval_loss_after": trainer.state.best_metric,
-            "best_checkpoint": trainer.state.best_model_checkpoint,
-        }
-        print(f"held-out loss: {results['eval_loss_before']:.4f} -> {results['eval_loss_after']:.4f}")
-    write_json(args.output / "training_args.json", record)
-    print(f"adapter: {args.output}\nnext: python3 merge_lora.py --adapter {args.output}")
+    finish(args, record, trainer, config, prompts)
     lock.close()
 
 
 def make_rows(files, eval_files, args, encode: Encoder):
-    """(train rows, eval rows or None, counts); stops where nothing would be trained."""
+    """(train rows, eval rows or None, counts, lengths, warnings); stops where nothing would be trained."""
     samples, warnings = prepare(files, args, encode)
-    digests = samples.with_format("numpy", columns=["digest"])[:]["digest"]
+    digests, tokens, trained = measure(samples)
     held_out = hold_out(digests, 0 if eval_files else args.eval_fraction, args.seed)
-    tokens, trained = column_lengths(samples)
-    for file, line, _, text in warnings[:20]:
-        print(f"{file}:{line}: {text}")
-    if len(warnings) > 20:
-        print(f"… and {len(warnings) - 20} more")
+    chosen = np.flatnonzero(~held_out)
+    if not trained[chosen].sum():
+        raise InputError(f"{', '.join(files)}: nothing to train on; no answer fits into --max-length {args.max_length}")
 
     def rows(samples, chosen, lengths):
-        plan = pack(lengths[chosen], args.max_length, args.seed) if args.packing else [[i] for i in range(len(chosen))]
+        plan = pack(lengths[chosen], args.max_length, args.seed) if args.packing else np.arange(len(chosen))[:, None]
         return Rows(samples, [chosen[row] for row in plan])
 
-    if not trained[~held_out].sum():
-        raise InputError(f"{', '.join(files)}: nothing to train on; no answer fits into --max-length {args.max_length}")
-    train_rows = rows(samples, np.flatnonzero(~held_out), tokens)
-    eval_rows = rows(samples, np.flatnonzero(held_out), tokens) if held_out.any() else None
+    train_rows, eval_rows = rows(samples, chosen, tokens), None
     if eval_files:
-        eval_samples, _ = prepare(eval_files, args, encode)
-        lengths, _ = column_lengths(eval_samples)
-        eval_rows = rows(eval_samples, np.arange(len(lengths)), lengths)
-    steps = -(-len(train_rows) // (args.train_batch_size * args.grad_accum * args.processes))
+        eval_samples, more = prepare(eval_files, args, encode)
+        _, lengths, _ = measure(eval_samples)
+        eval_rows, warnings = rows(eval_samples, np.arange(len(lengths)), lengths), warnings + more
+    elif held_out.any():
+        eval_rows = rows(samples, np.flatnonzero(held_out), tokens)
+    rows_per_step = args.train_batch_size * args.grad_accum * args.processes
+    steps_per_epoch = -(-len(train_rows) // rows_per_step)
     counts = {
         "conversations": len(np.unique(digests)),
         "held_out": len(np.unique(digests[held_out])),
-        "tokens": int(tokens[~held_out].sum()),
-        "trained_tokens": int(trained[~held_out].sum()),
+        "tokens": int(tokens[chosen].sum()),
+        "trained_tokens": int(trained[chosen].sum()),
         "rows": len(train_rows),
-        "fill": round(float(tokens[~held_out].sum() / (len(train_rows) * args.max_length)), 4),
-        "steps_per_epoch": steps,
+        "fill": round(float(tokens[chosen].sum() / (len(train_rows) * args.max_length)), 4),
+        "rows_per_step": rows_per_step,
+        "steps_per_epoch": steps_per_epoch,
+        "steps": int(np.ceil(args.epochs * steps_per_epoch)),
     }
-    print(
-        f"data: {counts['conversations']:,} conversations, of which {counts['held_out']:,} held out; {counts['tokens']:,} tokens, "
-        f"{counts['trained_tokens'] / counts['tokens']:.0%} trained; {counts['rows']:,} rows, {counts['fill']:.1%} full; "
-        f"{steps:,} steps an epoch"
-    )
-    return train_rows, eval_rows, counts
+    return train_rows, eval_rows, counts, tokens[chosen], warnings
+
+
+def resume_point(args, record: dict) -> str | None:
+    """The checkpoint to go on from; the record takes over what was measured before it."""
+    previous = json.loads((args.output / RECORD).read_text())
+    if not args.force_resume:
+        check_same_run(previous, record)
+    record["results"] = previous.get("results", {})
+    checkpoint = newest_checkpoint(args.output)
+    say("resume", f"from {checkpoint}" if checkpoint else "from the beginning: there is no whole checkpoint yet")
+    return checkpoint
+
+
+def finish(args, record: dict, trainer, config, prompts: list[str]):
+    """Write the adapter (the best by held-out loss), its record, card and picture; say what to type next."""
+    if args.process:
+        return
+    state, results, data = trainer.state, record["results"], record["data"]
+    trainer.save_model(str(args.output))
+    config.save_pretrained(args.output)
+    results |= {
+        "steps": state.global_step,
+        "samples": [results["samples"][0], ("after", answers(trainer.model, trainer.processing_class, prompts))],
+    }
+    if state.best_metric is not None:
+        results |= {"eval_loss_after": state.best_metric, "best_step": state.best_global_step}
+    write_json(args.output / RECORD, record)
+    tokens_per_step = data["tokens"] / data["steps_per_epoch"]
+    plot_losses(state.log_history, tokens_per_step, results.get("eval_loss_before"), args.output / "loss.png")
+    write_card(args, record, results["samples"], prompts, args.output / "README.md")
+    say("adapter", f"{args.output}/adapter_model.safetensors; README.md and loss.png tell how it went")
+    if "eval_loss_before" in results:
+        before, after = results["eval_loss_before"], results["eval_loss_after"]
+        say(
+            "held out",
+            f"loss {before:.4f} -> {after:.4f}, perplexity {np.exp(before):.2f} -> {np.exp(after):.2f} (step {results['best_step']})",
+        )
+    default = args.output == Path("runs_dolores_v5/llama31_clean")
+    say("next", "python3 merge_lora.py" + ("" if default else f" --adapter {args.output} --output OUTPUT"))
 
 
 def resume_command() -> str:
@@ -1387,8 +1834,11 @@ def quiet():
 
 def main():
     args = parse_args()
+    args.process, args.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.process:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process speaks for all
     try:
-        train(args)
+        (look if args.dry_run else train)(args)
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
