@@ -99,7 +99,7 @@ def number(kind, low, high=float("inf"), low_open=False):
 
     def parse(text):
         value = kind(text)
-        if not (low < value if low_open else low <= value) or not value <= high:
+        if not (low < value if low_open else low <= value) or not value <= high or value == float("inf"):
             raise argparse.ArgumentTypeError(
                 f"{text} is not {'above' if low_open else 'at least'} {low}"
                 + ("" if high == float("inf") else f" and at most {high}")
@@ -124,8 +124,13 @@ SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_s
 OPTIMIZERS = ("paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch", "adamw_torch_fused")
 
 
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description="Fine-tune Dolores v5: assistant-only SFT with NF4 + LoRA on one 24 GB card.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -230,13 +235,15 @@ class Conversation(NamedTuple):
 
 
 TAG = re.compile(r"<\|([^|<>\s]{1,40})\|>")
-ESCAPED_TAG = re.compile(r"\\+<\|[^|<>\s]{1,40}\|>")
+ESCAPED_TAG, ESCAPED_IM_START = re.compile(r"\\+<\|[^|<>\s]{1,40}\|>"), re.compile(r"\\+<\|im_start\|>")
+NEVER = re.compile(r"(?!)")
 IM_END = re.compile(r"(?<!\\)<\|im_end\|>")
 
 
 def expand(patterns: list[str]) -> list[str]:
     """File names of paths and globs, each once, in order."""
-    names = [name for pattern in patterns for name in (sorted(glob.glob(pattern, recursive=True)) or [pattern])]
+    found = lambda pattern: [] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))  # noqa: E731
+    names = [name for pattern in patterns for name in found(pattern) or [pattern]]
     for name in names:
         if not os.path.isfile(name):
             raise InputError(f"{name}: no such file; give the path of a data file or a glob that matches one")
@@ -260,9 +267,14 @@ def numbered_lines(file: str):
             yield number, line.rstrip("\r\n")
 
 
+def shortened(value) -> str:
+    """repr, cut: an error must not throw a file into the terminal."""
+    return repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}…"
+
+
 def nearest(name: str, choices) -> str:
-    """`; did you mean …?` where a choice is near, else the list of them."""
-    near = get_close_matches(name.lower(), choices, n=1, cutoff=0.6)
+    """`did you mean …?` where a choice is near, else the list of them."""
+    near = get_close_matches(name[:60].lower(), choices, n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else f"use one of {', '.join(choices)}"
 
 
@@ -280,8 +292,8 @@ def read_chatml(file: str, warn):
     """
     turns, opened = [], None  # opened: [role, line number, content lines, closed by <|im_end|>?]
 
-    def text(line, number):
-        if ESCAPED_TAG.match(line):
+    def text(line, number, escaped):
+        if escaped.match(line):
             return line[1:]
         if found := TAG.search(line):
             warn(file, number, "tag", f"{found[0]} inside a turn is text, no tag")
@@ -302,11 +314,11 @@ def read_chatml(file: str, warn):
 
     for number, line in numbered_lines(file):
         if opened and opened[3]:  # inside <|im_start|> … <|im_end|>: everything is text
-            end = IM_END.search(line)
             if line.startswith("<|im_start|>"):
                 raise InputError(f"{file}:{opened[1]}: this turn is not closed; end it with <|im_end|>")
+            end = IM_END.search(line)
             line, rest = (line[: end.start()], line[end.end() :]) if end else (line, "")
-            opened[2].append(text(line.replace("\\<|im_end|>", "<|im_end|>"), number))
+            opened[2].append(text(line.replace("\\<|im_end|>", "<|im_end|>"), number, ESCAPED_IM_START))
             if rest.strip():
                 raise InputError(f"{file}:{number}: text after <|im_end|>; put it inside a turn")
             if end:
@@ -314,7 +326,7 @@ def read_chatml(file: str, warn):
             continue
         tag = TAG.match(line)
         if not tag and opened:
-            opened[2].append(text(line, number))
+            opened[2].append(text(line, number, ESCAPED_TAG))
         elif not tag and line.strip():
             raise InputError(f"{file}:{number}: text outside of a turn; begin with a tag such as <|user|>")
         if not tag:
@@ -328,12 +340,12 @@ def read_chatml(file: str, warn):
         role = rest.strip() if name == "im_start" else name
         if role not in ROLES:
             hint = nearest(role, ROLES) if name == "im_start" else tag_hint(name)
-            what = f"unknown role {role!r}" if name == "im_start" else f"unknown role tag <|{name}|>"
+            what = f"unknown role {shortened(role)}" if name == "im_start" else f"unknown role tag <|{name}|>"
             raise InputError(f"{file}:{number}: {what}; {hint}")
         if role == "system":
             yield from flush()
         close()
-        opened = [role, number, [] if name == "im_start" else [text(rest, number)], name == "im_start"]
+        opened = [role, number, [] if name == "im_start" else [text(rest, number, NEVER)], name == "im_start"]
     if opened and opened[3]:
         raise InputError(f"{file}:{opened[1]}: this turn is not closed; end it with <|im_end|>")
     yield from flush()
@@ -350,12 +362,15 @@ def records(file: str):
 
         try:
             batches = parquet.ParquetFile(file).iter_batches(1000)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+        except UnicodeDecodeError:
+            raise InputError(f"{file}: a text in it is not UTF-8; write the file anew") from None
         except (pyarrow.ArrowInvalid, OSError):
             raise InputError(f"{file}: not a Parquet file; give JSON lines, JSON or Parquet") from None
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
         return
     lines = numbered_lines(file)
     first = next(((number, line) for number, line in lines if line.strip()), (1, ""))
+    number = first[0]
     try:
         if first[1].lstrip().startswith("["):
             yield from enumerate(json.loads("\n".join([first[1], *(line for _, line in lines)])), 1)
@@ -363,9 +378,11 @@ def records(file: str):
         for number, line in (pair for source in ([first], lines) for pair in source):
             if line.strip():
                 yield number, json.loads(line)
-    except json.JSONDecodeError as error:
-        place = first[0] + error.lineno - 1 if first[1].lstrip().startswith("[") else number
-        raise InputError(f"{file}:{place}: not JSON ({error.msg}); give one object a line, or one list") from None
+    except (ValueError, RecursionError) as error:  # the latter where it is nested too deeply
+        if isinstance(error, json.JSONDecodeError) and first[1].lstrip().startswith("["):
+            number = first[0] + error.lineno - 1
+        what = getattr(error, "msg", None) or first_line(error)
+        raise InputError(f"{file}:{number}: not JSON ({what}); give one object a line, or one list") from None
 
 
 def read_messages(file: str, warn):
@@ -382,8 +399,8 @@ def read_messages(file: str, warn):
             role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
             if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
                 content = "".join(str(part.get("text", "")) for part in content)
-            if role not in SHAREGPT:
-                raise InputError(f"{place}: unknown role {role!r}; {nearest(str(role), ROLES)}")
+            if not isinstance(role, str) or role not in SHAREGPT:
+                raise InputError(f"{place}: unknown role {shortened(role)}; {nearest(str(role), ROLES)}")
             if not isinstance(content, str):
                 raise InputError(f"{place}: the content of a {role} message is no text; only text can be trained on")
             if re.search("[\ud800-\udfff]", content):
@@ -403,10 +420,11 @@ def checked(turns: list[Turn], file: str, warn, start=None) -> Conversation:
             if turn.role != "system":
                 raise InputError(f"{file}:{turn.line}: empty {turn.role} turn; fill it or delete it")
             warn(file, turn.line, "empty system", "the empty system turn is left out")
-        elif joined and joined[-1].role == turn.role:
-            joined[-1] = joined[-1]._replace(content=f"{joined[-1].content}\n\n{turn.content}")
+        elif joined and joined[-1][0].role == turn.role:
+            joined[-1].append(turn)
         else:
-            joined.append(turn)
+            joined.append([turn])
+    joined = [same[0]._replace(content="\n\n".join(turn.content for turn in same)) for same in joined]
     if not any(turn.role == "assistant" for turn in joined):
         raise InputError(f"{file}:{start}: a conversation without an assistant turn; nothing in it can be trained")
     first = next(turn for turn in joined if turn.role != "system")
@@ -678,6 +696,8 @@ def pack(lengths: np.ndarray, capacity: int, seed: int) -> list[np.ndarray]:
         if space > length:
             free.setdefault(space - length, []).append(row)
             spaces |= 1 << (space - length)
+    if not rows:
+        return []
     by_row = np.argsort(row_of, kind="stable")
     return np.split(by_row, np.searchsorted(row_of[by_row], np.arange(1, rows)))
 
@@ -937,9 +957,25 @@ def load_config(name: str, folder: str):
         raise InputError(f"--model {name}: {first_line(error)}; give a causal language model") from None
     if getattr(config, "quantization_config", None):
         raise InputError(f"--model {name}: already quantised; give the 16-bit original, --bnb-nf4 quantises it")
-    if not glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
+    if not weight_files(folder):
         raise InputError(f"--model {name}: no *.safetensors in it; give a folder with the weights")
     return config
+
+
+def weight_files(folder: str) -> list[str]:
+    return glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))
+
+
+def check_weights(name: str, folder: str):
+    """Read the headers of the weights: a file that was cut off shows before anything is thrown away."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in weight_files(folder):
+        try:
+            safe_open(file, framework="pt").keys()
+        except SafetensorError as error:
+            what = f"{os.path.basename(file)}: {first_line(error)}"
+            raise InputError(f"--model {name}: {what}; copy or download it again") from None
 
 
 def load_tokenizer(name: str, folder: str):
@@ -960,13 +996,16 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip(".")
 
 
-def skeleton(config):
+def skeleton(name: str, config):
     """The model without weights, on the meta device: names and shapes cost nothing there."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    except ValueError as error:
+        raise InputError(f"--model {name}: {first_line(error)}; give a causal language model") from None
 
 
 def check_targets(model, targets: list[str]):
@@ -1280,17 +1319,22 @@ def claim_output(args):
         raise InputError(
             f"--output {folder}: already in use; --resume goes on, --overwrite starts anew, or name another"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until the process ends, whatever ends it
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until the process ends, whatever ends it
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"--output {folder}: another process is training there; wait for it or name another") from None
-    if args.overwrite:
-        for entry in folder.iterdir():
-            if entry.name != ".lock":
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    except OSError as error:
+        raise InputError(f"--output {folder}: {error.strerror}; name a folder that can be written") from None
     return lock
+
+
+def clear_output(folder: Path):
+    """--overwrite: when nothing stands in the new run's way any more, the old one goes."""
+    for entry in folder.iterdir():
+        if entry.name != ".lock":
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 class Stop:
@@ -1558,6 +1602,7 @@ def answers(model, tokenizer, prompts: list[str], max_new_tokens=80) -> list[str
     ends = model.generation_config.eos_token_id
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
+        use_cache=True,
         eos_token_id=[
             tokenizer.eos_token_id,
             *(ends if isinstance(ends, list) else [ends] if ends is not None else []),
@@ -1572,7 +1617,7 @@ def answers(model, tokenizer, prompts: list[str], max_new_tokens=80) -> list[str
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )
         ids = tokenizer(chat, return_tensors="pt").input_ids.to(model.device)  # adds BOS where the model has one
-        output = model.generate(ids, generation_config=greedy, use_cache=True)
+        output = model.generate(ids, generation_config=greedy)
         texts.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
     return texts
 
@@ -1692,7 +1737,7 @@ def train(args):
     device = choose_device(args)
     folder, revision = resolve_model(args.model)
     config, tokenizer = load_config(args.model, folder), load_tokenizer(args.model, folder)
-    check_targets(skeleton(config), args.lora_target_modules)
+    check_targets(skeleton(args.model, config), args.lora_target_modules)
     chat = chat_format(args.chat_format, tokenizer)
     tokenizer.chat_template = chat_template(chat)
 
@@ -1710,7 +1755,8 @@ def train(args):
         card = torch.cuda.get_device_properties(device)
         print_memory_plan(config.to_dict(), args, counts, card.total_memory / 2**30, card.name)
     record = run_record(args, chat, revision, files + eval_files, counts)
-    checkpoint = resume_point(args, record) if args.resume else None
+    check_weights(args.model, folder)
+    checkpoint = resume_point(args, record) if args.resume else clear_output(args.output)
 
     set_seed(args.seed)
     model = load_base(args, folder, device)
@@ -1754,7 +1800,11 @@ def make_rows(files, eval_files, args, encode: Encoder):
     train_rows, eval_rows = rows(samples, chosen, tokens), None
     if eval_files:
         eval_samples, more = prepare(eval_files, args, encode)
-        _, lengths, _ = measure(eval_samples)
+        _, lengths, eval_trained = measure(eval_samples)
+        if not eval_trained.sum():
+            raise InputError(
+                f"{', '.join(eval_files)}: nothing to evaluate; no answer fits into --max-length {args.max_length}"
+            )
         eval_rows, warnings = rows(eval_samples, np.arange(len(lengths)), lengths), warnings + more
     elif held_out.any():
         eval_rows = rows(samples, np.flatnonzero(held_out), tokens)

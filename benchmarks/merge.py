@@ -1,0 +1,178 @@
+#!/usr/bin/env python3
+"""Time and memory of merge_lora.py beside a plain copy of the same shards, and beside the usual PEFT snippet.
+
+    python benchmarks/merge.py                 # Llama-3.1-8B's shape, 16 GB: needs 50 GB of disk
+    python benchmarks/merge.py --layers 4      # a smaller model of the same width
+
+The base holds random bf16 weights in four shards, made on the spot and removed afterwards. Runs alternate, each in
+a process of its own; the page cache is flushed to disk before each, and no side calls fsync. Peak memory is the
+kernel's figure for the child process (ru_maxrss). The copy is `cp`; its time is the floor for whoever writes a folder.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+         "head_dim": 128, "vocab_size": 128256}  # fmt: skip
+PEFT_SNIPPET = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, adapter, output = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(output)
+"""
+
+
+def skeleton(base: Path):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+
+
+def make_base(base: Path, layers: int) -> None:
+    """tiny_llama31 with the real width: configuration, tokenizer, four shards of random bf16 numbers."""
+    import parts
+    import torch
+
+    shutil.copytree(parts.tiny_llama31(), base)
+    (base / "model.safetensors").unlink()
+    config = json.loads((base / "config.json").read_text()) | SHAPE | {"num_hidden_layers": layers}
+    (base / "config.json").write_text(json.dumps(config))
+    # 64 Mi normal numbers, read from another place for each tensor: drawing eight billion would take minutes.
+    pool = (torch.randn(1 << 26) * 0.02).bfloat16().view(torch.uint8).numpy().data
+    tensors = [(name, list(value.shape), 2 * value.numel()) for name, value in skeleton(base).named_parameters()]
+    total, shards, weight_map = sum(size for *_, size in tensors), [[], [], [], []], {}
+    done = 0
+    for tensor in tensors:
+        number = min(3, 4 * done // total)
+        shards[number].append(tensor)
+        weight_map[tensor[0]] = f"model-{number + 1:05}-of-00004.safetensors"
+        done += tensor[2]
+    for number, shard in enumerate(shards):
+        header, at = {"__metadata__": {"format": "pt"}}, 0
+        for name, shape, size in shard:
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+            at += size
+        text = json.dumps(header).encode()
+        with open(base / f"model-{number + 1:05}-of-00004.safetensors", "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name, _, left in shard:
+                start = 2 * (zlib.crc32(name.encode()) % (1 << 20))
+                while left:
+                    piece = pool[start : start + min(left, len(pool) - start)]
+                    left, start = left - file.write(piece), 0
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def make_adapter(base: Path, folder: Path) -> None:
+    import torch
+    from engine import complete_adapter
+    from peft import LoraConfig, inject_adapter_in_model
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    config = LoraConfig(r=32, lora_alpha=64, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+    model = inject_adapter_in_model(config, skeleton(base), low_cpu_mem_usage=True)
+    names = {name.replace(".default", ""): value.shape for name, value in model.named_parameters() if "lora_" in name}
+    lora = {f"base_model.model.{name}": shape for name, shape in names.items()}
+    save_file({name: torch.randn(shape) * 0.02 for name, shape in lora.items()}, folder / "adapter_model.safetensors")
+    config.save_pretrained(folder)
+    complete_adapter(base, folder)
+
+
+def measured(command: list[str], log: Path) -> tuple[float, float]:
+    """(seconds, peak GiB) of a child process."""
+    os.sync()
+    start = time.monotonic()
+    with open(log, "w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream)
+        _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.monotonic() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(command[:3])} …: exit status {process.returncode}\n{log.read_text()[-2000:]}")
+    return seconds, usage.ru_maxrss / 2**20
+
+
+def available() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def compare(work: Path, layers: int, rounds: int) -> tuple[int, list[float], list[float]]:
+    """Alternate copy and merge; prints the medians. Returns (bytes, seconds of copies, seconds of merges)."""
+    base, adapter = work / "base", work / "adapter"
+    make_base(base, layers)
+    make_adapter(base, adapter)
+    shards = sorted(map(str, base.glob("*.safetensors")))
+    size = sum(os.path.getsize(shard) for shard in shards)
+    merge = [sys.executable, str(ROOT / "merge_lora.py"), "--adapter", str(adapter), "--output", str(work / "merged")]
+    copies, merges = [], []
+    for number in range(rounds):
+        (work / "copy").mkdir()
+        copies.append(measured(["cp", *shards, str(work / "copy")], work / "log"))
+        shutil.rmtree(work / "copy")
+        merges.append(measured(merge, work / "log"))
+        shutil.rmtree(work / "merged")
+        ratio = merges[-1][0] / copies[-1][0]
+        print(f"  round {number + 1}: copy {copies[-1][0]:6.1f} s   merge {merges[-1][0]:6.1f} s   {ratio:.2f}", flush=True)
+    copy, merge = (statistics.median(seconds for seconds, _ in runs) for runs in (copies, merges))
+    peak = max(peak for _, peak in merges)
+    print(f"plain copy     {size / 1e9:5.1f} GB  {copy:6.1f} s")
+    print(f"merge_lora.py  {size / 1e9:5.1f} GB  {merge:6.1f} s  {merge / copy:.2f} × the copy  peak {peak:.2f} GiB")
+    return size, copies, merges
+
+
+def peft(work: Path, layers: int) -> None:
+    """The usual snippet on the largest model of this width whose weights fit into the memory at hand."""
+    layer, rest = 436_224_000, 2_101_354_496  # bytes in bf16: one layer; embedding, head and norm
+    fitting = int((0.75 * available() - rest - 2 * 2**30) / layer)
+    if fitting < 1:
+        print("PEFT snippet   left out: too little memory")
+        return
+    if fitting < layers:
+        for folder in ("base", "adapter"):
+            shutil.rmtree(work / folder)
+        make_base(work / "base", fitting)
+        make_adapter(work / "base", work / "adapter")
+    size = sum(path.stat().st_size for path in (work / "base").glob("*.safetensors"))
+    folders = [str(work / name) for name in ("base", "adapter", "peft")]
+    seconds, peak = measured([sys.executable, "-c", PEFT_SNIPPET, *folders], work / "log")
+    print(f"PEFT snippet   {size / 1e9:5.1f} GB  {seconds:6.1f} s                  peak {peak:.2f} GiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32, help="decoder layers; Llama-3.1-8B has 32")
+    parser.add_argument("--rounds", type=int, default=3, help="alternating runs of copy and merge")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to work")
+    parser.add_argument("--no-peft", action="store_true", help="leave the PEFT snippet out")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="merge-benchmark-", dir=args.folder) as folder:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        print(f"machine        {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB memory, {platform.system()}")
+        compare(Path(folder), args.layers, args.rounds)
+        if not args.no_peft:
+            peft(Path(folder), args.layers)
+
+
+if __name__ == "__main__":
+    main()

