@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -135,15 +136,21 @@ def find_base(named: str | None, adapter: Adapter) -> Path:
             )
         )
     except errors.GatedRepoError:
-        raise InputError(f"{model}: gated; accept its licence on huggingface.co/{model}, then `hf auth login`") from None
+        raise InputError(
+            f"{model}: gated; accept its licence on huggingface.co/{model}, then `hf auth login`"
+        ) from None
     except errors.RevisionNotFoundError:
         raise InputError(f"{model}: no revision {recorded.get('revision')} on the Hub; name a local --base") from None
     except errors.RepositoryNotFoundError:
-        raise InputError(f"{model}: unknown to the Hub; check the name, `hf auth login`, or name a local --base") from None
+        raise InputError(
+            f"{model}: unknown to the Hub; check the name, `hf auth login`, or name a local --base"
+        ) from None
     except errors.HFValidationError:
         raise InputError(f"{model}: neither a folder nor a Hugging Face id; name the base with --base") from None
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError):
-        raise InputError(f"{model}: not in the cache and the Hub is out of reach; name a local folder by --base") from None
+        raise InputError(
+            f"{model}: not in the cache and the Hub is out of reach; name a local folder by --base"
+        ) from None
 
 
 # ---- safetensors, as bytes: 8 bytes of length, a JSON header, the data ----
@@ -278,7 +285,9 @@ def match_layers(adapter: Adapter, model) -> dict[str, Layer]:
     try:
         inject_adapter_in_model(LoraConfig.from_pretrained(adapter.folder), model, low_cpu_mem_usage=True)
     except ValueError as error:
-        raise InputError(f"{adapter.folder}: does not fit the base ({first_line(error)}); name the right --base") from None
+        raise InputError(
+            f"{adapter.folder}: does not fit the base ({first_line(error)}); name the right --base"
+        ) from None
     layers = {}
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
@@ -353,7 +362,9 @@ def merge_shards(plan: Plan, folder: Path) -> int:
                 data = new_weight(typed(data, plan.tensors[piece.name]), piece.name, layers.pop(piece.name, None), plan)
                 count += piece.name in plan.layers
             if piece.name and not finite(data, FLOATS[plan.tensors[piece.name].dtype]):
-                raise InputError(f"{piece.file}: NaN or infinity in {piece.name}, base or adapter; train or fetch it anew")
+                raise InputError(
+                    f"{piece.file}: NaN or infinity in {piece.name}, base or adapter; train or fetch it anew"
+                )
             if behind:
                 behind.result()
             behind = writer.submit(write_bytes, targets[piece.file], data)
@@ -487,7 +498,9 @@ def eos_id(adapter: Adapter) -> int:
     token = adapter.training["chat_format"]["eos_token"]
     found = Tokenizer.from_file(str(adapter.folder / "tokenizer.json")).token_to_id(token)
     if found is None:
-        raise InputError(f"{adapter.folder}/tokenizer.json: has no {token}, the chat format's end token; wrong adapter?")
+        raise InputError(
+            f"{adapter.folder}/tokenizer.json: has no {token}, the chat format's end token; wrong adapter?"
+        )
     return found
 
 
@@ -580,7 +593,10 @@ def verify(adapter: Adapter, base: Path, plan: Plan, folder: Path, text_file: st
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT 0.21 asks
     text = read_text(Path(text_file)) if text_file else VERIFY_TEXT
     ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[:, :1024]
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -675,7 +691,9 @@ def read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}; name a readable file") from None
+        raise InputError(
+            f"{file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}; name a readable file"
+        ) from None
 
 
 def read_json(file: Path) -> dict:

