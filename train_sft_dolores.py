@@ -863,7 +863,7 @@ def memory_plan(config: dict, args, tokens: int, trained_share: float, free_laye
         "embedding and head": vocabulary * h * size * (1 if config.get("tie_word_embeddings") else 2),
         "LoRA, float32": lora * 4,
         "its gradients": lora * 4,
-        "optimizer state": lora * (2 if "8bit" in args.optim else 8),
+        "optimizer state": lora * optimizer_bytes(args),
         "activations": tokens * ((layers - free_layers) * h * size + max(free_layers, 1) * kept),
         "backward": tokens * f * 4 * size + 2 * h * f * size,
         "loss": min(trained_share * tokens, chunk_rows(vocabulary)) * vocabulary * (12 + 2 * size),
@@ -1123,14 +1123,15 @@ def packed_attention() -> str:
             return out[None], None
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        if torch.compiler.is_compiling():  # one graph for all lengths: the documents as a mask
+            place = torch.arange(query.shape[2], device=query.device)
+            document = torch.searchsorted(cu_seq_lens_q, place, right=True, out_int32=True)
+            mask = (document[:, None] == document) & (place[:, None] >= place)
+            return sdpa(query, key, value, attn_mask=mask, scale=scaling).transpose(1, 2), None
         ends = cu_seq_lens_q.tolist()
         spans = [slice(*span) for span in pairwise(ends)]
-        out = [
-            torch.nn.functional.scaled_dot_product_attention(
-                query[:, :, span], key[:, :, span], value[:, :, span], is_causal=True, scale=scaling
-            )
-            for span in spans
-        ]
+        out = [sdpa(query[:, :, s], key[:, :, s], value[:, :, s], is_causal=True, scale=scaling) for s in spans]
         return torch.cat(out, 2).transpose(1, 2), None
 
     AttentionInterface.register("packed", attention)
@@ -1223,6 +1224,13 @@ def free_layers(layers, peak, limit: float, probe=2) -> int:
     return max(0, min(len(layers), int((limit - least) // each)))
 
 
+def compile_layers(base, **options):
+    """torch.compile each layer: they share one graph, since the first one's input needs a gradient too."""
+    base.enable_input_require_grads()
+    for layer in base.get_decoder().layers:
+        layer.compile(fullgraph=True, **options)
+
+
 def plan_checkpointing(model, rows: Rows, args):
     """Checkpoint only the layers that must be: each other one saves a thirtieth of a third of the time."""
     import torch
@@ -1243,7 +1251,7 @@ def plan_checkpointing(model, rows: Rows, args):
 
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         total = torch.cuda.get_device_properties(model.device).total_memory
-        limit = 0.95 * args.torch_memory_fraction * total - trained * (2 if "8bit" in args.optim else 8)
+        limit = 0.95 * args.torch_memory_fraction * total - trained * optimizer_bytes(args)
         free = free_layers(layers, peak, limit)
         model.zero_grad()
         torch.cuda.empty_cache()
@@ -1257,8 +1265,7 @@ def plan_checkpointing(model, rows: Rows, args):
         f"{len(layers) - free} of {len(layers)} layers recompute their activations (--gradient-checkpointing {mode})",
     )
     if args.compile:
-        for layer in layers:
-            layer.compile()
+        compile_layers(base)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -1347,8 +1354,10 @@ class Stop:
             signal.signal(signum, self)
 
     def __call__(self, signum, frame):
-        if not self.gently or self.signal:
+        if self.signal:
             os._exit(128 + signum)
+        if not self.gently:
+            sys.exit(128 + signum)
         self.signal = signum
         print("\nstopping: this step is finished and a checkpoint written; once more leaves at once", flush=True)
 
@@ -1389,6 +1398,7 @@ def make_trainer(args, model, tokenizer, train_rows, eval_rows, prompts: list[st
     """A Hugging Face Trainer with exact evaluation, whole checkpoints and a word for what went wrong."""
     import torch
     import transformers
+    from safetensors import SafetensorError
     from transformers.trainer_callback import PrinterCallback
     from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
@@ -1439,14 +1449,22 @@ def make_trainer(args, model, tokenizer, train_rows, eval_rows, prompts: list[st
 
         def _save_checkpoint(self, model, trial):
             """Trainer's checkpoint, and last of all the list of its files: without it, it is none."""
+            folder = args.output / f"checkpoint-{self.state.global_step}"
             self.args.save_total_limit = None  # nothing older goes before the new one is complete
-            super()._save_checkpoint(model, trial)
+            try:
+                super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    files = {file.name: sha256(str(file)) for file in sorted(folder.iterdir()) if file.name != COMPLETE}
+                    write_json(folder / COMPLETE, files)
+            except (OSError, RuntimeError, SafetensorError):  # torch.save says RuntimeError where the disk is full
+                if shutil.disk_usage(args.output).free > 2**20:
+                    raise
+                shutil.rmtree(folder)
+                raise InputError(f"{folder}: No space left on the disk; make room, then go on with --resume") from None
             if self.args.should_save:
-                folder = args.output / f"checkpoint-{self.state.global_step}"
-                files = {file.name: sha256(str(file)) for file in sorted(folder.iterdir()) if file.name != COMPLETE}
-                write_json(folder / COMPLETE, files)
                 rotate_checkpoints(str(args.output), args.save_total_limit, self.state.best_model_checkpoint)
 
+    check_disk(args, sum(p.numel() for p in model.parameters() if p.requires_grad))
     trainer = Trainer(
         model=model,
         args=training_arguments(args, evaluating=eval_rows is not None),
@@ -1526,6 +1544,22 @@ def write_json(file: Path, content):
     os.replace(partial, file)
 
 
+def optimizer_bytes(args) -> int:
+    """Bytes of optimizer state for each trained parameter: two moments, in 8 or 32 bits."""
+    return 2 if "8bit" in args.optim else 8
+
+
+def check_disk(args, trained: int):
+    """Refuse a run whose checkpoints will not fit: adapters, optimizer state and 20 MB of tokenizer each."""
+    need = (args.save_total_limit + 1) * (trained * (4 + optimizer_bytes(args)) + 20 * 2**20)
+    free = shutil.disk_usage(args.output).free
+    if free < need:
+        raise InputError(
+            f"--output {args.output}: {free / 1e9:.2f} GB free, the checkpoints may need {need / 1e9:.2f} GB; "
+            "make room or lower --save-total-limit"
+        )
+
+
 def newest_checkpoint(output: Path) -> str | None:
     """The newest checkpoint that is whole; those that are not are named and removed."""
     found = sorted(output.glob("checkpoint-*"), key=lambda folder: -int(folder.name.split("-")[1]))
@@ -1574,7 +1608,8 @@ def check_same_run(old: dict, new: dict):
     different = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     if different:
         raise InputError(
-            f"--resume: not the same run, these differ: {', '.join(different)}; restore them or --overwrite"
+            f"--resume: not the same run, these differ: {', '.join(different)}; "
+            "restore them, add --force-resume, or begin anew with --overwrite"
         )
 
 

@@ -36,3 +36,8 @@ def smollm2_tokenizer():
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(parts.smollm2())
+
+
+@pytest.fixture(scope="session")
+def short_smollm2() -> Path:
+    return parts.short_smollm2()

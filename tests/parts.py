@@ -77,6 +77,24 @@ def smollm2(folder: Path = CACHE / "smollm2") -> Path:
     return made_once(folder, make)
 
 
+def short_smollm2(folder: Path = CACHE / "short_smollm2") -> Path:
+    """SmolLM2 cut down to its first two layers: real weights and a real vocabulary, a step in a tenth of a second."""
+
+    def make(partial: Path):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        base = smollm2()
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        model.model.layers = model.model.layers[:2]
+        model.config.num_hidden_layers = 2
+        model.save_pretrained(partial)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(base / name, partial)
+
+    return made_once(folder, make)
+
+
 def llama31_tokenizer(folder: Path = CACHE / "llama31_tokenizer") -> Path:
     """The vocabulary of Llama 3.1 (Llama 3 Community License) as a fast tokenizer."""
 

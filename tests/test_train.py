@@ -1,0 +1,415 @@
+"""Training for real, on a small model: what each knob does, what comes out, what the fast path promises."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import ROOT, TINY, dialogues, record, run
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_sft_dolores as sft
+
+FILES = {"adapter_model.safetensors", "adapter_config.json", "training_args.json", "tokenizer.json", "tokenizer_config.json",
+         "chat_template.jinja", "config.json", "README.md", "loss.png"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, short_smollm2) -> Path:
+    """A run of twelve steps that ends well."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "train.chatml").write_text(dialogues(24))
+    code, out = run(
+        folder, "--model", short_smollm2, "--output", "out", *TINY[:-2], "--epochs", "2", "--lora-dropout", "0.1"
+    )
+    assert code == 0, out
+    (folder / "printed").write_text(out)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path) -> Path:
+    (tmp_path / "train.chatml").write_text(dialogues(24))
+    return tmp_path
+
+
+def arguments(*options):
+    args = sft.parse_args([str(option) for option in options])
+    args.process, args.processes = 0, 1
+    return args
+
+
+def lora_model(folder, *options):
+    """The model as the script trains it, from these flags."""
+    args = arguments("--model", folder, "--no-bf16", "--no-bnb-nf4", "--lora-r", 4, *options)
+    model = sft.load_base(args, str(folder), "cpu")
+    sft.lose_on_trained_tokens(model)
+    return sft.add_lora(model, args, None)
+
+
+def batch(length=40, documents=2):
+    """A collated batch of random documents, their second halves trained."""
+    rows = {"input_ids": [], "labels": [], "file": ["f"] * documents, "line": list(range(documents))}
+    random = torch.Generator().manual_seed(1)
+    for _ in range(documents):
+        ids = torch.randint(10, 40_000, (length,), generator=random).numpy().astype("int32")
+        rows["input_ids"].append(ids)
+        labels = ids.copy()
+        labels[: length // 2] = sft.IGNORE
+        rows["labels"].append(labels)
+    inputs = sft.collate([rows])
+    del inputs["documents"]
+    return inputs
+
+
+# ---- what comes out ----
+
+
+def test_output(trained):
+    assert {path.name for path in (trained / "out").iterdir()} >= FILES
+    written = record(trained)
+    data = written["data"]
+    assert data["conversations"] == 24 and data["held_out"] == 1 and data["steps"] == written["results"]["steps"]
+    assert written["chat_format"] == {
+        "name": "dolores",
+        "header": "<|{role}|>\n",
+        "turn_end": "\n",
+        "answer_end": "<|im_end|>\n",
+        "eos_token": "<|im_end|>",
+    }
+    assert written["args"]["learning_rate"] == 1e-2 and written["args"]["lora_dropout"] == 0.1
+    assert written["data"]["sha256"] == {"train.chatml": sft.sha256(str(trained / "train.chatml"))}
+    assert written["versions"]["torch"] == torch.__version__
+    config = json.loads((trained / "out/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 8, 0.1)
+    assert len(load_file(trained / "out/adapter_model.safetensors")) == 2 * 7 * 2
+    template = (trained / "out/chat_template.jinja").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(trained / "out")
+    assert tokenizer.chat_template == template
+    assert "chat_template" not in json.loads((trained / "out/tokenizer_config.json").read_text())
+
+
+def test_the_best_adapter_is_kept_and_the_loss_is_of_it(trained):
+    results = record(trained)["results"]
+    assert results["eval_loss_after"] < results["eval_loss_before"]
+    best = trained / f"out/checkpoint-{results['best_step']}"
+    kept, of_best = (load_file(folder / "adapter_model.safetensors") for folder in (trained / "out", best))
+    assert all(kept[name].equal(of_best[name]) for name in of_best)
+
+
+def test_a_normal_run_prints_no_warning_and_fits_80_columns(trained):
+    printed = (trained / "printed").read_text()
+    assert "arning:" not in printed and "[transformers]" not in printed and "deprecated" not in printed
+    assert "next       python3 merge_lora.py --adapter out --output OUTPUT" in printed
+
+
+def test_the_card_tells_the_run(trained):
+    card = (trained / "out/README.md").read_text()
+    results = record(trained)["results"]
+    assert f"| held-out loss | {results['eval_loss_before']:.4f} → {results['eval_loss_after']:.4f} |" in card
+    assert all(f"**{prompt}**" in card for prompt in sft.PROMPTS) and card.count("*after*") == 3
+    assert (trained / "out/loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (trained / "out/samples.md").read_text().count("Qui es-tu ?") >= 2
+
+
+def test_checkpoints_are_trainers_and_limited(trained):
+    folders = sorted((trained / "out").glob("checkpoint-*"))
+    assert 1 < len(folders) <= 5
+    for folder in folders:
+        assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "complete.json"} <= {
+            p.name for p in folder.iterdir()
+        }
+
+
+# ---- every flag has its effect ----
+
+TRAINER_FLAGS = {
+    ("--epochs", "3"): ("num_train_epochs", 3.0),
+    ("--train-batch-size", "4"): ("per_device_train_batch_size", 4),
+    ("--eval-batch-size", "3"): ("per_device_eval_batch_size", 3),
+    ("--grad-accum", "7"): ("gradient_accumulation_steps", 7),
+    ("--learning-rate", "3e-4"): ("learning_rate", 3e-4),
+    ("--lr-scheduler-type", "linear"): ("lr_scheduler_type", "linear"),
+    ("--warmup-ratio", "0.2"): ("warmup_steps", 0.2),
+    ("--max-grad-norm", "0.1"): ("max_grad_norm", 0.1),
+    ("--optim", "adamw_torch"): ("optim", "adamw_torch"),
+    ("--seed", "9"): ("seed", 9),
+    ("--logging-steps", "4"): ("logging_steps", 4),
+    ("--eval-steps", "5"): ("eval_steps", 5),
+    ("--save-steps", "20"): ("save_steps", 20),
+    ("--save-total-limit", "2"): ("save_total_limit", 2),
+    ("--report-to", "tensorboard"): ("report_to", ["tensorboard"]),
+}
+
+
+@pytest.mark.parametrize("flag", TRAINER_FLAGS, ids=" ".join)
+def test_flags_that_trainer_takes(flag):
+    name, value = TRAINER_FLAGS[flag]
+    assert getattr(sft.training_arguments(arguments(*flag), evaluating=True), name) == value
+    assert getattr(sft.training_arguments(arguments(), evaluating=True), name) != value
+
+
+def test_lora_flags(short_smollm2):
+    model = lora_model(
+        short_smollm2, "--lora-alpha", 12, "--lora-dropout", 0.3, "--lora-target-modules", "q_proj,down_proj"
+    )
+    adapted = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == {"q_proj", "down_proj"}
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    assert layer.lora_A["default"].weight.shape == (4, 576) and layer.scaling["default"] == 3.0
+    assert layer.lora_dropout["default"].p == 0.3
+
+
+@pytest.mark.parametrize(
+    "options, weight, compute",
+    [
+        (("--no-bf16", "--no-bnb-nf4"), torch.float32, None),
+        (("--bf16", "--no-bnb-nf4"), torch.bfloat16, None),
+        (("--bf16", "--bnb-nf4"), torch.uint8, torch.bfloat16),
+        (("--no-bf16", "--bnb-nf4", "--bnb-dtype", "float32"), torch.uint8, torch.float32),
+    ],
+)
+def test_precision_flags(short_smollm2, options, weight, compute):
+    args = arguments("--model", short_smollm2, "--lora-r", 4, *options)
+    model = sft.add_lora(sft.load_base(args, str(short_smollm2), "cpu"), args, None)
+    layer = model.get_base_model().model.layers[1].mlp.up_proj
+    assert layer.base_layer.weight.dtype == weight
+    assert getattr(layer.base_layer, "compute_dtype", None) == compute
+    if compute:
+        assert layer.base_layer.weight.quant_state.quant_type == "nf4" and layer.base_layer.weight.quant_state.nested
+    plain = torch.bfloat16 if args.bf16 else torch.float32
+    base = model.get_base_model()
+    assert {base.model.norm.weight.dtype, base.lm_head.weight.dtype, base.model.embed_tokens.weight.dtype} == {plain}
+    trainable = {p.dtype for p in model.parameters() if p.requires_grad}
+    assert trainable == {torch.float32}, "adapters are float32 masters"
+
+
+def allocator(*options, **environment) -> tuple[str, str]:
+    """(what torch finds in its variable when it is imported, what is printed)."""
+    code = (
+        "import os, sys; sys.argv[0] = 'x'; import train_sft_dolores as sft; assert 'torch' not in sys.modules;"
+        "sft.set_allocator(sft.parse_args()); import torch; print('=', os.environ.get('PYTORCH_ALLOC_CONF'))"
+    )
+    clean = {k: v for k, v in os.environ.items() if "ALLOC_CONF" not in k}
+    out = subprocess.run(
+        [sys.executable, "-c", code, *options],
+        env=clean | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return out.rsplit("= ", 1)[1].strip(), out
+
+
+def test_allocator_flags():
+    value, printed = allocator()
+    assert (
+        value == "expandable_segments:True"
+        and "without --max-split-size-mb 128" in printed
+        and printed.count("\n") == 2
+    )
+    assert allocator("--no-cuda-alloc-expandable", "--max-split-size-mb", "64")[0] == "max_split_size_mb:64"
+    value, printed = allocator(PYTORCH_ALLOC_CONF="backend:native")
+    assert value == "backend:native" and "from the environment is kept" in printed
+
+
+def test_gradient_checkpointing_flag(short_smollm2, capsys):
+    for option, recomputed in (
+        ("all", [True, True]),
+        ("none", [False, False]),
+        ("1", [True, False]),
+        ("auto", [False, False]),
+    ):
+        model = lora_model(short_smollm2)
+        sft.plan_checkpointing(model, [], arguments("--gradient-checkpointing", option))
+        assert [layer.gradient_checkpointing for layer in model.get_base_model().model.layers] == recomputed
+        assert f"{sum(recomputed)} of 2 layers recompute" in capsys.readouterr().out
+
+
+def test_free_layers_are_solved_from_measured_peaks():
+    """A stand-in for the memory reader: 10 GB with all layers checkpointed, 0.4 GB for each that is not."""
+    layers = [torch.nn.Identity() for _ in range(32)]
+    peak = lambda: 10e9 + 0.4e9 * sum(not layer.gradient_checkpointing for layer in layers)  # noqa: E731
+    assert sft.free_layers(layers, peak, 14.1e9) == 10
+    assert sft.free_layers(layers, peak, 9e9) == 0
+    assert sft.free_layers(layers, peak, 80e9) == 32
+
+
+def test_packing_flag(trained, here, short_smollm2):
+    code, out = run(here, "--model", short_smollm2, "--output", "out", *TINY, "--no-packing", "--epochs", "0.2")
+    assert code == 0, out
+    assert record(here)["data"]["rows"] == 23 > record(trained)["data"]["rows"]
+
+
+def test_early_stopping(here, short_smollm2):
+    """A learning rate of nearly nothing makes no evaluation better by more than nothing; three end the run."""
+    code, out = run(
+        here,
+        "--model",
+        short_smollm2,
+        "--output",
+        "out",
+        *TINY,
+        "--epochs",
+        "30",
+        "--learning-rate",
+        "0.5",
+        "--early-stopping",
+        "2",
+    )
+    assert code == 0, out
+    assert record(here)["results"]["steps"] < record(here)["data"]["steps"]
+
+
+def test_save_steps_must_fit_eval_steps(here, short_smollm2):
+    code, out = run(here, "--model", short_smollm2, "--output", "out", *TINY, "--save-steps", "3")
+    assert code == 2 and "--save-steps 3: must be a multiple of --eval-steps 2" in out
+
+
+def test_nf4_trains_on_a_cpu(here, short_smollm2):
+    """The documented command's own precision and optimizer, NF4 and bfloat16, on this CPU."""
+    options = [o for o in TINY if o not in ("--no-bf16", "--no-bnb-nf4", "--optim", "adamw_torch")]
+    code, out = run(here, "--model", short_smollm2, "--output", "out", *options)
+    assert code == 0, out
+    assert "adamw_8bit does the same arithmetic unpaged" in out
+    results = record(here)["results"]
+    assert results["eval_loss_after"] < results["eval_loss_before"]
+
+
+# ---- the fast path ----
+
+
+def test_no_float32_is_kept_for_backward(short_smollm2):
+    """In bfloat16 only the norms' own float32 and the head's statistics are saved; adapters leave bfloat16 copies."""
+    args = arguments("--model", short_smollm2, "--no-bnb-nf4", "--lora-r", 4)
+    model = sft.load_base(args, str(short_smollm2), "cpu")
+    sft.lose_on_trained_tokens(model)
+    model = sft.add_lora(model, args, None).train()
+    saved = {}
+
+    def pack(tensor):
+        if tensor.numel() > 4 * 576 * 8:
+            saved.setdefault(tensor.dtype, []).append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch())
+    norms = 2 * 2 + 1  # two a layer and the last one, whose inputs transformers casts up
+    float32 = [shape for shape in saved[torch.float32] if shape[-1] == 576]
+    assert len(float32) <= 2 * norms and saved.keys() <= {torch.bfloat16, torch.float32, torch.int64, torch.bool}
+    assert not [shape for shape in saved[torch.float32] if shape[-1] == 1536], "a float32 copy of the MLP's activations"
+
+
+def test_lean_lora_is_pefts_lora(short_smollm2):
+    """Same loss and adapter gradients as PEFT's own forward, in float32."""
+    from peft.tuners.lora import LoraLayer
+
+    model, inputs = lora_model(short_smollm2, "--lora-dropout", 0), batch()
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    ours = model(**inputs).loss
+    ours.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            del module.forward
+    theirs = model(**inputs).loss
+    theirs.backward()
+    assert torch.allclose(ours, theirs, rtol=1e-6)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.allclose(grads[name], parameter.grad, rtol=1e-4, atol=1e-6), name
+
+
+def test_checkpointed_layers_give_the_same_gradients(short_smollm2):
+    model, inputs, grads = lora_model(short_smollm2, "--lora-dropout", 0).train(), batch(), []
+    for option in ("all", "none"):
+        sft.plan_checkpointing(model, [], arguments("--gradient-checkpointing", option))
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_gradients_after_an_evaluation_are_right(short_smollm2):
+    """bitsandbytes repacks 4-bit weights in a no-grad forward on some CPUs; gradients after it would be wrong."""
+    args = arguments(
+        "--model", short_smollm2, "--no-bf16", "--bnb-dtype", "float32", "--lora-r", 4, "--lora-dropout", 0
+    )
+    model = sft.load_base(args, str(short_smollm2), "cpu")
+    sft.lose_on_trained_tokens(model)
+    model = sft.add_lora(model, args, None)
+    assert all(not m.support_avx512bf16_for_cpu for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu"))
+    inputs, grads = batch(), []
+    for _ in range(2):
+        model.zero_grad()
+        model.train()(**inputs).loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        with torch.no_grad():
+            model.eval()(**inputs)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
+
+
+def test_a_head_that_is_more_than_linear_is_refused(short_smollm2):
+    model = AutoModelForCausalLM.from_pretrained(short_smollm2, attn_implementation=sft.packed_attention())
+    sft.check_head(model, 49152)
+    whole = model.forward
+    model.forward = lambda **kwargs: type(out := whole(**kwargs))(logits=30 * torch.tanh(out.logits / 30))
+    with pytest.raises(sft.InputError, match="more than a linear head's"):
+        sft.check_head(model, 49152)
+
+
+def test_evaluation_weighs_tokens_not_batches(here, short_smollm2):
+    """Held-out loss = sum of token losses / tokens, computed again here by transformers alone."""
+    (here / "held.chatml").write_text("<|user|>\nun ?\n<|assistant|>\nun.\n<|endoftext|>\n" + dialogues(5))
+    code, out = run(
+        here,
+        "--model",
+        short_smollm2,
+        "--output",
+        "out",
+        *TINY,
+        "--epochs",
+        "0.2",
+        "--eval-files",
+        "held.chatml",
+        "--no-packing",
+    )
+    assert code == 0, out
+    tokenizer = AutoTokenizer.from_pretrained(short_smollm2)
+    encode = sft.Encoder(tokenizer, sft.chat_format("dolores", tokenizer))
+    model, total, count = AutoModelForCausalLM.from_pretrained(short_smollm2), 0.0, 0
+    model = model.float()
+    for conversation in sft.read_conversations([str(here / "held.chatml")], "chatml"):
+        ((ids, labels),) = encode([conversation.turns])
+        labels = torch.tensor(labels)[None].long()
+        number = int((labels[:, 1:] != sft.IGNORE).sum())
+        with torch.no_grad():
+            total += float(model(input_ids=torch.tensor(ids)[None].long(), labels=labels).loss) * number
+        count += number
+    assert record(here)["results"]["eval_loss_before"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_compiled_layers_are_one_graph(short_smollm2):
+    """--compile: no graph breaks with LoRA, checkpointing and packing, and one graph for both layers."""
+    torch._dynamo.reset()
+    model, inputs = lora_model(short_smollm2, "--lora-dropout", 0).train(), batch()
+    plain = model(**inputs).loss
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    sft.compile_layers(model.get_base_model(), backend=backend)
+    compiled = model(**inputs).loss
+    compiled.backward()
+    assert torch.allclose(plain, compiled) and len(graphs) == 1
