@@ -1190,7 +1190,7 @@ def lose_on_trained_tokens(model):
     def forward(*args, shift_labels=None, labels=None, logits_to_keep=0, num_items_in_batch=None, **kwargs):
         if shift_labels is None:
             return whole_forward(*args, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
-        hidden = decoder(*args, **kwargs).last_hidden_state[0].index_select(0, logits_to_keep)
+        hidden = decoder(*args, use_cache=False, **kwargs).last_hidden_state[0].index_select(0, logits_to_keep)
         total = chunked_cross_entropy(hidden, head, shift_labels[0], chunk_rows(model.config.vocab_size))
         return CausalLMOutput(loss=total / (shift_labels.numel() if num_items_in_batch is None else num_items_in_batch))
 

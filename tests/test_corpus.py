@@ -1,0 +1,108 @@
+"""train.chatml: what a careless edit would break."""
+
+import re
+from collections import Counter
+
+import pytest
+from runs import ROOT
+
+import train_sft_dolores as sft
+
+CORPUS = str(ROOT / "train.chatml")
+TEXT = (ROOT / "train.chatml").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def conversations():
+    return list(sft.read_conversations([CORPUS], "chatml"))
+
+
+@pytest.fixture(scope="module")
+def answers(conversations):
+    return [turn.content for conversation in conversations for turn in conversation.turns if turn.role == "assistant"]
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def test_it_parses_without_a_warning():
+    assert sft.survey([CORPUS], "chatml")["warnings"] == []
+
+
+def test_size(conversations, llama31_tokenizer):
+    """As the README says: at least 300 conversations, 120 of them with 3 to 8 exchanges, 90,000 tokens."""
+    exchanges = [sum(turn.role == "assistant" for turn in c.turns) for c in conversations]
+    encode = sft.Encoder(llama31_tokenizer, sft.chat_format("dolores", llama31_tokenizer))
+    tokens = sum(len(ids) for ids, _ in encode([c.turns for c in conversations]))
+    assert len(conversations) >= 300 and sum(3 <= n <= 8 for n in exchanges) >= 120 and tokens >= 90_000
+    said = re.search(
+        r"corpus shipped here has\s+(\d+) conversations and about ([\d,]+) Llama 3.1 tokens",
+        (ROOT / "README.md").read_text(),
+    )
+    assert int(said[1]) == len(conversations)
+    assert abs(int(said[2].replace(",", "")) - tokens) < 0.01 * tokens
+
+
+def test_lengths_are_spread(answers):
+    lengths = sorted(len(answer.split()) for answer in answers)
+    assert lengths[0] <= 5 and lengths[len(lengths) // 5] <= 30 and 350 <= lengths[-1] <= 600
+    assert sum(length >= 350 for length in lengths) >= 15
+
+
+def test_system_turns(conversations):
+    systems = Counter(c.turns[0].content for c in conversations if c.turns[0].role == "system")
+    assert 0.4 < systems.total() / len(conversations) < 0.6 and len(systems) >= 20
+
+
+def test_openings(answers):
+    """No six first words more than twice."""
+    openings = Counter(" ".join(answer.lower().split()[:6]) for answer in answers)
+    assert {opening: n for opening, n in openings.items() if n > 2} == {}
+
+
+def test_no_duplicates_and_none_near(conversations):
+    """Near: two turns of 15 words or more that share more than half of their three-word sequences (Jaccard)."""
+    turns = [words(turn.content) for c in conversations for turn in c.turns if len(words(turn.content)) >= 15]
+    grams = [{tuple(turn[i : i + 3]) for i in range(len(turn) - 2)} for turn in turns]
+    places = {}
+    for number, three in enumerate(grams):
+        for gram in three:
+            places.setdefault(gram, []).append(number)
+    shared = Counter(
+        (a, b) for found in places.values() if len(found) < 50 for i, a in enumerate(found) for b in found[i + 1 :]
+    )
+    near = [(" ".join(turns[a][:12]), n) for (a, b), n in shared.items() if n / len(grams[a] | grams[b]) > 0.5]
+    assert near == []
+
+
+def test_typography():
+    """Straight apostrophes, « … » with ordinary spaces, the character …; no mojibake, nothing invisible."""
+    for number, line in enumerate(TEXT.split("\n"), 1):
+        assert not re.search("[\u00a0\u202f\u2018\u2019\u201c\u201d\u200b-\u200f\u2028-\u202e\u00ad\ufeff]", line), (
+            number
+        )
+        assert not sft.MOJIBAKE.search(line), number
+        assert not re.search(r"«\S|\S»|\w\s?,,|\s,\s", line.replace("»,", "»").replace("« »", "")), (number, line)
+        if "`" not in line:
+            assert "..." not in line, number
+
+
+def test_it_shows_every_rule_of_the_format():
+    for rule in (r"^<\|user\|>\n", r"^<\|user\|> \S", r"^<\|im_start\|>system\n", r"<\|im_end\|>$", r"^<\|endoftext\|>\n<\|user\|>",
+                 r"^\\<\|user\|>", r"^\\\\<\|user\|>"):  # fmt: skip
+        assert re.search(rule, TEXT, re.M), rule
+
+
+def test_vocabulary_grows_like_prose(answers):
+    """Heaps' law: V = k n^b. Prose of one author lies at b = 0.6 to 0.8; templates flatten out far below."""
+    import numpy as np
+
+    said = [word for answer in answers for word in words(answer)]
+    seen, sizes = set(), []
+    for word in said:
+        seen.add(word)
+        sizes.append(len(seen))
+    n = np.logspace(3, np.log10(len(said)), 20).astype(int)
+    b = np.polyfit(np.log(n), np.log([sizes[i - 1] for i in n]), 1)[0]
+    assert 0.6 < b < 0.85 and len(seen) / len(said) > 0.1
