@@ -21,9 +21,6 @@ lint: .venv/dev
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
 bench: .venv/dev
-	$(python) benchmarks/flops.py
-	$(python) benchmarks/prep.py
-	$(python) benchmarks/train_cpu.py
 	$(python) benchmarks/merge.py
 
 test-ollama: .venv/dev

@@ -12,6 +12,7 @@ the model's size, and no GPU is needed. The arithmetic is PEFT's own.
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -622,14 +623,14 @@ def judge(plain, live, merged) -> str:
 
     The bound is relative, because the noise of rounding is: a merge rounds each weight once more (2⁻⁹ of it in
     bf16), while the adapter's own share varies with the training. What rounding loses must stay below a tenth of
-    what the adapter changed, or below 0.001 nats per token, where an adapter that changed next to nothing ends.
+    what the adapter changed, or below 0.01 nats per token, the noise of bf16 itself on a small model (0.004 to 0.006 measured on SmolLM2).
     """
 
     def kl(p, q) -> float:  # nats per token
         return (p.exp() * (p - q)).sum(-1).mean().item()
 
     lost, changed = kl(live, merged), kl(live, plain)
-    bound = max(0.1 * changed, 0.001)
+    bound = max(0.1 * changed, 0.01)
     agreement = (live.argmax(-1) == merged.argmax(-1)).float().mean().item()
     report = (
         f"KL {lost:.2g} nats/token (bound {bound:.2g}; the adapter changed {changed:.2g}), "
@@ -644,6 +645,9 @@ def judge(plain, live, merged) -> str:
 
 
 def check_output(output: Path, adapter: Path, base: Path, overwrite: bool) -> None:
+    old = output.with_name(f"{output.name}.old")
+    if old.exists() and not output.exists():  # the last run was killed between its two renames
+        old.rename(output)
     for other in (adapter.resolve(), base.resolve()):
         if output == other or output in other.parents:
             raise InputError(f"{output}: holds {other}, which is still needed; choose another --output")
@@ -666,8 +670,6 @@ def check_disk(plan: Plan, folder: Path) -> None:
 def written_beside(output: Path):
     """A folder beside `output`, which takes its place when everything went well and vanishes otherwise."""
     partial, old = (output.with_name(f"{output.name}{end}") for end in (".partial", ".old"))
-    if old.exists() and not output.exists():  # the last run was killed between the two renames below
-        old.rename(output)
     for debris in (partial, old):
         shutil.rmtree(debris, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -753,6 +755,11 @@ def run() -> int:
         main()
     except InputError as problem:
         print(problem, file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"{error.filename or 'output'}: {error.strerror}; nothing was put in place", file=sys.stderr)
         return 2
     except VerificationFailed as failed:
         print(failed, file=sys.stderr)

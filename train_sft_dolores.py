@@ -1398,7 +1398,6 @@ def make_trainer(args, model, tokenizer, train_rows, eval_rows, prompts: list[st
     """A Hugging Face Trainer with exact evaluation, whole checkpoints and a word for what went wrong."""
     import torch
     import transformers
-    from safetensors import SafetensorError
     from transformers.trainer_callback import PrinterCallback
     from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
@@ -1456,7 +1455,7 @@ def make_trainer(args, model, tokenizer, train_rows, eval_rows, prompts: list[st
                 if self.args.should_save:
                     files = {file.name: sha256(str(file)) for file in sorted(folder.iterdir()) if file.name != COMPLETE}
                     write_json(folder / COMPLETE, files)
-            except (OSError, RuntimeError, SafetensorError):  # torch.save says RuntimeError where the disk is full
+            except Exception:  # torch, safetensors and tokenizers each raise their own where the disk is full
                 if shutil.disk_usage(args.output).free > 2**20:
                     raise
                 shutil.rmtree(folder)

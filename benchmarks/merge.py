@@ -133,7 +133,10 @@ def compare(work: Path, layers: int, rounds: int) -> tuple[int, list[float], lis
         merges.append(measured(merge, work / "log"))
         shutil.rmtree(work / "merged")
         ratio = merges[-1][0] / copies[-1][0]
-        print(f"  round {number + 1}: copy {copies[-1][0]:6.1f} s   merge {merges[-1][0]:6.1f} s   {ratio:.2f}", flush=True)
+        print(
+            f"  round {number + 1}: copy {copies[-1][0]:6.1f} s   merge {merges[-1][0]:6.1f} s   {ratio:.2f}",
+            flush=True,
+        )
     copy, merge = (statistics.median(seconds for seconds, _ in runs) for runs in (copies, merges))
     peak = max(peak for _, peak in merges)
     print(f"plain copy     {size / 1e9:5.1f} GB  {copy:6.1f} s")
@@ -168,7 +171,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="merge-benchmark-", dir=args.folder) as folder:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        print(f"machine        {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB memory, {platform.system()}")
+        print(
+            f"machine        {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB memory, {platform.system()}"
+        )
         compare(Path(folder), args.layers, args.rounds)
         if not args.no_peft:
             peft(Path(folder), args.layers)

@@ -21,7 +21,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-QUESTIONS = ["What is the capital of France?", "Name three colours.", "What is 2 + 2?", "Dis bonjour.", "Name a planet."]
+QUESTIONS = [
+    "What is the capital of France?",
+    "Name three colours.",
+    "What is 2 + 2?",
+    "Dis bonjour.",
+    "Name a planet.",
+]
 LENGTH = 24
 HISTORY = [{"role": "user", "content": "My name is Ada."}, {"role": "assistant", "content": "Hello, Ada."}]
 
@@ -82,10 +88,16 @@ def main() -> None:
                 options = {"temperature": 0, "num_predict": LENGTH}
                 request = {"model": "dolores-e2e", "messages": chat, "stream": False, "options": options}
                 answer = ask(port, "/api/chat", request)
-                ours, theirs = tokenizer.decode(ids, skip_special_tokens=True).strip(), answer["message"]["content"].strip()
+                ours, theirs = (
+                    tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                    answer["message"]["content"].strip(),
+                )
                 same = ours == theirs and answer["prompt_eval_count"] == len(prompt)
                 wrong += not same
-                print(f"{'same' if same else 'DIFFERS'}  {chat[-1]['content']}  {theirs!r}" + ("" if same else f" not {ours!r}"))
+                print(
+                    f"{'same' if same else 'DIFFERS'}  {chat[-1]['content']}  {theirs!r}"
+                    + ("" if same else f" not {ours!r}")
+                )
         finally:
             server.terminate()
             server.wait()

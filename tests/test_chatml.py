@@ -3,14 +3,16 @@
 import json
 import re
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-import train_sft_dolores as sft
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+import train_sft_dolores as sft
 
 OK = "<|user|>\nq\n<|assistant|>\na\n"
 QA = [("user", "q"), ("assistant", "a")]
@@ -25,7 +27,9 @@ def write(file: str, content) -> str:
 def read(*files: str, input_format="chatml"):
     """[[(role, content)]] of each conversation, and the warnings as [(line, text)]."""
     warned = []
-    found = sft.read_conversations(list(files), input_format, lambda file, line, kind, text: warned.append((line, text)))
+    found = sft.read_conversations(
+        list(files), input_format, lambda file, line, kind, text: warned.append((line, text))
+    )
     return [[(turn.role, turn.content) for turn in conversation.turns] for conversation in found], warned
 
 
@@ -86,7 +90,10 @@ def test_where_a_conversation_starts():
     assert chatml(OK + two) == [[*QA, ("user", "r"), ("assistant", "a")]]
     assert chatml(OK + one + one) == [QA, [system, *QA], [system, *QA]]
     assert chatml(OK + "<|endoftext|>\n\n" + OK + "<|endoftext|>\n<|endoftext|>\n") == [QA, QA]
-    assert chatml("<|im_start|>system\nS<|im_end|>\n" + OK + "<|im_start|>system\nS<|im_end|>\n" + OK) == [[system, *QA]] * 2
+    assert (
+        chatml("<|im_start|>system\nS<|im_end|>\n" + OK + "<|im_start|>system\nS<|im_end|>\n" + OK)
+        == [[system, *QA]] * 2
+    )
 
 
 def test_line_numbers():
@@ -115,6 +122,7 @@ def test_escapes():
         r"\\<|im_start|>user": r"\<|im_start|>user",
         r"x \<|im_start|>": r"x \<|im_start|>",
         r"\<|user|>": r"\<|user|>",
+        r"\\<|im_end|>\<|im_end|>": r"\<|im_end|><|im_end|>",
     }.items():
         assert chatml(text.format(written)) == [[("user", meant), QA[1]]]
 
@@ -154,7 +162,13 @@ def test_what_is_written_is_read(tmp_path_factory, data, im, crlf):
 
 
 def test_several_files_and_globs():
-    for name, q in {"b.chatml": "1", "a.chatml": "2", "sub/c.chatml": "3", "x [1].chatml": "4", "x 1.chatml": "5"}.items():
+    for name, q in {
+        "b.chatml": "1",
+        "a.chatml": "2",
+        "sub/c.chatml": "3",
+        "x [1].chatml": "4",
+        "x 1.chatml": "5",
+    }.items():
         Path(name).parent.mkdir(exist_ok=True)
         write(name, OK.replace("q", q))
     asked = lambda *patterns: [c[0][1] for c in read(*sft.expand(list(patterns)))[0]]  # noqa: E731
@@ -166,7 +180,10 @@ def test_several_files_and_globs():
 
 def test_missing_and_empty_files():
     write("empty", b"")
-    assert error_of(sft.expand, ["nô.chatml"]) == "nô.chatml: no such file; give the path of a data file or a glob that matches one"
+    assert (
+        error_of(sft.expand, ["nô.chatml"])
+        == "nô.chatml: no such file; give the path of a data file or a glob that matches one"
+    )
     assert error_of(sft.expand, ["*.chatml"]).startswith("*.chatml: no such file; ")
     assert error_of(sft.expand, ["."]).startswith(".: no such file; ")
     assert error_of(sft.expand, ["empty"]) == "empty: the file is empty; write dialogues into it (README, data format)"
@@ -229,7 +246,11 @@ def test_warnings():
 
 # ---- messages ----
 
-OPENAI = [{"role": "system", "content": "S"}, {"role": "user", "content": " q\n"}, {"role": "assistant", "content": "a"}]
+OPENAI = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": " q\n"},
+    {"role": "assistant", "content": "a"},
+]
 SHAREGPT = [{"from": "system", "value": "S"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 SQA = [("system", "S"), *QA]
 
@@ -294,15 +315,18 @@ def test_json_that_python_refuses(text):
 
 
 def test_a_pair_of_surrogates_is_a_character():
-    assert messages('{"messages": [{"role":"user","content":"\\ud83d\\ude42"},{"role":"assistant","content":"a"}]}') == [
-        [("user", "🙂"), QA[1]]
-    ]
+    assert messages(
+        '{"messages": [{"role":"user","content":"\\ud83d\\ude42"},{"role":"assistant","content":"a"}]}'
+    ) == [[("user", "🙂"), QA[1]]]
 
 
 def test_damaged_parquet():
     message = "d.parquet: not a Parquet file; give JSON lines, JSON or Parquet"
     assert error_of(messages, OK, "d.parquet") == message
-    rows = [{"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a" * i}]} for i in range(500)]
+    rows = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a" * i}]}
+        for i in range(500)
+    ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "d.parquet")
     whole = Path("d.parquet").read_bytes()
     assert error_of(messages, whole[:-100], "d.parquet") == message
@@ -311,7 +335,9 @@ def test_damaged_parquet():
 
 
 def test_parquet_with_text_that_is_no_utf8():
-    strings = pyarrow.StringArray.from_buffers(2, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\3\0\0\0"), pyarrow.py_buffer(b"q\xed\xa0"))
+    strings = pyarrow.StringArray.from_buffers(
+        2, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\3\0\0\0"), pyarrow.py_buffer(b"q\xed\xa0")
+    )
     turn = pyarrow.StructArray.from_arrays([pyarrow.array(["user", "assistant"]), strings], ["role", "content"])
     table = pyarrow.table({"messages": pyarrow.ListArray.from_arrays(pyarrow.array([0, 2], pyarrow.int32()), turn)})
     pyarrow.parquet.write_table(table, "d.parquet")
@@ -322,7 +348,16 @@ def test_parquet_with_text_that_is_no_utf8():
 
 
 def test_hostile_contents_come_through():
-    for hostile in ("\0", "x\0\0y", "\u202e\u2066abc\u2069", "\x1b[31m", "a\x0b\x0cb", "\ufffe", "\U0010ffff", "a\x85b\u2028c"):
+    for hostile in (
+        "\0",
+        "x\0\0y",
+        "\u202e\u2066abc\u2069",
+        "\x1b[31m",
+        "a\x0b\x0cb",
+        "\ufffe",
+        "\U0010ffff",
+        "a\x85b\u2028c",
+    ):
         assert chatml(f"<|user|>\n{hostile}\n<|assistant|>\n{hostile}") == [[("user", hostile), ("assistant", hostile)]]
         assert messages(row(("user", hostile), ("assistant", hostile))) == [[("user", hostile), ("assistant", hostile)]]
 
@@ -349,7 +384,10 @@ def test_hostile_size(make):
 def test_a_million_empty_lines():
     empty = "\n" * 1_000_000
     assert chatml(empty + U + empty + A + empty) == [QA]
-    assert error_of(chatml, empty + "oops" + empty) == "d.chatml:1000001: text outside of a turn; begin with a tag such as <|user|>"
+    assert (
+        error_of(chatml, empty + "oops" + empty)
+        == "d.chatml:1000001: text outside of a turn; begin with a tag such as <|user|>"
+    )
     assert error_of(chatml, empty).startswith("d.chatml: no conversation in it")
     assert messages(empty + row(*QA) + empty) == [QA]
 
@@ -371,16 +409,24 @@ def assert_sound(conversations):
         roles = [role for role, _ in turns]
         assert set(roles) <= set(sft.ROLES) and roles[-1] == "assistant"
         assert next(role for role in roles if role != "system") == "user"
-        assert all(one != other for one, other in zip(roles, roles[1:], strict=False))
+        assert all(one != other for one, other in pairwise(roles))
         assert all(content and content == content.strip() for _, content in turns)
 
 
 TEXT = [*(f"<|{name}|>" for name in ("system", "user", "assistant", "endoftext", "im_end", "usr")), "\n", "\r\n", "q", " ",
         "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_start|>", "\\<|user|>", "\\", "\0", "\ufeff", "é"]  # fmt: skip
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["user", "gpt", "system", "x", "", "\ud800"]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "type", "text", "messages"]), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["user", "gpt", "system", "x", "", "\ud800"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "type", "text", "messages"]), inner, max_size=3
+        )
+    ),
     max_leaves=8,
 )
 

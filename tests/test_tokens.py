@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import train_sft_dolores as sft
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from train_sft_dolores import IGNORE, Conversation, Turn
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+import train_sft_dolores as sft
+from train_sft_dolores import IGNORE, Conversation, Turn
 
 FITTING = [("llama31", "dolores"), ("llama31", "llama3"), ("smollm2", "dolores"), ("smollm2", "chatml")]
 property_test = settings(deadline=None, database=None, max_examples=60)
@@ -143,7 +144,10 @@ def test_exact_renderings(llama31_tokenizer):
 
 
 def test_formats_that_do_not_fit(llama31_tokenizer, smollm2_tokenizer):
-    for tokenizer, name, eos in ((llama31_tokenizer, "chatml", "<|im_end|>"), (smollm2_tokenizer, "llama3", "<|eot_id|>")):
+    for tokenizer, name, eos in (
+        (llama31_tokenizer, "chatml", "<|im_end|>"),
+        (smollm2_tokenizer, "llama3", "<|eot_id|>"),
+    ):
         with pytest.raises(sft.InputError) as caught:
             sft.chat_format(name, tokenizer)
         assert str(caught.value) == (
@@ -299,7 +303,11 @@ def test_nothing_is_lost_in_silence(chat, sizes, system, late, max_length):
     if late:  # `messages` data may have a system turn later on: it opens the exchange that it stands before
         turns = [*turns[:-2], Turn("system", "Plus tard", 99), *turns[-2:]]
     head = turns[:1] if turns[0].role == "system" else []
-    starts = [i for i, (one, two) in enumerate(pairwise([Turn("assistant", "", 0), *turns[len(head) :]])) if one.role == "assistant" != two.role]
+    starts = [
+        i
+        for i, (one, two) in enumerate(pairwise([Turn("assistant", "", 0), *turns[len(head) :]]))
+        if one.role == "assistant" != two.role
+    ]
     exchanges = [turns[len(head) :][a:b] for a, b in pairwise([*starts, None])]
     length = lambda turns: len(chat.encode([turns])[0][0])  # noqa: E731
 
