@@ -67,10 +67,24 @@ def test_llama31s_rope_scaling_and_end_of_turn_arrive(tiny_llama31, tmp_path):
     assert factors[0] == 1.0 and factors[-1] == 8.0
 
 
+def gap_where_they_part(folder: Path, prompt: list[int], mine: list[int], its: list[int]) -> float:
+    """Nats between the two tokens at the first place where two greedy answers differ, by transformers in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    at = next(i for i, (a, b) in enumerate(zip(mine, its, strict=False)) if a != b)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + mine[:at]])).logits[0, -1]
+    return float(logits[mine[at]] - logits[its[at]])
+
+
 def test_llama_cpp_answers_like_transformers(merged, gguf, prompts):
     ours = answers_of_transformers(merged, prompts, LENGTH)
     theirs = answers_of_llama_cpp(gguf, prompts, LENGTH)
-    differing = [QUESTIONS[i] for i in range(len(prompts)) if theirs[i][0] != ours[i]]
-    assert differing == []
+    pairs = [(prompt, mine, its[0]) for prompt, mine, its in zip(prompts, ours, theirs, strict=True) if mine != its[0]]
+    assert len(pairs) <= 2
+    for prompt, mine, its in pairs:  # the reason token by token: a tie that float16 weights decide the other way
+        assert gap_where_they_part(merged, prompt, mine, its) < 0.05
     ended = [ids for ids, reason in theirs if reason == "stop"]
     assert len(ended) >= 5 and all(ids[-1] == 2 for ids in ended)  # most short answers end by themselves
