@@ -857,7 +857,7 @@ def memory_plan(config: dict, args, tokens: int, trained_share: float, free_laye
     lora = layers * args.lora_r * sum(sum(shapes[name]) for name in args.lora_target_modules if name in shapes)
     size = 2 if args.bf16 else 4
     dropout = 12 * h + f if args.lora_dropout else 0  # a dropped copy and a mask for each adapter
-    kept = (8 * f + 14 * h + 4 * kv + dropout) * size // 2 + 8 * h  # norms keep float32
+    kept = (8 * f + 10 * h + 4 * kv + dropout) * size // 2 + 8 * h  # norms keep float32
     parts = {
         "base weights": projections * (0.5 + (1 + 4 / 256) / 64) if args.bnb_nf4 else projections * size,
         "embedding and head": vocabulary * h * size * (1 if config.get("tie_word_embeddings") else 2),

@@ -56,9 +56,10 @@ def serve(binary: str, models: Path) -> tuple[subprocess.Popen, int, dict[str, s
 
 
 def merged_folder(work: Path) -> Path:
-    import merge_lora
     import parts
     from engine import random_adapter
+
+    import merge_lora
 
     adapter = random_adapter(parts.smollm2(), work / "adapter", "chatml")
     merge_lora.main(["--adapter", str(adapter), "--output", str(work / "merged")])

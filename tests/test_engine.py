@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-import merge_lora
 import pytest
 from engine import answers_of_llama_cpp, answers_of_transformers, random_adapter, to_gguf
 from transformers import AutoTokenizer
+
+import merge_lora
 
 LENGTH = 24  # tokens at most per answer
 QUESTIONS = [

@@ -176,17 +176,21 @@ def test_numbers_gone_bad_name_the_conversations(uninterrupted, options, here):
         assert (folder / "complete.json").exists()
 
 
-@pytest.mark.skipif(
-    os.geteuid() != 0 or subprocess.run(["mount", "--version"], capture_output=True).returncode != 0,
-    reason="needs root",
-)
-def test_a_full_disk_keeps_the_last_good_checkpoint(options, here):
-    (here / "out").mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", here / "out"], capture_output=True
-    ).returncode:
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str):
+    """A file system of its own for this folder; skips where that cannot be had."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no tmpfs here")
     try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(options, here):
+    with small_disk(here / "out", "200m"):
         process = start(here, *options, "--overwrite", "--epochs", "50")
         while not list((here / "out").glob("checkpoint-*/complete.json")):
             assert process.is_alive(), (here / "log.txt").read_text()
@@ -195,28 +199,16 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(options, here):
             (here / "out/filler").write_bytes(b"x" * (shutil.disk_usage(here / "out").free - 2**18))
         process.join(60)
         last = (here / "log.txt").read_text().strip().splitlines()[-1]
-        assert process.exitcode == 2 and re.fullmatch(
-            r"out/checkpoint-\d+: No space left on the disk; .+ --resume", last
-        )
+        message = r"out/checkpoint-\d+: No space left on the disk; .+ --resume"
+        assert process.exitcode == 2 and re.fullmatch(message, last)
         whole = [path for path in (here / "out").glob("checkpoint-*") if (path / "complete.json").exists()]
         assert whole
         for path in whole:
             assert all((path / name).exists() for name in json.loads((path / "complete.json").read_text()))
-    finally:
-        subprocess.run(["umount", "-l", here / "out"], check=True)
 
 
 def test_disk_space_is_checked_before(options, here):
-    (here / "out").mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", here / "out"], capture_output=True
-    ).returncode:
-        pytest.skip("no tmpfs here")
-    try:
+    with small_disk(here / "out", "30m"):
         code, out = run(here, *options, "--overwrite")
-        assert code == 2 and re.fullmatch(
-            r"--output out: 0.03 GB free, the checkpoints may need 0.\d\d GB; make room .+",
-            out.strip().splitlines()[-1],
-        )
-    finally:
-        subprocess.run(["umount", "-l", here / "out"], check=True)
+    message = r"--output out: 0.03 GB free, the checkpoints may need 0.\d\d GB; make room .+"
+    assert code == 2 and re.fullmatch(message, out.strip().splitlines()[-1])

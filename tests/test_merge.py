@@ -8,13 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import merge_lora
 import pytest
 import torch
 from engine import PROJECTIONS, complete_adapter, random_adapter
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import merge_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK_PATTERN = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}}
@@ -85,7 +86,7 @@ def edit_json(file: Path, **changes):
 
 
 @pytest.mark.parametrize(
-    "lora", [{}, {"use_rslora": True, **RANK_PATTERN}, {"use_dora": True}], ids="lora rs dora".split()
+    "lora", [{}, {"use_rslora": True, **RANK_PATTERN}, {"use_dora": True}], ids=["lora", "rs", "dora"]
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_bit_for_bit_what_peft_merges(sharded, tiny_llama31, tmp_path, dtype, lora):
@@ -566,7 +567,7 @@ def test_overwrite_spares_what_is_no_merge(copy, tmp_path):
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
-    with pytest.raises(merge_lora.InputError, match="was not written by merge_lora.py, so --overwrite leaves it"):
+    with pytest.raises(merge_lora.InputError, match=r"was not written by merge_lora\.py, so --overwrite leaves it"):
         merge(copy, precious, "--overwrite")
     assert (precious / "thesis.txt").read_text() == "years of work"
     for output in (copy, tmp_path):

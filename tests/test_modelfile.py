@@ -13,11 +13,12 @@ import subprocess
 import zlib
 from pathlib import Path
 
-import merge_lora
 import parts
 import pytest
-import train_sft_dolores as sft
 from engine import chat_format
+
+import merge_lora
+import train_sft_dolores as sft
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = json.loads((ROOT / "tests" / "render_golden.json").read_text())
@@ -198,9 +199,9 @@ def test_random_chats_are_the_same_tokens(go_renderer, tokenizers, tmp_path, nam
     chats = []
     for messages in random_chats(4 * CHATS, seed=7):
         turns = joined([{**m, "content": m["content"].strip()} for m in messages])
-        if turns[-1]["role"] == "user" and all(turn["content"] for turn in turns):
-            if not any(token in turn["content"] for token in special for turn in turns):
-                chats.append([{**turn, "content": turn["content"].strip()} for turn in turns])
+        forged = any(token in turn["content"] for token in special for turn in turns)
+        if turns[-1]["role"] == "user" and all(turn["content"] for turn in turns) and not forged:
+            chats.append([{**turn, "content": turn["content"].strip()} for turn in turns])
     assert len(chats) > 400
     rendered = render_go(go_renderer, chat, chats, tmp_path)
     answered = [
