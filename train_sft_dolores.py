@@ -254,8 +254,13 @@ def expand(patterns: list[str]) -> list[str]:
 
 def numbered_lines(file: str):
     """Yield (number, line) of a UTF-8 file without line ends; BOM and CRLF are accepted."""
-    with open(file, "rb") as lines:
+    from tqdm import tqdm
+
+    size, name = os.path.getsize(file), os.path.basename(file)
+    bar = tqdm(total=size, desc=name, unit="B", unit_scale=True, delay=2, disable=None, leave=False)
+    with open(file, "rb") as lines, bar:
         for number, raw in enumerate(lines, 1):
+            bar.update(len(raw))
             try:
                 line = raw.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -604,33 +609,54 @@ def digest(turns: list[Turn]) -> int:
     return int.from_bytes(hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
 
 
+def kept(name: str, depends_on: list, make) -> Path:
+    """A folder in datasets' cache, made once for all that it depends on, by one process at a time.
+
+    `make(folder)` fills it beside; it appears under its name only when complete, and what a process that
+    was killed has left is cleared by the next.
+    """
+    import fcntl
+
+    from huggingface_hub.constants import HF_HOME
+
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or f"{HF_HOME}/datasets") / "dolores_sft"
+    key = repr([Path(__file__).read_text(encoding="utf-8"), *depends_on])
+    folder = cache / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                partial = folder.with_suffix(".partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                try:
+                    make(partial)
+                    partial.rename(folder)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
 def prepare(files: list[str], args, encode: Encoder):
     """All samples of these files as a memory-mapped datasets.Dataset, with what was warned about.
 
-    Columns: input_ids and labels (lists of int32), digest, file, line. They lie in
-    datasets' cache under a key of everything they depend on, so that a second start finds them.
+    Columns: input_ids and labels (lists of int32), trained (how many labels are), digest, file, line.
+    A second start with the same files, tokenizer, format and length finds them in the cache.
     """
     import datasets
 
-    tokenizer = encode.tokenizer.to_str()
-    parts = [Path(__file__).read_text(), tokenizer, encode.chat, args.input_format, args.max_length, args.overlong]
-    key = hashlib.sha256(repr([*parts, *((file, sha256(file)) for file in files)]).encode()).hexdigest()[:32]
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dolores_sft" / key
-    if not folder.exists():
-        partial = folder.with_name(f"{key}.{os.getpid()}.partial")
-        partial.mkdir(parents=True)
-        try:
-            warnings = []
-            conversations = read_conversations(files, args.input_format)
-            batches = encode_conversations(
-                conversations, encode, args.max_length, args.overlong, lambda *w: warnings.append(w)
-            )
-            write_arrow(batches, partial / "samples.arrow")
-            (partial / "warnings.json").write_text(json.dumps(warnings))
-            with contextlib.suppress(OSError):  # another process was faster
-                partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    def make(folder: Path):
+        warnings = []
+        conversations = read_conversations(files, args.input_format)
+        batches = encode_conversations(
+            conversations, encode, args.max_length, args.overlong, lambda *w: warnings.append(w)
+        )
+        write_arrow(batches, folder / "samples.arrow")
+        write_json(folder / "warnings.json", warnings)
+
+    knobs = [encode.tokenizer.to_str(), encode.chat, args.input_format, args.max_length, args.overlong]
+    folder = kept("samples", [*knobs, *((file, sha256(file)) for file in files)], make)
     return datasets.Dataset.from_file(str(folder / "samples.arrow")), json.loads((folder / "warnings.json").read_text())
 
 
@@ -639,31 +665,27 @@ def write_arrow(batches, file: Path):
     import pyarrow as pa
 
     tokens = pa.large_list(pa.int32())
-    schema = pa.schema(
-        {"input_ids": tokens, "labels": tokens, "digest": pa.int64(), "file": pa.string(), "line": pa.int32()}
-    )
+    schema = pa.schema({"input_ids": tokens, "labels": tokens, "trained": pa.int32(), "digest": pa.int64(),
+                        "file": pa.string(), "line": pa.int32()})  # fmt: skip
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
         for batch in batches:
             ends = np.cumsum([0] + [len(sample.input_ids) for sample in batch], dtype=np.int64)
             columns = [
-                pa.LargeListArray.from_arrays(
-                    ends, np.concatenate([sample[i] for sample in batch] or [[]]).astype(np.int32)
-                )
-                for i in (0, 1)
+                pa.LargeListArray.from_arrays(ends, np.concatenate([np.zeros(0, np.int32), *arrays]))
+                for arrays in ([sample.input_ids for sample in batch], [sample.labels for sample in batch])
             ]
-            columns += [[sample[i] for sample in batch] for i in (2, 3, 4)]
-            arrays = [column if i < 2 else pa.array(column, schema.field(i).type) for i, column in enumerate(columns)]
-            stream.write_batch(pa.record_batch(arrays, schema))
+            trained = [np.count_nonzero(sample.labels != IGNORE) for sample in batch]
+            others = [trained, *([sample[i] for sample in batch] for i in (2, 3, 4))]
+            columns += [pa.array(other, field.type) for other, field in zip(others, list(schema)[2:], strict=True)]
+            stream.write_batch(pa.record_batch(columns, schema))
 
 
 def measure(samples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(digest, tokens, trained tokens) of each sample: int64 [N] each, straight from the mapped file."""
+    """(digest, tokens, trained tokens) of each sample: int64 [N] each; the tokens themselves are not touched."""
     columns = [(np.zeros(0, np.int64),) * 3]
     for batch in samples.with_format("arrow").iter(10_000):
-        labels = batch["labels"].combine_chunks()
-        ends = labels.offsets.to_numpy()
-        trained = np.cumsum(np.append(0, labels.values.to_numpy() != IGNORE))
-        columns.append((batch["digest"].to_numpy(), np.diff(ends), np.diff(trained[ends])))
+        ends = batch["input_ids"].combine_chunks().offsets.to_numpy()
+        columns.append((batch["digest"].to_numpy(), np.diff(ends), batch["trained"].to_numpy().astype(np.int64)))
     return tuple(map(np.concatenate, zip(*columns, strict=True)))
 
 
@@ -749,7 +771,13 @@ LONG_TURN = 20_000  # characters
 
 
 def survey(files: list[str], input_format: str) -> dict:
-    """Read everything once: counts and warnings [file, line, kind, text]; raises on what is wrong."""
+    """Counts and warnings [file, line, kind, text] of the data; raises on what is wrong. Kept like the samples."""
+    make = lambda folder: write_json(folder / "survey.json", survey_anew(files, input_format))  # noqa: E731
+    folder = kept("survey", [input_format, *((file, sha256(file)) for file in files)], make)
+    return json.loads((folder / "survey.json").read_text(encoding="utf-8"))
+
+
+def survey_anew(files: list[str], input_format: str) -> dict:
     turns, exchanges, seen, warnings, conversations, characters = Counter(), Counter(), {}, [], 0, 0
 
     def warn(*warning):
@@ -780,10 +808,9 @@ def survey(files: list[str], input_format: str) -> dict:
 
 
 def print_survey(found: dict, shown=5):
-    turns, exchanges = found["turns"], found["exchanges"]
-    grouped = Counter(
-        "1" if n == 1 else "2" if n == 2 else "3-8" if n <= 8 else "9+" for n in Counter(exchanges).elements()
-    )
+    turns, grouped = found["turns"], Counter()
+    for number, count in found["exchanges"].items():
+        grouped["3-8" if 3 <= int(number) <= 8 else "9+" if int(number) > 8 else number] += count
     say("files", ", ".join(found["files"]))
     say("data", f"{found['conversations']:,} conversations, {found['characters']:,} characters")
     say("turns", ", ".join(f"{turns.get(role, 0):,} {role}" for role in ROLES))
@@ -872,6 +899,17 @@ def memory_plan(config: dict, args, tokens: int, trained_share: float, free_laye
     return {name: amount / 2**30 for name, amount in parts.items()}
 
 
+def roomier(args) -> str:
+    """The change that saves most memory, of those not made yet."""
+    if not args.bnb_nf4:
+        return "--bnb-nf4 needs less"
+    if args.train_batch_size > 1:
+        return f"--train-batch-size 1 --grad-accum {args.grad_accum * args.train_batch_size} needs less"
+    if args.gradient_checkpointing not in ("auto", "all"):
+        return "--gradient-checkpointing all needs less"
+    return f"--max-length {args.max_length // 2} needs less"
+
+
 def print_memory_plan(config: dict, args, counts: dict, capacity: float, card: str):
     """The plan as a table for this card (GiB), and what to change where it does not fit."""
     tokens, share = args.max_length * args.train_batch_size, counts["trained_tokens"] / counts["tokens"]
@@ -885,9 +923,7 @@ def print_memory_plan(config: dict, args, counts: dict, capacity: float, card: s
     for name, amount in plan.items():
         print(f"  {name:<20} {amount:6.2f}")
     need, limit = sum(plan.values()), capacity * args.torch_memory_fraction
-    remedy = ("--bnb-nf4" if not args.bnb_nf4 else "--train-batch-size 1" if args.train_batch_size > 1
-              else "--gradient-checkpointing all" if free else f"--max-length {args.max_length // 2}")  # fmt: skip
-    verdict = "fits" if need <= limit else f"does not fit: {remedy} needs less"
+    verdict = "fits" if need <= limit else f"does not fit; {roomier(args)}"
     say("memory", f"{need:.1f} of {limit:.1f} GiB ({args.torch_memory_fraction:.0%} of {card}): {verdict}")
     return {**plan, "total": need, "limit": limit}
 
@@ -1348,18 +1384,54 @@ def clear_output(folder: Path):
 class Stop:
     """SIGINT and SIGTERM: leave at once before training; in it, end the step and keep a checkpoint."""
 
-    def __init__(self):
-        self.signal, self.gently = None, False
+    def __init__(self, processes: int):
+        self.signal, self.gently, self.processes, self.since = None, False, processes, 0.0
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self)
 
     def __call__(self, signum, frame):
+        if self.signal and self.processes > 1 and time.monotonic() - self.since < 2:
+            return  # the terminal's own, handed on by torchrun
         if self.signal:
             os._exit(128 + signum)
         if not self.gently:
             sys.exit(128 + signum)
-        self.signal = signum
+        self.signal, self.since = signum, time.monotonic()
         print("\nstopping: this step is finished and a checkpoint written; once more leaves at once", flush=True)
+
+    def everywhere(self, accelerator) -> bool:
+        """Whether a signal has come to any process: all of them must leave at the same step."""
+        import torch
+
+        if self.processes > 1:
+            signals = accelerator.gather(torch.tensor([self.signal or 0], device=accelerator.device))
+            self.signal = int(signals.max()) or None
+        return self.signal is not None
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Of the GPU, or of main memory, for which torch has no class of its own."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def train_within_memory(trainer, checkpoint: str | None, args):
+    """trainer.train; out of memory, begin again from the last checkpoint with half as many free layers.
+
+    The program replaces itself by a new one: nothing that a failed step has allocated stays behind.
+    """
+    layers = trainer.model.get_base_model().get_decoder().layers
+    try:
+        return trainer.train(resume_from_checkpoint=checkpoint)
+    except RuntimeError as error:
+        checkpointed = sum(layer.gradient_checkpointing for layer in layers)
+        if not out_of_memory(error) or checkpointed == len(layers) or args.processes > 1:
+            raise
+    more = checkpointed + -(-(len(layers) - checkpointed) // 2)
+    say("memory", f"not enough with {checkpointed} layers checkpointed; going on with {more}")
+    options = [option for option in sys.argv if option not in ("--resume", "--overwrite")]
+    os.execv(sys.executable, [sys.executable, *options, "--resume", "--gradient-checkpointing", str(more)])
 
 
 def training_arguments(args, evaluating: bool):
@@ -1452,6 +1524,7 @@ def make_trainer(args, model, tokenizer, train_rows, eval_rows, prompts: list[st
             self.args.save_total_limit = None  # nothing older goes before the new one is complete
             try:
                 super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()  # each process adds its random state
                 if self.args.should_save:
                     files = {file.name: sha256(str(file)) for file in sorted(folder.iterdir()) if file.name != COMPLETE}
                     write_json(folder / COMPLETE, files)
@@ -1491,7 +1564,7 @@ def progress_callback(trainer, stop: Stop):
 
         def on_step_end(self, args, state, control, **kwargs):
             self.bar.update()
-            if stop.signal:
+            if stop.everywhere(trainer.accelerator):
                 control.should_save = control.should_training_stop = True
 
         def on_log(self, args, state, control, logs=None, **kwargs):
@@ -1503,7 +1576,7 @@ def progress_callback(trainer, stop: Stop):
                 self.bar.write(
                     f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.4f}  "
                     f"grad {logs['grad_norm']:.3f}  lr {logs['learning_rate']:.2e}  "
-                    f"{(trainer.tokens - self.tokens) / spent:,.0f} tok/s  {duration(left)} left",
+                    f"{(trainer.tokens - self.tokens) * args.world_size / spent:,.0f} tok/s  {duration(left)} left",
                     file=sys.stdout,
                 )
             elif "eval_loss" in logs:
@@ -1575,7 +1648,8 @@ def newest_checkpoint(output: Path) -> str | None:
     return None
 
 
-LOOKING_ONLY = {"output", "resume", "force_resume", "overwrite", "logging_steps", "save_steps", "save_total_limit",
+# What may differ when a run is resumed; batches, accumulation and processes may as long as their product does not.
+LOOKING_ONLY = {"output", "train_batch_size", "grad_accum", "eval_batch_size", "resume", "force_resume", "overwrite", "logging_steps", "save_steps", "save_total_limit",
                 "gradient_checkpointing", "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb",
                 "report_to", "sample_prompts", "dry_run", "preview", "json"}  # fmt: skip
 
@@ -1601,6 +1675,7 @@ def check_same_run(old: dict, new: dict):
     flat = lambda record: {  # noqa: E731
         **{f"data {file}": digest for file, digest in record["data"]["sha256"].items()},
         **{f"base {key}": value for key, value in record["base"].items()},
+        "rows in a step (--train-batch-size x --grad-accum x processes)": record["data"]["rows_per_step"],
         **{f"--{k.replace('_', '-')}": v for k, v in record["args"].items() if k not in LOOKING_ONLY},
     }
     old, new = flat(old), flat(json.loads(json.dumps(new, default=str)))
@@ -1761,12 +1836,13 @@ def look(args):
 
 
 def train(args):
-    stop = Stop()
+    stop = Stop(args.processes)
     files, eval_files, prompts = expand(args.train_files), expand(args.eval_files), sample_prompts(args.sample_prompts)
     found = survey(files + eval_files, args.input_format)  # errors in the data show now, before slow imports
-    lock = claim_output(args)
+    lock = None if args.process else claim_output(args)
     set_allocator(args)
     quiet()
+    from accelerate.utils import broadcast_object_list
     from transformers import set_seed
 
     device = choose_device(args)
@@ -1791,7 +1867,9 @@ def train(args):
         print_memory_plan(config.to_dict(), args, counts, card.total_memory / 2**30, card.name)
     record = run_record(args, chat, revision, files + eval_files, counts)
     check_weights(args.model, folder)
-    checkpoint = resume_point(args, record) if args.resume else clear_output(args.output)
+    checkpoint = None
+    if not args.process:
+        checkpoint = resume_point(args, record) if args.resume else clear_output(args.output)
 
     set_seed(args.seed)
     model = load_base(args, folder, device)
@@ -1800,23 +1878,27 @@ def train(args):
     model = add_lora(model, args, revision)
     plan_checkpointing(model, train_rows, args)
     trainer = make_trainer(args, model, tokenizer, train_rows, eval_rows, prompts, stop)
-    results = record.setdefault("results", {})
+    checkpoint, results = broadcast_object_list([checkpoint, record.get("results") or {}])
+    record["results"] = results
     if not results:
         if eval_rows:
             results["eval_loss_before"] = trainer.evaluate()["eval_loss"]
-        results["samples"] = [("before", answers(model, tokenizer, prompts))]
-        write_json(args.output / RECORD, record)
+        if not args.process:
+            results["samples"] = [("before", answers(model, tokenizer, prompts))]
+            write_json(args.output / RECORD, record)
 
     stop.gently = True
     set_seed(args.seed)  # the same numbers whether or not an evaluation came before
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train_within_memory(trainer, checkpoint, args)
     if stop.signal and trainer.state.global_step < trainer.state.max_steps:
         print(
-            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with:\n  {resume_command()}"
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with:\n  {resume_command(args)}"
         )
         sys.exit(128 + stop.signal)
-    finish(args, record, trainer, config, prompts)
-    lock.close()
+    if not args.process:
+        finish(args, record, trainer, config, prompts)
+        lock.close()
+    trainer.accelerator.end_training()
 
 
 def make_rows(files, eval_files, args, encode: Encoder):
@@ -1872,8 +1954,6 @@ def resume_point(args, record: dict) -> str | None:
 
 def finish(args, record: dict, trainer, config, prompts: list[str]):
     """Write the adapter (the best by held-out loss), its record, card and picture; say what to type next."""
-    if args.process:
-        return
     state, results, data = trainer.state, record["results"], record["data"]
     trainer.save_model(str(args.output))
     config.save_pretrained(args.output)
@@ -1898,10 +1978,11 @@ def finish(args, record: dict, trainer, config, prompts: list[str]):
     say("next", "python3 merge_lora.py" + ("" if default else f" --adapter {args.output} --output OUTPUT"))
 
 
-def resume_command() -> str:
+def resume_command(args) -> str:
     import shlex
 
-    return shlex.join(["python3", *(arg for arg in sys.argv if arg not in ("--resume", "--overwrite")), "--resume"])
+    launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if args.processes > 1 else ["python3"]
+    return shlex.join([*launcher, *(arg for arg in sys.argv if arg not in ("--resume", "--overwrite")), "--resume"])
 
 
 def quiet():
@@ -1925,7 +2006,13 @@ def main():
     try:
         (look if args.dry_run else train)(args)
     except InputError as error:
-        print(error, file=sys.stderr)
+        if not args.process:
+            print(error, file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        print(f"out of memory ({first_line(error)[:80]}); {roomier(args)}", file=sys.stderr)
         sys.exit(2)
 
 

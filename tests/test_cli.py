@@ -19,7 +19,7 @@ import pytest
 import train_sft_dolores as sft
 
 SCRIPT = Path(sft.__file__)
-HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "pyarrow", "huggingface_hub"}
+HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "pyarrow"}
 OK = "".join(f"<|endoftext|>\n<|user|>\nq{i}\n<|assistant|>\na\n" for i in range(4))
 
 DOCUMENTED = """
@@ -202,10 +202,8 @@ def test_one_run_a_folder(tmp_path):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    import datasets
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # what main sets goes when the test ends
     (tmp_path / "train.chatml").write_text(OK)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -95,9 +95,7 @@ def test_another_seed_holds_out_others():
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "cache"
 
@@ -259,7 +257,7 @@ def test_an_error_leaves_no_half_cache(cache, encode):
     Path("d").write_text(corpus() + "<|assistant|>\n")
     with pytest.raises(sft.InputError):
         sft.prepare(["d"], arguments(), encode)
-    assert [path for path in cache.rglob("*") if path.is_file()] == []
+    assert [path for path in cache.rglob("*") if path.suffix != ".lock"] == [cache / "dolores_sft"]
 
 
 # ---- one batch ----

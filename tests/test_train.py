@@ -402,7 +402,7 @@ def test_memory_fraction(short_smollm2, capsys):
         assert sft.print_memory_plan(config, args, counts, 24, "a card")["limit"] == pytest.approx(24 * fraction)
     args = arguments("--torch-memory-fraction", 0.01)
     sft.print_memory_plan(config, args, counts, 24, "a card")
-    assert "does not fit: --max-length 1024 needs less" in capsys.readouterr().out
+    assert "does not fit; --max-length 1024 needs less" in capsys.readouterr().out
 
 
 def test_memory_plan_of_the_documented_run():
