@@ -1,0 +1,95 @@
+"""More processes than one (gloo, on this CPU), by the launcher that users have: torchrun."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from runs import ROOT, TINY, dialogues, record, run
+from safetensors.torch import load_file
+
+TRAIN = ("--train-files", "d.chatml", "--lora-dropout", "0", "--output", "out", *TINY)
+
+
+@pytest.fixture
+def folder(tmp_path, short_smollm2) -> Path:
+    (tmp_path / "d.chatml").write_text(dialogues(80))
+    (tmp_path / "base").symlink_to(short_smollm2)
+    return tmp_path
+
+
+def torchrun(folder: Path, *options, processes=2) -> subprocess.Popen:
+    """The launcher with its workers, in a session of their own; what they print goes to a file."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0",
+               "--standalone", str(ROOT / "train_sft_dolores.py"), "--model", "base", *TRAIN, *options]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with open(folder / "torchrun.txt", "w") as log:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def wait_for(path: Path, process: subprocess.Popen):
+    while not path.exists():
+        assert process.poll() is None, (path.parent.parent / "torchrun.txt").read_text()[-3000:]
+        time.sleep(0.05)
+
+
+def losses(folder: Path) -> list[str]:
+    """Loss and gradient norm of each step, as printed."""
+    lines = (line for file in ("log.txt", "torchrun.txt") if (folder / file).exists()
+             for line in (folder / file).read_text().splitlines())  # fmt: skip
+    return [line.split("  lr ")[0] for line in lines if line.startswith("step") and "loss" in line]
+
+
+def same_adapter(one: Path, other: Path):
+    one, other = (load_file(folder / "out/adapter_model.safetensors") for folder in (one, other))
+    assert one.keys() == other.keys()
+    for name in one:  # sums in another order, over ten steps at a learning rate of 1e-2
+        assert (one[name] - other[name]).abs().max() < 1e-4, name
+
+
+def test_two_processes_are_one_with_twice_the_accumulation(folder, tmp_path_factory):
+    alone = tmp_path_factory.mktemp("alone")
+    for name in ("d.chatml", "base"):
+        (alone / name).symlink_to(folder / name)
+    assert run(alone, "--model", "base", *TRAIN, "--grad-accum", "4")[0] == 0
+
+    both = torchrun(folder, "--grad-accum", "2")
+    assert both.wait(240) == 0, (folder / "torchrun.txt").read_text()[-3000:]
+    assert losses(folder) == losses(alone) and len(losses(folder)) == 15  # ten steps, five evaluations, each said once
+    same_adapter(folder, alone)
+    assert record(folder)["results"]["eval_loss_after"] == pytest.approx(record(alone)["results"]["eval_loss_after"])
+
+    # A killed worker ends the run; one process goes on from the last checkpoint and ends with the same adapter.
+    shutil.rmtree(folder / "out")
+    killed = torchrun(folder, "--grad-accum", "2")
+    wait_for(folder / "out/checkpoint-4/complete.json", killed)
+    psutil.Process(killed.pid).children()[-1].kill()
+    assert killed.wait(240) != 0
+    assert not (folder / "out/adapter_model.safetensors").exists()
+    status, printed = run(folder, "--model", "base", *TRAIN, "--grad-accum", "4", "--resume")
+    assert status == 0 and "resume     from out/checkpoint-" in printed
+    same_adapter(folder, alone)
+
+
+def test_a_signal_stops_all_at_the_same_step(folder):
+    process = torchrun(folder, "--grad-accum", "1", "--epochs", "20")
+    wait_for(folder / "out/checkpoint-2/complete.json", process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(240) != 0
+    printed = (folder / "torchrun.txt").read_text()
+    assert "stopped at step" in printed and "torchrun --nproc-per-node 2 " in printed
+    step = printed.split("stopped at step ")[1].split()[0]
+    assert (folder / f"out/checkpoint-{step}/complete.json").is_file()
+
+
+def test_an_error_is_said_once(folder):
+    (folder / "d.chatml").write_text("<|user|>\nq\n<|assitant|>\na\n")
+    process = torchrun(folder)
+    assert process.wait(240) != 0
+    printed = (folder / "torchrun.txt").read_text()
+    assert printed.count("d.chatml:3: unknown role tag <|assitant|>; did you mean <|assistant|>?") == 1
