@@ -272,6 +272,11 @@ def shortened(value) -> str:
     return repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}…"
 
 
+def visible(text: str, keep="") -> str:
+    """Control characters written as escapes: what a file holds must not steer the terminal."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
 def nearest(name: str, choices) -> str:
     """`did you mean …?` where a choice is near, else the list of them."""
     near = get_close_matches(name[:60].lower(), choices, n=1, cutoff=0.6)
@@ -280,7 +285,7 @@ def nearest(name: str, choices) -> str:
 
 def tag_hint(name: str) -> str:
     near = get_close_matches(name.lower(), ROLES, n=1, cutoff=0.6)
-    return f"did you mean <|{near[0]}|>?" if near else f"write \\<|{name}|> if it is text"
+    return f"did you mean <|{near[0]}|>?" if near else f"write \\<|{visible(name)}|> if it is text"
 
 
 def read_chatml(file: str, warn):
@@ -296,7 +301,7 @@ def read_chatml(file: str, warn):
         if escaped.match(line):
             return line[1:]
         if found := TAG.search(line):
-            warn(file, number, "tag", f"{found[0]} inside a turn is text, no tag")
+            warn(file, number, "tag", f"{visible(found[0])} inside a turn is text, no tag")
         return line
 
     def close():
@@ -340,7 +345,7 @@ def read_chatml(file: str, warn):
         role = rest.strip() if name == "im_start" else name
         if role not in ROLES:
             hint = nearest(role, ROLES) if name == "im_start" else tag_hint(name)
-            what = f"unknown role {shortened(role)}" if name == "im_start" else f"unknown role tag <|{name}|>"
+            what = f"unknown role {shortened(role)}" if name == "im_start" else f"unknown role tag <|{visible(name)}|>"
             raise InputError(f"{file}:{number}: {what}; {hint}")
         if role == "system":
             yield from flush()
@@ -406,7 +411,7 @@ def read_messages(file: str, warn):
             if re.search("[\ud800-\udfff]", content):
                 raise InputError(f"{place}: a lone surrogate in a {role} message; repair the text's encoding")
             if found := TAG.search(content):
-                warn(file, number, "tag", f"{found[0]} inside a turn is text, no tag")
+                warn(file, number, "tag", f"{visible(found[0])} inside a turn is text, no tag")
             turns.append(Turn(SHAREGPT[role], content.strip(), number))
         yield checked(turns, file, warn, start=number)
 
@@ -835,7 +840,7 @@ def preview(rows: Rows, count: int, decode):
             print(f"--- {file}:{line}: {len(ids):,} tokens, {(labels != IGNORE).sum():,} trained")
             edges = [0, *(np.flatnonzero(np.diff(labels != IGNORE)) + 1), len(ids)]
             for begin, end in pairwise(edges):
-                text = decode(ids[begin:end].tolist())
+                text = visible(decode(ids[begin:end].tolist()), keep="\n\t\u00a0\u202f")
                 print(f"{on}{text}{off}" if labels[begin] != IGNORE else text, end="")
             print()
 

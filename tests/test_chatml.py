@@ -237,6 +237,15 @@ def test_errors_stay_short():
         assert len(error_of(chatml, text)) < 400
 
 
+def test_what_a_file_holds_never_steers_the_terminal():
+    """An escape sequence or a direction override in a tag's name is shown as an escape, not sent."""
+    tag, shown = "<|\x1b[2Ja\u202e|>", "<|\\x1b[2Ja\\u202e|>"
+    assert error_of(chatml, U + tag) == f"d.chatml:3: unknown role tag {shown}; write \\{shown} if it is text"
+    assert read(write("d", f"<|user|>q {tag}\n" + A))[1] == [(1, f"{shown} inside a turn is text, no tag")]
+    write("d", row(("user", tag), QA[1]))
+    assert read("d", input_format="messages")[1] == [(1, f"{shown} inside a turn is text, no tag")]
+
+
 def test_warnings():
     assert read(write("d", "<|system|>\n\n" + OK + U)) == (
         [QA],
