@@ -238,6 +238,8 @@ TAG = re.compile(r"<\|([^|<>\s]{1,40})\|>")
 ESCAPED_TAG, ESCAPED_IM_START = re.compile(r"\\+<\|[^|<>\s]{1,40}\|>"), re.compile(r"\\+<\|im_start\|>")
 NEVER = re.compile(r"(?!)")
 IM_END = re.compile(r"(?<!\\)<\|im_end\|>")
+# A tag's name at the start of a line between what may be a tag's edges, such as `<| user|>` or `<|user>`.
+LIKE_TAG = re.compile(r"([<|｜/\s]*)(system|user|assistant|endoftext|im_start|im_end)(?!\w)([|｜>\s]*)", re.IGNORECASE)
 
 
 def expand(patterns: list[str]) -> list[str]:
@@ -247,7 +249,12 @@ def expand(patterns: list[str]) -> list[str]:
     for name in names:
         if not os.path.isfile(name):
             raise InputError(f"{name}: no such file; give the path of a data file or a glob that matches one")
-        if os.path.getsize(name) == 0:
+        try:
+            with open(name, "rb") as file:
+                empty = not file.read(1)
+        except OSError as error:
+            raise InputError(f"{name}: cannot be read ({error.strerror}); make it readable") from None
+        if empty:
             raise InputError(f"{name}: the file is empty; write dialogues into it (README, data format)")
     return list(dict.fromkeys(names))
 
@@ -285,7 +292,7 @@ def nearest(name: str, choices) -> str:
 
 def tag_hint(name: str) -> str:
     near = get_close_matches(name.lower(), ROLES, n=1, cutoff=0.6)
-    return f"did you mean <|{near[0]}|>?" if near else f"write \\<|{visible(name)}|> if it is text"
+    return f"did you mean <|{near[0]}|>?" if near else f"write \\<|{visible(name)[:60]}|> if it is text"
 
 
 def read_chatml(file: str, warn):
@@ -301,7 +308,10 @@ def read_chatml(file: str, warn):
         if escaped.match(line):
             return line[1:]
         if found := TAG.search(line):
-            warn(file, number, "tag", f"{visible(found[0])} inside a turn is text, no tag")
+            warn(file, number, "tag", f"{visible(found[0])[:60]} inside a turn is text, no tag")
+        elif (found := LIKE_TAG.match(line)) and {*"<>"} & {*found[0]} and {*"|｜"} & {*found[0]}:
+            shown, name = shortened(found[0].strip()), found[2].lower()
+            warn(file, number, "tag", f"{shown} looks like a tag; write <|{name}|> if it is one")
         return line
 
     def close():
@@ -345,7 +355,11 @@ def read_chatml(file: str, warn):
         role = rest.strip() if name == "im_start" else name
         if role not in ROLES:
             hint = nearest(role, ROLES) if name == "im_start" else tag_hint(name)
-            what = f"unknown role {shortened(role)}" if name == "im_start" else f"unknown role tag <|{visible(name)}|>"
+            what = (
+                f"unknown role {shortened(role)}"
+                if name == "im_start"
+                else f"unknown role tag <|{visible(name)[:60]}|>"
+            )
             raise InputError(f"{file}:{number}: {what}; {hint}")
         if role == "system":
             yield from flush()
@@ -411,7 +425,7 @@ def read_messages(file: str, warn):
             if re.search("[\ud800-\udfff]", content):
                 raise InputError(f"{place}: a lone surrogate in a {role} message; repair the text's encoding")
             if found := TAG.search(content):
-                warn(file, number, "tag", f"{visible(found[0])} inside a turn is text, no tag")
+                warn(file, number, "tag", f"{visible(found[0])[:60]} inside a turn is text, no tag")
             turns.append(Turn(SHAREGPT[role], content.strip(), number))
         yield checked(turns, file, warn, start=number)
 
