@@ -1754,6 +1754,7 @@ def write_card(args, record: dict, samples: list[tuple[str, list[str]]], prompts
 
 def look(args):
     """--dry-run: what the data is, what a step needs, and what it will train on; no torch."""
+    Stop()
     files, eval_files = expand(args.train_files), expand(args.eval_files)
     found = survey(files + eval_files, args.input_format)
     print_survey(found)
