@@ -20,6 +20,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections import Counter
 from difflib import get_close_matches
@@ -131,6 +132,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = OneLineParser(
+        usage="%(prog)s [options]",
         description="Fine-tune Dolores v5: assistant-only SFT with NF4 + LoRA on one 24 GB card.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -156,10 +158,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     training.add_argument("--eval-batch-size", type=count, default=1, help="rows at once in evaluation")
     training.add_argument("--grad-accum", type=count, default=32, help="batches in an optimizer step")
     training.add_argument("--learning-rate", type=positive, default=1.5e-4, help="its peak")
-    training.add_argument("--lr-scheduler-type", choices=SCHEDULERS, default="cosine", help="learning rate over time")
+    training.add_argument(
+        "--lr-scheduler-type", choices=SCHEDULERS, default="cosine", metavar="NAME", help="%(choices)s"
+    )
     training.add_argument("--warmup-ratio", type=number(float, 0, 0.99), default=0.03, help="share of all steps")
     training.add_argument("--max-grad-norm", type=number(float, 0), default=0.8, help="0: no clipping")
-    training.add_argument("--optim", choices=OPTIMIZERS, default="paged_adamw_8bit", help="optimizer")
+    training.add_argument(
+        "--optim", choices=OPTIMIZERS, default="paged_adamw_8bit", metavar="NAME", help="one of %(choices)s"
+    )
     training.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of everything random")
 
     lora = parser.add_argument_group("LoRA and precision")
@@ -803,7 +809,8 @@ def print_survey(found: dict, shown=5):
     grouped = Counter(
         "1" if n == 1 else "2" if n == 2 else "3-8" if n <= 8 else "9+" for n in Counter(exchanges).elements()
     )
-    say("files", ", ".join(found["files"]))
+    names = found["files"]
+    say("files", ", ".join(names[:shown]) + (f", … and {len(names) - shown:,} more" if len(names) > shown else ""))
     say("data", f"{found['conversations']:,} conversations, {found['characters']:,} characters")
     say("turns", ", ".join(f"{turns.get(role, 0):,} {role}" for role in ROLES))
     say("exchanges", ", ".join(f"{grouped[key]:,} with {key}" for key in ("1", "2", "3-8", "9+") if grouped[key]))
@@ -814,13 +821,20 @@ def print_warnings(warnings: list, shown=5):
     """Each kind with its count and its first places."""
     for kind, count in Counter(kind for _, _, kind, _ in warnings).items():
         say("warning", f"{count:,} x {kind}")
-        places = [f"  {file}:{line}: {text}" for file, line, k, text in warnings if k == kind]
-        print("\n".join([*places[:shown], *([f"  … and {count - shown:,} more"] if count > shown else [])]))
+        for file, line, _, text in islice((w for w in warnings if w[2] == kind), shown):
+            print(wrapped(f"  {file}:{line}: {text}", 4))
+        if count > shown:
+            print(f"  … and {count - shown:,} more")
 
 
 def say(name: str, text: str):
-    """One aligned line for people."""
-    print(f"{name:<10} {text}", flush=True)
+    """One aligned paragraph for people."""
+    print(wrapped(f"{name:<10} {text}", 11), flush=True)
+
+
+def wrapped(text: str, indent: int) -> str:
+    """Lines of 80 columns; paths and flags stay whole."""
+    return textwrap.fill(text, 80, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def print_tokens(counts: dict, lengths: np.ndarray, args):
@@ -891,12 +905,34 @@ def memory_plan(config: dict, args, tokens: int, trained_share: float, free_laye
     return {name: amount / 2**30 for name, amount in parts.items()}
 
 
+def plan_of(config: dict, args, share: float) -> tuple[dict[str, float], int]:
+    """(memory plan of these flags, layers that keep their activations)."""
+    mode, layers = args.gradient_checkpointing, config["num_hidden_layers"]
+    free = max(0, layers - mode) if isinstance(mode, int) else layers if mode == "none" else 0
+    return memory_plan(config, args, args.max_length * args.train_batch_size, share, free), free
+
+
+def what_fits(config: dict, args, share: float, limit: float) -> str:
+    """The flags that bring the plan below `limit` GiB, those that cost least first."""
+    tried, flags = argparse.Namespace(**vars(args)), []
+    changes = [("train_batch_size", 1), ("gradient_checkpointing", "all"), ("bnb_nf4", True), ("bf16", True)]
+    changes += [("max_length", length) for length in (2**k for k in range(16, 8, -1)) if length < args.max_length]
+    for name, value in changes:
+        now = getattr(tried, name)
+        if now == value or (name == "gradient_checkpointing" and now == "auto"):
+            continue
+        setattr(tried, name, value)
+        flags = [flag for flag in flags if not flag.startswith("--max-length")]
+        flags.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}"))
+        if sum(plan_of(config, tried, share)[0].values()) <= limit:
+            return f"{' '.join(flags)} would"
+    return "no flag makes it fit; take a smaller model or a larger card"
+
+
 def print_memory_plan(config: dict, args, counts: dict, capacity: float, card: str):
     """The plan as a table for this card (GiB), and what to change where it does not fit."""
-    tokens, share = args.max_length * args.train_batch_size, counts["trained_tokens"] / counts["tokens"]
-    mode, layers = args.gradient_checkpointing, config["num_hidden_layers"]
-    free = {"all": 0, "auto": 0, "none": layers}.get(mode, layers - mode if isinstance(mode, int) else 0)
-    plan = memory_plan(config, args, tokens, share, free)
+    share, layers = counts["trained_tokens"] / counts["tokens"], config["num_hidden_layers"]
+    plan, free = plan_of(config, args, share)
     say(
         "memory",
         f"GiB for rows of {args.max_length:,} x {args.train_batch_size}, {layers - free} of {layers} layers checkpointed",
@@ -904,9 +940,7 @@ def print_memory_plan(config: dict, args, counts: dict, capacity: float, card: s
     for name, amount in plan.items():
         print(f"  {name:<20} {amount:6.2f}")
     need, limit = sum(plan.values()), capacity * args.torch_memory_fraction
-    remedy = ("--bnb-nf4" if not args.bnb_nf4 else "--train-batch-size 1" if args.train_batch_size > 1
-              else "--gradient-checkpointing all" if free else f"--max-length {args.max_length // 2}")  # fmt: skip
-    verdict = "fits" if need <= limit else f"does not fit: {remedy} needs less"
+    verdict = "fits" if need <= limit else f"does not fit: {what_fits(config, args, share, limit)}"
     say("memory", f"{need:.1f} of {limit:.1f} GiB ({args.torch_memory_fraction:.0%} of {card}): {verdict}")
     return {**plan, "total": need, "limit": limit}
 

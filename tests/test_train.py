@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_sft_dolores as sft
 
+LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip
 FILES = {"adapter_model.safetensors", "adapter_config.json", "training_args.json", "tokenizer.json", "tokenizer_config.json",
          "chat_template.jinja", "config.json", "README.md", "loss.png"}  # fmt: skip
 
@@ -402,13 +404,32 @@ def test_memory_fraction(short_smollm2, capsys):
         assert sft.print_memory_plan(config, args, counts, 24, "a card")["limit"] == pytest.approx(24 * fraction)
     args = arguments("--torch-memory-fraction", 0.01)
     sft.print_memory_plan(config, args, counts, 24, "a card")
-    assert "does not fit: --max-length 1024 needs less" in capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.endswith("does not fit: no flag makes it fit; take a smaller model or a larger card")
+
+
+@pytest.mark.parametrize(
+    "options, flags",
+    {
+        "--no-bnb-nf4": "--bnb-nf4 would",
+        "--train-batch-size 8 --gradient-checkpointing none": "--train-batch-size 1 --gradient-checkpointing all would",
+        "--max-length 65536 --train-batch-size 2": "--train-batch-size 1 --max-length 4096 would",
+        "--gradient-checkpointing 0": "--gradient-checkpointing all would",
+        "--no-bnb-nf4 --no-bf16": "--bnb-nf4 --bf16 would",
+    }.items(),
+)
+def test_what_would_make_it_fit(options, flags):
+    """On a card of 12 GiB; each answer is tried: with these flags the plan does fit."""
+    args, limit = arguments(*options.split()), 11.4
+    assert sum(sft.plan_of(LLAMA_8B, args, 0.67)[0].values()) > limit
+    assert sft.what_fits(LLAMA_8B, args, 0.67, limit) == flags
+    better = arguments(*options.replace("--no-bnb-nf4", "").replace("--no-bf16", "").split(), *flags.split()[:-1])
+    assert sum(sft.plan_of(LLAMA_8B, better, 0.67)[0].values()) <= limit
 
 
 def test_memory_plan_of_the_documented_run():
     """GiB for Llama-3.1-8B, by the arithmetic written out in the plan's comments."""
-    config = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256,
-              "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip
+    config = LLAMA_8B
     plan = sft.memory_plan(config, arguments(), 2048, 0.67)
     known = {
         "base weights": 3.35,
