@@ -461,6 +461,40 @@ def test_many_neighbours_are_joined_in_linear_time():
     assert seconds(100_000) < 10 * small  # a copy at each join: 16 times and more
 
 
+MANY = {
+    "empty lines": lambda n: U + "\n" * n + A,
+    "escaped lines": lambda n: U + "\\<|user|>\n" * n + A,
+    "tags in lines": lambda n: U + "x <|eot_id|>\n" * n + A,
+    "escapes in a line": lambda n: "<|im_start|>user\n" + "\\<|im_end|>" * n + "<|im_end|>\n" + A,
+    "one role's turns": lambda n: U * n + A,
+    "exchanges": lambda n: (U + A) * n,
+    "conversations": lambda n: ("<|endoftext|>\n" + U + A) * n,
+}
+
+
+@pytest.mark.parametrize("make", MANY.values(), ids=MANY)
+def test_work_grows_with_the_file(make):
+    """Function calls, Python's and C's, of the survey: twice the file, twice the calls and no more."""
+
+    def calls(n: int) -> int:
+        count, file = 0, write("d", make(n))
+
+        def one(frame, event, _):
+            nonlocal count
+            count += event.endswith("call")
+
+        sys.setprofile(one)
+        try:
+            sft.survey([file], "chatml")
+        finally:
+            sys.setprofile(None)
+        return count
+
+    calls(1)  # regular expressions are compiled once
+    fewer, more, most = calls(500), calls(1000), calls(2000)
+    assert most - more <= 2.01 * (more - fewer) + 10
+
+
 def assert_sound(conversations):
     """What every reader promises of what it yields."""
     for turns in conversations:
