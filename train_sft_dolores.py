@@ -20,6 +20,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections import Counter
 from difflib import get_close_matches
@@ -131,6 +132,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = OneLineParser(
+        usage="%(prog)s [options]",
         description="Fine-tune Dolores v5: assistant-only SFT with NF4 + LoRA on one 24 GB card.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -156,10 +158,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     training.add_argument("--eval-batch-size", type=count, default=1, help="rows at once in evaluation")
     training.add_argument("--grad-accum", type=count, default=32, help="batches in an optimizer step")
     training.add_argument("--learning-rate", type=positive, default=1.5e-4, help="its peak")
-    training.add_argument("--lr-scheduler-type", choices=SCHEDULERS, default="cosine", help="learning rate over time")
+    training.add_argument(
+        "--lr-scheduler-type", choices=SCHEDULERS, default="cosine", metavar="NAME", help="%(choices)s"
+    )
     training.add_argument("--warmup-ratio", type=number(float, 0, 0.99), default=0.03, help="share of all steps")
     training.add_argument("--max-grad-norm", type=number(float, 0), default=0.8, help="0: no clipping")
-    training.add_argument("--optim", choices=OPTIMIZERS, default="paged_adamw_8bit", help="optimizer")
+    training.add_argument(
+        "--optim", choices=OPTIMIZERS, default="paged_adamw_8bit", metavar="NAME", help="one of %(choices)s"
+    )
     training.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of everything random")
 
     lora = parser.add_argument_group("LoRA and precision")
@@ -238,6 +244,8 @@ TAG = re.compile(r"<\|([^|<>\s]{1,40})\|>")
 ESCAPED_TAG, ESCAPED_IM_START = re.compile(r"\\+<\|[^|<>\s]{1,40}\|>"), re.compile(r"\\+<\|im_start\|>")
 NEVER = re.compile(r"(?!)")
 IM_END = re.compile(r"(?<!\\)<\|im_end\|>")
+# A tag's name at the start of a line between what may be a tag's edges, such as `<| user|>` or `<|user>`.
+LIKE_TAG = re.compile(r"([<|｜/\s]*)(system|user|assistant|endoftext|im_start|im_end)(?!\w)([|｜>\s]*)", re.IGNORECASE)
 
 
 def expand(patterns: list[str]) -> list[str]:
@@ -247,7 +255,12 @@ def expand(patterns: list[str]) -> list[str]:
     for name in names:
         if not os.path.isfile(name):
             raise InputError(f"{name}: no such file; give the path of a data file or a glob that matches one")
-        if os.path.getsize(name) == 0:
+        try:
+            with open(name, "rb") as file:
+                empty = not file.read(1)
+        except OSError as error:
+            raise InputError(f"{name}: cannot be read ({error.strerror}); make it readable") from None
+        if empty:
             raise InputError(f"{name}: the file is empty; write dialogues into it (README, data format)")
     return list(dict.fromkeys(names))
 
@@ -277,6 +290,11 @@ def shortened(value) -> str:
     return repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}…"
 
 
+def visible(text: str, keep="") -> str:
+    """Control characters written as escapes: what a file holds must not steer the terminal."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
 def nearest(name: str, choices) -> str:
     """`did you mean …?` where a choice is near, else the list of them."""
     near = get_close_matches(name[:60].lower(), choices, n=1, cutoff=0.6)
@@ -285,7 +303,7 @@ def nearest(name: str, choices) -> str:
 
 def tag_hint(name: str) -> str:
     near = get_close_matches(name.lower(), ROLES, n=1, cutoff=0.6)
-    return f"did you mean <|{near[0]}|>?" if near else f"write \\<|{name}|> if it is text"
+    return f"did you mean <|{near[0]}|>?" if near else f"write \\<|{visible(name)[:60]}|> if it is text"
 
 
 def read_chatml(file: str, warn):
@@ -301,7 +319,10 @@ def read_chatml(file: str, warn):
         if escaped.match(line):
             return line[1:]
         if found := TAG.search(line):
-            warn(file, number, "tag", f"{found[0]} inside a turn is text, no tag")
+            warn(file, number, "tag", f"{visible(found[0])[:60]} inside a turn is text, no tag")
+        elif (found := LIKE_TAG.match(line)) and {*"<>"} & {*found[0]} and {*"|｜"} & {*found[0]}:
+            shown, name = shortened(found[0].strip()), found[2].lower()
+            warn(file, number, "tag", f"{shown} looks like a tag; write <|{name}|> if it is one")
         return line
 
     def close():
@@ -345,7 +366,11 @@ def read_chatml(file: str, warn):
         role = rest.strip() if name == "im_start" else name
         if role not in ROLES:
             hint = nearest(role, ROLES) if name == "im_start" else tag_hint(name)
-            what = f"unknown role {shortened(role)}" if name == "im_start" else f"unknown role tag <|{name}|>"
+            what = (
+                f"unknown role {shortened(role)}"
+                if name == "im_start"
+                else f"unknown role tag <|{visible(name)[:60]}|>"
+            )
             raise InputError(f"{file}:{number}: {what}; {hint}")
         if role == "system":
             yield from flush()
@@ -411,7 +436,7 @@ def read_messages(file: str, warn):
             if re.search("[\ud800-\udfff]", content):
                 raise InputError(f"{place}: a lone surrogate in a {role} message; repair the text's encoding")
             if found := TAG.search(content):
-                warn(file, number, "tag", f"{found[0]} inside a turn is text, no tag")
+                warn(file, number, "tag", f"{visible(found[0])[:60]} inside a turn is text, no tag")
             turns.append(Turn(SHAREGPT[role], content.strip(), number))
         yield checked(turns, file, warn, start=number)
 
@@ -811,7 +836,8 @@ def print_survey(found: dict, shown=5):
     turns, grouped = found["turns"], Counter()
     for number, count in found["exchanges"].items():
         grouped["3-8" if 3 <= int(number) <= 8 else "9+" if int(number) > 8 else number] += count
-    say("files", ", ".join(found["files"]))
+    names = found["files"]
+    say("files", ", ".join(names[:shown]) + (f", … and {len(names) - shown:,} more" if len(names) > shown else ""))
     say("data", f"{found['conversations']:,} conversations, {found['characters']:,} characters")
     say("turns", ", ".join(f"{turns.get(role, 0):,} {role}" for role in ROLES))
     say("exchanges", ", ".join(f"{grouped[key]:,} with {key}" for key in ("1", "2", "3-8", "9+") if grouped[key]))
@@ -822,13 +848,20 @@ def print_warnings(warnings: list, shown=5):
     """Each kind with its count and its first places."""
     for kind, count in Counter(kind for _, _, kind, _ in warnings).items():
         say("warning", f"{count:,} x {kind}")
-        places = [f"  {file}:{line}: {text}" for file, line, k, text in warnings if k == kind]
-        print("\n".join([*places[:shown], *([f"  … and {count - shown:,} more"] if count > shown else [])]))
+        for file, line, _, text in islice((w for w in warnings if w[2] == kind), shown):
+            print(wrapped(f"  {file}:{line}: {text}", 4))
+        if count > shown:
+            print(f"  … and {count - shown:,} more")
 
 
 def say(name: str, text: str):
-    """One aligned line for people."""
-    print(f"{name:<10} {text}", flush=True)
+    """One aligned paragraph for people."""
+    print(wrapped(f"{name:<10} {text}", 11), flush=True)
+
+
+def wrapped(text: str, indent: int) -> str:
+    """Lines of 80 columns; paths and flags stay whole."""
+    return textwrap.fill(text, 80, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def print_tokens(counts: dict, lengths: np.ndarray, args):
@@ -862,7 +895,7 @@ def preview(rows: Rows, count: int, decode):
             print(f"--- {file}:{line}: {len(ids):,} tokens, {(labels != IGNORE).sum():,} trained")
             edges = [0, *(np.flatnonzero(np.diff(labels != IGNORE)) + 1), len(ids)]
             for begin, end in pairwise(edges):
-                text = decode(ids[begin:end].tolist())
+                text = visible(decode(ids[begin:end].tolist()), keep="\n\t\u00a0\u202f")
                 print(f"{on}{text}{off}" if labels[begin] != IGNORE else text, end="")
             print()
 
@@ -899,23 +932,34 @@ def memory_plan(config: dict, args, tokens: int, trained_share: float, free_laye
     return {name: amount / 2**30 for name, amount in parts.items()}
 
 
-def roomier(args) -> str:
-    """The change that saves most memory, of those not made yet."""
-    if not args.bnb_nf4:
-        return "--bnb-nf4 needs less"
-    if args.train_batch_size > 1:
-        return f"--train-batch-size 1 --grad-accum {args.grad_accum * args.train_batch_size} needs less"
-    if args.gradient_checkpointing not in ("auto", "all"):
-        return "--gradient-checkpointing all needs less"
-    return f"--max-length {args.max_length // 2} needs less"
+def plan_of(config: dict, args, share: float) -> tuple[dict[str, float], int]:
+    """(memory plan of these flags, layers that keep their activations)."""
+    mode, layers = args.gradient_checkpointing, config["num_hidden_layers"]
+    free = max(0, layers - mode) if isinstance(mode, int) else layers if mode == "none" else 0
+    return memory_plan(config, args, args.max_length * args.train_batch_size, share, free), free
+
+
+def what_fits(config: dict, args, share: float, limit: float) -> str:
+    """The flags that bring the plan below `limit` GiB, those that cost least first."""
+    tried, flags = argparse.Namespace(**vars(args)), []
+    changes = [("train_batch_size", 1), ("gradient_checkpointing", "all"), ("bnb_nf4", True), ("bf16", True)]
+    changes += [("max_length", length) for length in (2**k for k in range(16, 8, -1)) if length < args.max_length]
+    for name, value in changes:
+        now = getattr(tried, name)
+        if now == value or (name == "gradient_checkpointing" and now == "auto"):
+            continue
+        setattr(tried, name, value)
+        flags = [flag for flag in flags if not flag.startswith("--max-length")]
+        flags.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}"))
+        if sum(plan_of(config, tried, share)[0].values()) <= limit:
+            return f"{' '.join(flags)} would"
+    return "no flag makes it fit; take a smaller model or a larger card"
 
 
 def print_memory_plan(config: dict, args, counts: dict, capacity: float, card: str):
     """The plan as a table for this card (GiB), and what to change where it does not fit."""
-    tokens, share = args.max_length * args.train_batch_size, counts["trained_tokens"] / counts["tokens"]
-    mode, layers = args.gradient_checkpointing, config["num_hidden_layers"]
-    free = {"all": 0, "auto": 0, "none": layers}.get(mode, layers - mode if isinstance(mode, int) else 0)
-    plan = memory_plan(config, args, tokens, share, free)
+    share, layers = counts["trained_tokens"] / counts["tokens"], config["num_hidden_layers"]
+    plan, free = plan_of(config, args, share)
     say(
         "memory",
         f"GiB for rows of {args.max_length:,} x {args.train_batch_size}, {layers - free} of {layers} layers checkpointed",
@@ -923,7 +967,7 @@ def print_memory_plan(config: dict, args, counts: dict, capacity: float, card: s
     for name, amount in plan.items():
         print(f"  {name:<20} {amount:6.2f}")
     need, limit = sum(plan.values()), capacity * args.torch_memory_fraction
-    verdict = "fits" if need <= limit else f"does not fit; {roomier(args)}"
+    verdict = "fits" if need <= limit else f"does not fit: {what_fits(config, args, share, limit)}"
     say("memory", f"{need:.1f} of {limit:.1f} GiB ({args.torch_memory_fraction:.0%} of {card}): {verdict}")
     return {**plan, "total": need, "limit": limit}
 
@@ -1384,7 +1428,7 @@ def clear_output(folder: Path):
 class Stop:
     """SIGINT and SIGTERM: leave at once before training; in it, end the step and keep a checkpoint."""
 
-    def __init__(self, processes: int):
+    def __init__(self, processes=1):
         self.signal, self.gently, self.processes, self.since = None, False, processes, 0.0
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self)
@@ -1414,6 +1458,17 @@ def out_of_memory(error: RuntimeError) -> bool:
     import torch
 
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def roomier(args) -> str:
+    """The change that saves most memory, of those not made yet."""
+    if not args.bnb_nf4:
+        return "--bnb-nf4 needs less"
+    if args.train_batch_size > 1:
+        return f"--train-batch-size 1 --grad-accum {args.grad_accum * args.train_batch_size} needs less"
+    if args.gradient_checkpointing not in ("auto", "all"):
+        return "--gradient-checkpointing all needs less"
+    return f"--max-length {args.max_length // 2} needs less"
 
 
 def train_within_memory(trainer, checkpoint: str | None, args):
@@ -1810,6 +1865,7 @@ def write_card(args, record: dict, samples: list[tuple[str, list[str]]], prompts
 
 def look(args):
     """--dry-run: what the data is, what a step needs, and what it will train on; no torch."""
+    Stop()
     files, eval_files = expand(args.train_files), expand(args.eval_files)
     found = survey(files + eval_files, args.input_format)
     print_survey(found)

@@ -1,7 +1,10 @@
 """Text -> turns: both ChatML dialects and `messages` data, each error's exact words, hostile data."""
 
+import contextlib
 import json
+import os
 import re
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -189,6 +192,31 @@ def test_missing_and_empty_files():
     assert error_of(sft.expand, ["empty"]) == "empty: the file is empty; write dialogues into it (README, data format)"
 
 
+@contextlib.contextmanager
+def as_nobody():
+    """Root may read everything: as somebody else, where these tests run as root."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("name", ["d.chatml", "d.jsonl", "d.parquet"])
+def test_a_file_that_may_not_be_read(name, tmp_path, monkeypatch, capsys):
+    os.chmod(tmp_path, 0o755)
+    write(name, OK)
+    os.chmod(name, 0)
+    monkeypatch.setattr(sys, "argv", ["train_sft_dolores.py", "--dry-run", "--train-files", name])
+    with as_nobody(), pytest.raises(SystemExit) as ended:
+        sft.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr() == ("", f"{name}: cannot be read (Permission denied); make it readable\n")
+
+
 # ---- errors: `file:line: what; what to do` ----
 
 U, A = "<|user|>\nq\n", "<|assistant|>\na\n"
@@ -235,6 +263,36 @@ def test_errors_stay_short():
     """A 10 MB line that should be a role is not thrown into the terminal."""
     for text in ("<|im_start|>user " + "x" * 10_000_000, "<|im_start|>" + "é" * 1000 + "\n"):
         assert len(error_of(chatml, text)) < 400
+
+
+def test_what_a_file_holds_never_steers_the_terminal():
+    """An escape sequence or a direction override in a tag's name is shown as an escape, not sent."""
+    tag, shown = "<|\x1b[2Ja\u202e|>", "<|\\x1b[2Ja\\u202e|>"
+    assert error_of(chatml, U + tag) == f"d.chatml:3: unknown role tag {shown}; write \\{shown} if it is text"
+    assert read(write("d", f"<|user|>q {tag}\n" + A))[1] == [(1, f"{shown} inside a turn is text, no tag")]
+    write("d", row(("user", tag), QA[1]))
+    assert read("d", input_format="messages")[1] == [(1, f"{shown} inside a turn is text, no tag")]
+
+
+@pytest.mark.parametrize(
+    "line", ["<| user |>", "<|user |>q", "<user|>", "<|user>", "|user|>", "<| User|>", "<|user q", "user|>", "< |user|>", "<|/user>",
+             " <|user", "<user|", "|USER>", "<||user||>", "<｜user｜>"],
+)  # fmt: skip
+def test_what_looks_like_a_tag(line):
+    """A line that begins with a tag not quite written is text, but never in silence."""
+    found, ((number, warning),) = read(write("d", f"<|user|>\nq\n{line}\nr\n" + A))
+    assert found == [[("user", f"q\n{line}\nr"), QA[1]]]
+    assert number == 3 and re.fullmatch(r"'.+' looks like a tag; write <\|user\|> if it is one", warning)
+    im = f"<|im_start|>user\nq\n{line}<|im_end|>\n" + A
+    assert [number for number, _ in read(write("d", im))[1]] == [3]
+
+
+def test_what_does_not_look_like_a_tag():
+    lines = ["user", "User: q", "<user>", "| user | nom |", "<|username|", "> user", "users|>", "a <|user>", "<|", "|>", "\\<|user|>",
+             "L'user |> x", "system | user", "**user**", "a < user | b"]  # fmt: skip
+    assert read(write("d", "<|user|>\n" + "\n".join(lines) + "\n" + A))[1] == []
+    corpus = Path(sft.__file__).with_name("train.chatml").read_text(encoding="utf-8")
+    assert [text for _, text in read(write("d", corpus))[1] if "looks like" in text] == []
 
 
 def test_warnings():
@@ -401,6 +459,40 @@ def test_many_neighbours_are_joined_in_linear_time():
 
     small = min(seconds(25_000) for _ in range(2))
     assert seconds(100_000) < 10 * small  # a copy at each join: 16 times and more
+
+
+MANY = {
+    "empty lines": lambda n: U + "\n" * n + A,
+    "escaped lines": lambda n: U + "\\<|user|>\n" * n + A,
+    "tags in lines": lambda n: U + "x <|eot_id|>\n" * n + A,
+    "escapes in a line": lambda n: "<|im_start|>user\n" + "\\<|im_end|>" * n + "<|im_end|>\n" + A,
+    "one role's turns": lambda n: U * n + A,
+    "exchanges": lambda n: (U + A) * n,
+    "conversations": lambda n: ("<|endoftext|>\n" + U + A) * n,
+}
+
+
+@pytest.mark.parametrize("make", MANY.values(), ids=MANY)
+def test_work_grows_with_the_file(make):
+    """Function calls, Python's and C's, of the survey: twice the file, twice the calls and no more."""
+
+    def calls(n: int) -> int:
+        count, file = 0, write("d", make(n))
+
+        def one(frame, event, _):
+            nonlocal count
+            count += event.endswith("call")
+
+        sys.setprofile(one)
+        try:
+            sft.survey([file], "chatml")
+        finally:
+            sys.setprofile(None)
+        return count
+
+    calls(1)  # regular expressions are compiled once
+    fewer, more, most = calls(500), calls(1000), calls(2000)
+    assert most - more <= 2.01 * (more - fewer) + 10
 
 
 def assert_sound(conversations):

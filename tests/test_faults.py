@@ -103,7 +103,7 @@ def test_a_signal_ends_the_step_and_keeps_a_checkpoint(number, status, uninterru
     text = log.read_text()
     assert process.exitcode == status, text
     command = text.splitlines()[-1].strip()
-    assert command.startswith("python3 train_sft_dolores.py ") and command.endswith(" --resume"), text
+    assert command.startswith("python3 ") and command.endswith(" --resume"), text
     assert "stopped at step" in text and (here / f"out/checkpoint-{steps(here)[-1]}/complete.json").exists()
     code, out = run(here, *options, "--resume")
     assert code == 0 and "from out/checkpoint-" in out

@@ -1,0 +1,143 @@
+"""What is printed, word for word, against tests/screens/*.txt, at 80 columns.
+
+UPDATE_SCREENS=1 python -m pytest tests/test_screens.py      # writes them anew; look at the difference
+"""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import TINY, dialogues, run
+from test_train import LLAMA_8B
+
+import train_sft_dolores as sft
+
+SCREENS = Path(__file__).with_name("screens")
+COLOUR = re.compile(r"\033\[[0-9;]*m")
+
+
+def check(name: str, shown: str, wide=()):
+    """The screen is the one that is kept; no line but those with one of `wide` is longer than 80 columns."""
+    file = SCREENS / f"{name}.txt"
+    if os.environ.get("UPDATE_SCREENS"):
+        SCREENS.mkdir(exist_ok=True)
+        file.write_text(shown, encoding="utf-8")
+    assert shown == file.read_text(encoding="utf-8")
+    long = [line for line in COLOUR.sub("", shown).splitlines() if len(line) > 80]
+    assert [line for line in long if not any(part in line for part in wide)] == []
+
+
+def command(*options):
+    return [sys.executable, sft.__file__, *map(str, options)]
+
+
+def screen(folder: Path, *options, **environment) -> str:
+    """What the script prints in this folder, to a pipe."""
+    env = {**os.environ, "COLUMNS": "80", **environment}
+    done = subprocess.run(command(*options), capture_output=True, text=True, cwd=folder, env=env, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def terminal(folder: Path, *options, **environment) -> str:
+    """What it prints to a terminal."""
+    ours, theirs = pty.openpty()
+    env = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | environment
+    process = subprocess.Popen(command(*options), stdout=theirs, cwd=folder, env=env)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            block = os.read(ours, 1 << 16)
+        except OSError:  # the other end is closed: Linux says EIO
+            block = b""
+        if not block:
+            break
+        shown += block
+    os.close(ours)
+    assert process.wait(60) == 0
+    return shown.decode().replace("\r\n", "\n")
+
+
+@pytest.fixture
+def here(tmp_path, smollm2) -> Path:
+    """A folder with a small corpus, and SmolLM2 as `base`."""
+    (tmp_path / "train.chatml").write_text(dialogues(40))
+    (tmp_path / "base").symlink_to(smollm2)
+    return tmp_path
+
+
+def test_help(tmp_path):
+    check("help", screen(tmp_path, "--help"))
+
+
+def test_dry_run_without_the_model(here):
+    check("dry_run_without_model", screen(here, "--dry-run"))
+
+
+def test_warnings(tmp_path):
+    ok = "<|user|>\nq\n<|assistant|>\na\n"
+    parts = [ok] * 8 + [f"<|system|>\n\n<|user|>\n{q}\n<|assistant|>\na\n" for q in (
+        "Ã©tÃ©", "x" * 20_001, "q\n<| user |> r", "a <|eot_id|> b", "\\<|user|>", "é" * 50)]  # fmt: skip
+    (tmp_path / "d.chatml").write_text("<|endoftext|>\n".join(parts) + "<|user|>\nUnanswered.\n")
+    check("warnings", screen(tmp_path, "--dry-run", "--train-files", "d.chatml"))
+
+
+def test_dry_run(here):
+    """With the tokenizer: lengths, rows, steps and the plan; the advice on steps holds when it is followed."""
+    shown = screen(here, "--dry-run", "--model", "base", "--max-length", 128, "--grad-accum", 4)
+    check("dry_run", shown)
+    advice, steps = re.search(r"few steps: (.+) would make (\d+)", " ".join(shown.split())).groups()
+    followed = screen(here, "--dry-run", "--model", "base", "--max-length", 128, *advice.split(), "--json", "r.json")
+    assert "few steps" not in followed and json.loads((here / "r.json").read_text())["steps"] == int(steps)
+
+
+def test_a_plan_that_does_not_fit(here, llama31_tokenizer):
+    (here / "llama").mkdir()
+    llama31_tokenizer.save_pretrained(here / "llama")
+    (here / "llama/config.json").write_text(json.dumps(LLAMA_8B))
+    options = ("--no-bnb-nf4", "--gradient-checkpointing", "none", "--grad-accum", 1)
+    shown = screen(here, "--dry-run", "--model", "llama", *options)
+    check("plan_does_not_fit", shown[shown.index("memory ") :])
+
+
+def test_preview(here):
+    """Trained tokens in colour on a terminal; between brackets in a pipe, or where NO_COLOR is set."""
+    (here / "train.chatml").write_text(
+        "<|system|>\nTu es Dolores.\n<|user|>\nÇa va <|eot_id|> ?\x1b[2J\n<|assistant|>\nOui.\n<|user|>\nEt là ?\n"
+        "<|assistant|>\nBien !\n<|endoftext|>\n<|user|>\nQui ?\n<|assistant|>\nMoi.\n"
+    )
+    options = ("--preview", 2, "--model", "base", "--eval-fraction", 0)
+    preview = lambda shown: shown[shown.index("=== row") :]  # noqa: E731
+    plain, coloured = preview(screen(here, *options)), preview(terminal(here, *map(str, options)))
+    check("preview", plain)
+    check("preview_colour", coloured)
+    assert COLOUR.sub("", coloured) == re.sub("[⟦⟧]", "", plain)
+    assert preview(terminal(here, *map(str, options), NO_COLOR="1")) == plain
+
+
+def test_a_run(here, short_smollm2):
+    """All that a run prints; times, speeds and losses are not the same everywhere."""
+    code, shown = run(
+        here, "--model", short_smollm2, "--output", "out", *TINY, "--max-length", "256", "--epochs", "0.2"
+    )
+    assert code == 0, shown
+    assert [line for line in shown.splitlines() if len(line) > 80] == []
+    shown = re.sub(r"\n {10,}(?=\S)", " ", shown)  # where a line is broken depends on the numbers in it
+    check("run", re.sub(r"\d+\.\d+(e[+-]\d+)?|[\d,]+ tok/s|\d+ min \d\d s", "#", shown), wide=[""])
+
+
+def test_json(here):
+    """The keys that machines may rely on."""
+    (here / "train.chatml").write_text(dialogues(40) + dialogues(1))
+    screen(here, "--json", "report.json", "--model", "base")
+    report = json.loads((here / "report.json").read_text())
+    keys = [f"{key}: {type(value).__name__}" for key, value in report.items()]
+    keys += [f"warnings[0].{key}: {type(value).__name__}" for key, value in report["warnings"][0].items()]
+    keys += [f"memory_gib.{key}: {type(value).__name__}" for key, value in report["memory_gib"].items()]
+    check("json_keys", "\n".join(keys) + "\n")
