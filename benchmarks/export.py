@@ -133,6 +133,8 @@ def quantise(f16: Path, gguf: Path) -> Path:
     params = lib.llama_model_quantize_default_params()
     params.ftype = 15  # LLAMA_FTYPE_MOSTLY_Q4_K_M
     lib.llama_backend_init()
+    quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+    lib.llama_log_set(quiet, None)
     assert lib.llama_model_quantize(str(f16).encode(), str(gguf).encode(), ctypes.byref(params)) == 0
     return gguf
 
@@ -183,6 +185,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs_export"), help="where to work; finished parts stay")
     args = parser.parse_args()
     print("machine", machine())
+    trainer.quiet()
     import torch
     from engine import to_gguf
     from parts import smollm2
