@@ -1,0 +1,227 @@
+#!/usr/bin/env python3
+"""What is left of the training after merging and quantising: held-out loss and answers, SmolLM2-135M, in llama.cpp.
+
+    python benchmarks/export.py
+
+An adapter is trained on NF4 weights, merged into the original base and into the quantised-and-restored one,
+converted by llama.cpp's converter (f16, q8_0), quantised by llama.cpp's quantiser (q4_K_M, from f16), and run by
+llama.cpp. Loss is the mean over the trained tokens of 22 held-out conversations: by transformers in float32, and
+by llama.cpp itself from its logits. Then 20 questions: greedy answers of llama.cpp beside those of transformers.
+"""
+
+import argparse
+import collections
+import ctypes
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from learning import QUESTIONS, machine, row, split, table, train
+
+import merge_lora
+import train_sft_dolores as trainer
+
+ROWS = 1024  # tokens, the trainer's --max-length in learning.KNOBS
+QUANTISER = "muthuishere-modelnexus==0.2.1"  # a wheel with a whole libllama.so; xllamacpp has no quantiser in it
+LLAMA_CPP_LOSS = """
+import ctypes as c, glob, json, sys
+import numpy as np, xllamacpp
+gguf, samples, size = json.load(sys.stdin)
+lib = c.CDLL(glob.glob(xllamacpp.__path__[0] + "/*.so")[0])  # llama.h's functions, at the version that is tested
+
+def struct(*fields):  # more room than any version of llama.h needs; only the first fields are touched
+    return type("struct", (c.Structure,), {"_fields_": [*fields, ("rest", c.c_char * 1000)]})
+
+def function(name, result, *arguments):
+    found = getattr(lib, name)
+    found.restype, found.argtypes = result, arguments
+    return found
+
+Model, Context = struct(), struct(*((n, c.c_uint32) for n in ("n_ctx", "n_batch", "n_ubatch")))
+ints = c.POINTER(c.c_int32)
+class Batch(c.Structure):
+    _fields_ = [("n_tokens", c.c_int32), ("token", ints), ("embd", c.c_void_p), ("pos", ints), ("n_seq_id", ints),
+                ("seq_id", c.POINTER(ints)), ("logits", c.POINTER(c.c_int8))]
+
+function("llama_backend_init", None)()
+Log = c.CFUNCTYPE(None, c.c_int, c.c_char_p, c.c_void_p)
+quiet = Log(lambda *_: None)
+function("llama_log_set", None, Log, c.c_void_p)(quiet, None)
+load = function("llama_model_load_from_file", c.c_void_p, c.c_char_p, Model)
+model = load(gguf.encode(), function("llama_model_default_params", Model)())
+params = function("llama_context_default_params", Context)()
+params.n_ctx = params.n_batch = params.n_ubatch = size
+context = function("llama_init_from_model", c.c_void_p, c.c_void_p, Context)(model, params)
+function("llama_set_n_threads", None, c.c_void_p, c.c_int32, c.c_int32)(context, 1, 1)
+memory = function("llama_get_memory", c.c_void_p, c.c_void_p)(context)
+clear = function("llama_memory_clear", None, c.c_void_p, c.c_bool)
+batch = function("llama_batch_init", Batch, c.c_int32, c.c_int32, c.c_int32)(size, 0, 1)
+decode = function("llama_decode", c.c_int32, c.c_void_p, Batch)
+logits_at = function("llama_get_logits_ith", c.POINTER(c.c_float), c.c_void_p, c.c_int32)
+total = count = 0
+for ids, labels, vocabulary in samples:
+    clear(memory, True)
+    batch.n_tokens, targets = len(ids), [*labels[1:], -100]
+    for i, (token, target) in enumerate(zip(ids, targets)):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, i, 1, 0
+        batch.logits[i] = target != -100
+    assert decode(context, batch) == 0
+    for i, target in enumerate(targets):
+        if target != -100:
+            logits = np.ctypeslib.as_array(logits_at(context, i), (vocabulary,)).astype(np.float64)
+            total += np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[target]
+            count += 1
+print("LOSS" + str(total / count))
+"""
+
+
+def held_out(adapter: Path, file: Path) -> list[tuple[list[int], list[int]]]:
+    """(input_ids, labels) of each held-out conversation, as the trainer evaluates them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    encode = trainer.Encoder(tokenizer, trainer.chat_format("dolores", tokenizer))
+    conversations = trainer.read_conversations([str(file)], "messages")
+    batches = trainer.encode_conversations(conversations, encode, ROWS, "split", lambda *_: None)
+    return [(sample.input_ids.tolist(), sample.labels.tolist()) for batch in batches for sample in batch]
+
+
+def loss_of_transformers(model, samples) -> float:
+    import torch
+
+    total = count = 0
+    for ids, labels in samples:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, :-1]
+        targets = torch.tensor(labels[1:])
+        total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        count += int((targets != trainer.IGNORE).sum())
+    return total / count
+
+
+def loss_of_llama_cpp(gguf: Path, samples, vocabulary: int) -> float:
+    question = json.dumps([str(gguf), [(*sample, vocabulary) for sample in samples], ROWS])
+    done = subprocess.run([sys.executable, "-c", LLAMA_CPP_LOSS], input=question, capture_output=True, text=True)
+    assert "LOSS" in done.stdout, done.stderr[-3000:]
+    return float(done.stdout.split("LOSS")[1])
+
+
+def live(base: Path, adapter: Path):
+    """Base in NF4 as the trainer loads it, adapter beside it, in float32 arithmetic."""
+    from peft import PeftModel
+
+    args = argparse.Namespace(bf16=False, bnb_nf4=True, bnb_dtype="float32")
+    model = trainer.load_base(args, str(base), "cpu")
+    return PeftModel.from_pretrained(model, adapter).eval()
+
+
+def quantise(f16: Path, gguf: Path) -> Path:
+    """llama.cpp's llama_model_quantize to q4_K_M."""
+    from parts import CACHE, fetch, made_once
+
+    def unpack(partial: Path):
+        with fetch(QUANTISER) as wheel:
+            wheel.extractall(partial)
+
+    class Params(ctypes.Structure):  # the first fields of llama_model_quantize_params, and room for the rest
+        _fields_ = [("nthread", ctypes.c_int32), ("ftype", ctypes.c_int32), ("rest", ctypes.c_char * 1000)]
+
+    folder = made_once(CACHE / QUANTISER.replace("==", "-"), unpack)
+    lib = ctypes.CDLL(str(next(folder.glob("modelnexus/native/*/libllama.so"))))
+    lib.llama_model_quantize_default_params.restype = Params
+    params = lib.llama_model_quantize_default_params()
+    params.ftype = 15  # LLAMA_FTYPE_MOSTLY_Q4_K_M
+    lib.llama_backend_init()
+    quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+    lib.llama_log_set(quiet, None)
+    assert lib.llama_model_quantize(str(f16).encode(), str(gguf).encode(), ctypes.byref(params)) == 0
+    return gguf
+
+
+def tensor_types(gguf: Path) -> str:
+    from gguf import GGUFReader
+
+    count = collections.Counter(tensor.tensor_type.name for tensor in GGUFReader(gguf).tensors)
+    return ", ".join(f"{number} {name}" for name, number in count.most_common())
+
+
+def compare_answers(merged: Path, ggufs: dict[str, Path], longest: int) -> None:
+    """Greedy answers of llama.cpp beside transformers': how many are equal, where the others part, how many end."""
+    import torch
+    from engine import answers_of_llama_cpp, answers_of_transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True).input_ids for chat in chats]
+    ours = answers_of_transformers(merged, prompts, longest)
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    table("answers", "equal", "tokens before they part, median", "gap there in nats, median and largest", "end by themselves")  # fmt: skip
+    ended = sum(ids[-1] == tokenizer.eos_token_id for ids in ours)
+    row("transformers, float32", "", "", "", f"{ended} of {len(ours)}")
+    for name, gguf in ggufs.items():
+        theirs = answers_of_llama_cpp(gguf, prompts, longest)
+        places, gaps = [], []
+        for prompt, mine, (its, _) in zip(prompts, ours, theirs, strict=True):
+            if mine != its:
+                at = next(i for i, (a, b) in enumerate(zip(mine, its, strict=False)) if a != b)
+                with torch.no_grad():
+                    logits = model(torch.tensor([prompt + mine[:at]])).logits[0, -1]
+                places.append(at)
+                gaps.append(float(logits[mine[at]] - logits[its[at]]))
+        middle = [sorted(values)[len(values) // 2] if values else "" for values in (places, gaps)]
+        gap = f"{middle[1]:.3f}, {max(gaps):.3f}" if gaps else ""
+        ended = sum(reason == "stop" for _, reason in theirs)
+        row(f"llama.cpp {name}", f"{len(ours) - len(places)} of {len(ours)}", middle[0], gap, f"{ended} of {len(ours)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--epochs", default="0.3", help="passes over the corpus; steps of one row (default: %(default)s)"
+    )
+    parser.add_argument("--answer", type=int, default=100, help="tokens at most per answer (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("runs_export"), help="where to work; finished parts stay")
+    args = parser.parse_args()
+    print("machine", machine())
+    trainer.quiet()
+    import torch
+    from engine import to_gguf
+    from parts import smollm2
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    files, adapter = split(args.folder), args.folder / "adapter"
+    knobs = ["--bf16", "--bnb-nf4", "--grad-accum", "1", "--eval-steps", "35", "--save-steps", "35"]
+    record = train(adapter, files, "whole", *knobs, "--epochs", args.epochs)
+    results = record["results"]
+    print(f"trained {results['steps']} steps; the adapter is from step {results['best_step']}")
+    print(
+        f"the trainer's own loss on NF4, bfloat16: {results['eval_loss_before']:.3f} -> {results['eval_loss_after']:.3f}"
+    )
+    samples = held_out(adapter, files["held_out"])
+    vocabulary = AutoConfig.from_pretrained(smollm2()).vocab_size
+
+    merged, ggufs = {}, {}
+    for base in ("original", "nf4"):
+        merged[base] = args.folder / f"merged-{base}"
+        if not merged[base].exists():
+            merge_lora.main(["--adapter", str(adapter), "--output", str(merged[base]), "--base-weights", base])
+        for kind in ("f16", "q8_0", "q4_K_M"):
+            gguf = args.folder / f"{base}-{kind}.gguf"
+            if not gguf.exists():
+                quantise(ggufs[base, "f16"], gguf) if kind == "q4_K_M" else to_gguf(merged[base], gguf, kind)
+            ggufs[base, kind] = gguf
+    print("q4_K_M is here", tensor_types(ggufs["original", "q4_K_M"]))
+
+    table("held-out loss", "transformers, float32", *(f"llama.cpp {kind}" for kind in ("f16", "q8_0", "q4_K_M")))
+    row("adapter live on NF4, as trained", loss_of_transformers(live(smollm2(), adapter), samples), "", "", "")
+    for base, folder in merged.items():
+        losses = [loss_of_llama_cpp(ggufs[base, kind], samples, vocabulary) for kind in ("f16", "q8_0", "q4_K_M")]
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        row(f"merged, --base-weights {base}", loss_of_transformers(model, samples), *losses)
+    compare_answers(merged["original"], {kind: gguf for (base, kind), gguf in ggufs.items() if base == "original"}, args.answer)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

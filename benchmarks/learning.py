@@ -1,0 +1,161 @@
+#!/usr/bin/env python3
+"""What a larger corpus is worth, and which chat format a small model learns faster: on SmolLM2-135M, a CPU is enough.
+
+    python benchmarks/learning.py                    # --steps for shorter or longer runs
+
+22 conversations of train.chatml are set aside; no run trains on them. Then, with the same knobs: the rest of
+the corpus; 60 conversations of it, one pass; those 60 for as many optimizer steps as the rest; and the rest in
+the base's own chat format. Loss is the mean over the trained tokens of the held-out conversations (assistant
+text and end token, the same tokens in both formats), by the trainer's own evaluation.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+HELD_OUT, SMALL = 22, 60  # conversations
+KNOBS = ["--optim", "adamw_torch", "--learning-rate", "5e-4", "--lora-r", "16", "--lora-alpha", "32",
+         "--lora-dropout", "0", "--max-length", "1024", "--grad-accum", "2", "--sample-prompts", "none"]  # fmt: skip
+QUESTIONS = [
+    "Qui es-tu ?", "Comment distinguer ce que je sais de ce que je crois ?", "À quoi sert la mémoire ?",
+    "Je n'arrive pas à dormir.", "Pourquoi le temps passe-t-il plus vite avec l'âge ?", "As-tu peur de quelque chose ?",
+    "Dois-je quitter mon travail ?", "Qu'est-ce qu'un mensonge utile ?", "Mon père ne me parle plus.",
+    "Comment apprendre à se taire ?", "Que faire d'un regret ?", "Es-tu consciente ?", "Pourquoi relire un livre ?",
+    "J'ai raté mon examen.", "Qu'est-ce que la patience ?", "Donne-moi un conseil pour écrire.",
+    "Pourquoi les gens ont-ils peur du silence ?", "Je me sens seul ce soir.", "Comment finir une amitié ?",
+    "Qu'est-ce qui reste d'un voyage ?",
+]  # fmt: skip
+
+
+def split(folder: Path) -> dict[str, Path]:
+    """train.chatml as three files of messages: held_out, whole (the rest) and small (60 of the rest)."""
+    import train_sft_dolores as trainer
+
+    found = list(trainer.read_conversations([str(ROOT / "train.chatml")], "chatml"))
+    random.Random(0).shuffle(found)
+    parts = {"held_out": found[:HELD_OUT], "whole": found[HELD_OUT:], "small": found[HELD_OUT : HELD_OUT + SMALL]}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, conversations in parts.items():
+        chats = [[{"role": turn.role, "content": turn.content} for turn in c.turns] for c in conversations]
+        lines = [json.dumps({"messages": chat}, ensure_ascii=False) for chat in chats]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {name: folder / f"{name}.jsonl" for name in parts}
+
+
+def command(output: Path, files: dict[str, Path], part: str, *options: str) -> list[str]:
+    import parts
+
+    return [sys.executable, str(ROOT / "train_sft_dolores.py"), "--model", str(parts.smollm2()), "--output", str(output),
+            "--train-files", str(files[part]), "--eval-files", str(files["held_out"]), "--input-format", "messages",
+            *KNOBS, *options]  # fmt: skip
+
+
+def length(steps: int, a_pass: int, evaluations: int = 1) -> list[str]:
+    """Options for so many optimizer steps (the trainer rounds epochs up) and evaluations, the last at the end."""
+    every = str(steps // evaluations)
+    return ["--epochs", f"{(steps - 0.5) / a_pass:.5f}", "--eval-steps", every, "--save-steps", every]
+
+
+def steps_in_a_pass(files: dict[str, Path], part: str) -> int:
+    report = files[part].with_suffix(".report.json")
+    subprocess.run(command(report, files, part, "--json", str(report)), check=True, stdout=subprocess.DEVNULL)
+    return json.loads(report.read_text())["steps_per_epoch"]
+
+
+def train(output: Path, files: dict[str, Path], part: str, *options: str) -> dict:
+    """Run the trainer, or find its finished run: the record, with the last held-out loss in it."""
+    if not (output / "adapter_model.safetensors").exists():
+        run = [*command(output, files, part, *options), "--overwrite"]
+        print("$", " ".join(run[1:]).replace(f"{ROOT}/", ""), flush=True)
+        with open(output.with_suffix(".log"), "w") as log:
+            if subprocess.run(run, stdout=log, stderr=log, env={**os.environ, "PYTHONUNBUFFERED": "1"}).returncode:
+                sys.exit(Path(log.name).read_text()[-2000:])
+    record = json.loads((output / "training_args.json").read_text())
+    newest = max(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    record["results"]["eval_loss_last"] = [log["eval_loss"] for log in history if "eval_loss" in log][-1]
+    return record
+
+
+def share_that_stops(adapter: Path, trained: bool, longest: int = 200) -> str:
+    """How many greedy answers, by the base with or without its adapter, end by themselves within `longest` tokens."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    record = json.loads((adapter / "training_args.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(adapter, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(record["base"]["model"], dtype=torch.float32)
+    if trained:
+        model = PeftModel.from_pretrained(model, adapter)
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+    output = model.generate(**inputs, max_new_tokens=longest, do_sample=False)[:, inputs.input_ids.shape[1] :]
+    ended = (output == tokenizer.eos_token_id).any(1)
+    return f"{int(ended.sum())} of {len(ended)}"
+
+
+def machine() -> str:
+    import torch
+
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall("^model name\\s*: (.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    name = names[0] if names else platform.machine()
+    return f"{name}, {os.cpu_count()} cores, {platform.system()}, torch {torch.__version__}"
+
+
+def row(*cells) -> None:
+    print("|", " | ".join(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells), "|", flush=True)
+
+
+def table(*head: str) -> None:
+    print()
+    row(*head)
+    row(*["---"] * len(head))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=118, help="of 2 rows; 118: one pass (default)")
+    parser.add_argument("--precision", default="--bf16", choices=("--bf16", "--no-bf16"), help="what is quicker here")
+    parser.add_argument("--folder", type=Path, default=Path("runs_learning"), help="where to work; finished runs stay")
+    args = parser.parse_args()
+    print("machine", machine())
+    files, options = split(args.folder), [args.precision, "--no-bnb-nf4"]
+    whole, small = (steps_in_a_pass(files, part) for part in ("whole", "small"))
+
+    def run(name, part, *knobs):
+        return train(args.folder / name, files, part, *options, *knobs)
+
+    runs = {
+        "whole": run("whole", "whole", *length(args.steps, whole)),
+        "small, one pass": run("small", "small", *length(small, small)),
+        "small, as many steps": run("small_long", "small", *length(args.steps, small, evaluations=3)),
+    }
+    table("trained on", "conversations", "steps", "passes", "loss before", "best", "at the end")
+    for name, record in runs.items():
+        data, results = record["data"], record["results"]
+        passes = results["steps"] / data["steps_per_epoch"]
+        losses = [results[key] for key in ("eval_loss_before", "eval_loss_after", "eval_loss_last")]
+        row(name, data["conversations"], results["steps"], f"{passes:.2f}", *losses)
+
+    own = run("chatml", "whole", *length(args.steps, whole), "--chat-format", "chatml")
+    table("chat format", "steps", "loss before", "after", "answers that stop before", "after")
+    for name, record, folder in (("dolores", runs["whole"], "whole"), ("chatml (the base's own)", own, "chatml")):
+        stops = [share_that_stops(args.folder / folder, trained) for trained in (False, True)]
+        results = record["results"]
+        row(name, results["steps"], results["eval_loss_before"], results["eval_loss_last"], *stops)
+
+
+if __name__ == "__main__":
+    main()
