@@ -44,7 +44,7 @@ def typical_row(length: int) -> tuple[dict, float, int]:
 
 
 def attention_on_meta(lengths: list[int]) -> dict:
-    """Register as "packed" and "sdpa" what CUDA would run, for on meta torch would take the plain formula; the FLOPs.
+    """Register what CUDA would run, for on meta torch takes the plain formula; returns what FLOPs they and NF4 do.
 
     Ours is the CUDA branch of the trainer's packed attention (`is_cuda` is false on meta). With a mask,
     as the peers have one, scaled_dot_product_attention takes the memory-efficient kernel: it does all S x S work.
@@ -67,7 +67,7 @@ def attention_on_meta(lengths: list[int]) -> dict:
         kernel = torch.ops.aten._scaled_dot_product_efficient_attention
         return kernel(query, key, value, bias, True, scale=scaling)[0].transpose(1, 2), None
 
-    AttentionInterface.register("packed", packed)
+    AttentionInterface.register("packed_on_cuda", packed)
     AttentionInterface.register("sdpa_on_cuda", sdpa)
     pairs = sum(n * (n + 1) // 2 for n in lengths)  # each token and those before it in its document
 
@@ -102,7 +102,7 @@ def our_step(shape: dict, args, batch: dict, free: int):
     """(base model, a function that returns the loss): a step the trainer's way, `free` layers not checkpointed."""
     import torch
 
-    model = llama.nf4_llama(shape, "meta", "packed")
+    model = llama.nf4_llama(shape, "meta", "packed_on_cuda")
     # The head as a function: FlopCounterMode's hooks on modules cannot bear autograd.grad within a forward.
     model.get_output_embeddings = lambda: partial(torch.nn.functional.linear, weight=model.lm_head.weight)
     sft.lose_on_trained_tokens(model)

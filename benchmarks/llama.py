@@ -27,12 +27,13 @@ def nf4_llama(shape: dict, device, attention: str, dtype=None):
     projection is ever held in 16 bits, so eight billion parameters take 6 GiB and seconds on a GPU.
     """
     import torch
-    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.functional import quantize_4bit, quantize_blockwise
     from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     device, dtype = torch.device(device), dtype or torch.bfloat16
     config = LlamaConfig(**shape)
+    quantize_blockwise(torch.zeros(256))  # bitsandbytes keeps its table where it is first used: not on meta
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)

@@ -153,6 +153,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--conversations", type=int, default=10_000, help="how many to prepare")
     parser.add_argument("--trl-conversations", type=int, default=100_000, help="at most so many for TRL")
+    parser.add_argument(
+        "--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES), metavar="SIDE", help="which to run"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to work")
     parser.add_argument("--side", choices=tuple(SIDES), help=argparse.SUPPRESS)
@@ -169,9 +172,9 @@ def main() -> None:
             f"machine   {llama.machine()}\nversions  {llama.versions('tokenizers', 'datasets', 'trl', 'transformers')}"
         )
         print(f"data      {args.conversations:,} conversations, {size:.1f} MB; TRL's {trl_count:,}", flush=True)
-        runs = {side: [] for side in SIDES}
+        runs = {side: [] for side in args.sides}
         for _ in range(args.rounds):
-            for side in SIDES:
+            for side in args.sides:
                 runs[side].append(run(side, folder))
         print(f"\n{'':<20}{'s':>8}{'MB/s':>8}{'peak GiB':>10}{'tokens':>13}{'trained':>13}{'rows':>9}{'full':>8}")
         for side, found in runs.items():
@@ -180,6 +183,8 @@ def main() -> None:
             rest = f"{first['trained']:>13,}{first['rows']:>9,}{first['fill']:>8.1%}" if "rows" in first else ""
             print(f"{side:<20}{seconds:>8.2f}{megabytes / seconds:>8.2f}{max(r['peak'] for r in found):>10.2f}"
                   f"{first['tokens']:>13,}{rest}")  # fmt: skip
+        if "ours, ChatML" not in runs:
+            return
         surveys = statistics.median(r["survey"] for r in runs["ours, ChatML"])
         print(f"\nof ours, {surveys:.2f} s are the first reading, which finds errors before anything slow starts")
 
