@@ -1101,7 +1101,7 @@ def packed_attention() -> str:
     a document. The usual way builds a boolean S x S mask for each row and does all S x S work.
     """
     import torch
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     try:
@@ -1134,8 +1134,8 @@ def packed_attention() -> str:
         out = [sdpa(query[:, :, s], key[:, :, s], value[:, :, s], is_causal=True, scale=scaling) for s in spans]
         return torch.cat(out, 2).transpose(1, 2), None
 
+    # Without an AttentionMaskInterface of this name transformers builds no mask, and asks the GPU for none either.
     AttentionInterface.register("packed", attention)
-    AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)
     return "packed"
 
 
