@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import glob
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -1106,8 +1107,10 @@ def packed_attention() -> str:
 
     try:
         from torch.nn.attention.varlen import varlen_attn
+
+        grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not yet in torch 2.11
     except ImportError:
-        varlen_attn = None
+        varlen_attn, grouped = None, False
 
     def attention(
         module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs
@@ -1116,13 +1119,14 @@ def packed_attention() -> str:
         if cu_seq_lens_q is None:  # generation: one sequence, no padding
             kwargs = {"dropout": 0.0, "scaling": scaling, "is_causal": kwargs.get("is_causal")}
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        if query.is_cuda and varlen_attn and query.dtype in (torch.bfloat16, torch.float16):
+        varlen = query.is_cuda and varlen_attn and query.dtype in (torch.bfloat16, torch.float16)
+        if not (varlen and grouped):
+            key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+        if varlen:
             q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
             ends, longest = (cu_seq_lens_q,) * 2, (max_length_q,) * 2
-            out = varlen_attn(q, k, v, *ends, *longest, scale=scaling, window_size=(-1, 0), enable_gqa=True)
-            return out[None], None
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+            more = {"enable_gqa": True} if grouped else {}
+            return varlen_attn(q, k, v, *ends, *longest, scale=scaling, window_size=(-1, 0), **more)[None], None
         sdpa = torch.nn.functional.scaled_dot_product_attention
         if torch.compiler.is_compiling():  # one graph for all lengths: the documents as a mask
             place = torch.arange(query.shape[2], device=query.device)
@@ -1237,7 +1241,9 @@ def plan_checkpointing(model, rows: Rows, args):
 
     base = model.get_base_model()
     layers, mode = base.get_decoder().layers, args.gradient_checkpointing
-    base.activation_checkpointing_enable({"use_reentrant": False})
+    # transformers 5.17 knows it by its old name only.
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     if mode == "auto" and model.device.type == "cuda":
         row = max(range(min(len(rows), 200)), key=lambda i: sum(map(len, rows.samples[rows.plan[i]]["input_ids"])))
         batch = collate([rows[row]] * args.train_batch_size)
