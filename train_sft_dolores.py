@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import glob
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -1181,13 +1182,15 @@ def packed_attention() -> str:
     a document. The usual way builds a boolean S x S mask for each row and does all S x S work.
     """
     import torch
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     try:
         from torch.nn.attention.varlen import varlen_attn
+
+        grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not yet in torch 2.11
     except ImportError:
-        varlen_attn = None
+        varlen_attn, grouped = None, False
 
     def attention(
         module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs
@@ -1196,13 +1199,14 @@ def packed_attention() -> str:
         if cu_seq_lens_q is None:  # generation: one sequence, no padding
             kwargs = {"dropout": 0.0, "scaling": scaling, "is_causal": kwargs.get("is_causal")}
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        if query.is_cuda and varlen_attn and query.dtype in (torch.bfloat16, torch.float16):
+        varlen = query.is_cuda and varlen_attn and query.dtype in (torch.bfloat16, torch.float16)
+        if not (varlen and grouped):
+            key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+        if varlen:
             q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
             ends, longest = (cu_seq_lens_q,) * 2, (max_length_q,) * 2
-            out = varlen_attn(q, k, v, *ends, *longest, scale=scaling, window_size=(-1, 0), enable_gqa=True)
-            return out[None], None
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+            more = {"enable_gqa": True} if grouped else {}
+            return varlen_attn(q, k, v, *ends, *longest, scale=scaling, window_size=(-1, 0), **more)[None], None
         sdpa = torch.nn.functional.scaled_dot_product_attention
         if torch.compiler.is_compiling():  # one graph for all lengths: the documents as a mask
             place = torch.arange(query.shape[2], device=query.device)
@@ -1214,8 +1218,8 @@ def packed_attention() -> str:
         out = [sdpa(query[:, :, s], key[:, :, s], value[:, :, s], is_causal=True, scale=scaling) for s in spans]
         return torch.cat(out, 2).transpose(1, 2), None
 
+    # Without an AttentionMaskInterface of this name transformers builds no mask, and asks the GPU for none either.
     AttentionInterface.register("packed", attention)
-    AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)
     return "packed"
 
 
@@ -1317,7 +1321,9 @@ def plan_checkpointing(model, rows: Rows, args):
 
     base = model.get_base_model()
     layers, mode = base.get_decoder().layers, args.gradient_checkpointing
-    base.activation_checkpointing_enable({"use_reentrant": False})
+    # transformers 5.17 knows it by its old name only.
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     if mode == "auto" and model.device.type == "cuda":
         row = max(range(min(len(rows), 200)), key=lambda i: sum(map(len, rows.samples[rows.plan[i]]["input_ids"])))
         batch = collate([rows[row]] * args.train_batch_size)

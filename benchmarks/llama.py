@@ -1,0 +1,89 @@
+"""What the benchmarks share: a Llama of random NF4 weights on any device, the machine in one line, measured processes."""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+LLAMA31_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+              "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "max_position_embeddings": 131072,
+              "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+              "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                                  "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}  # fmt: skip
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def nf4_llama(shape: dict, device, attention: str, dtype=None):
+    """LlamaForCausalLM with random weights, its projections quantised one by one: NF4, double, bf16 arithmetic.
+
+    On the meta device the same layers with the same attributes, without numbers. No more than one
+    projection is ever held in 16 bits, so eight billion parameters take 6 GiB and seconds on a GPU.
+    """
+    import torch
+    from bitsandbytes.functional import quantize_4bit, quantize_blockwise
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    device, dtype = torch.device(device), dtype or torch.bfloat16
+    config = LlamaConfig(**shape)
+    quantize_blockwise(torch.zeros(256))  # bitsandbytes keeps its table where it is first used: not on meta
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if not (isinstance(module, torch.nn.Linear) and name in PROJECTIONS):
+                continue
+            weight = torch.randn(module.weight.shape, device=device, dtype=dtype) * 0.02
+            data, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+            linear = Linear4bit(
+                *reversed(weight.shape), bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
+            )
+            linear.weight = Params4bit(data, requires_grad=False, quant_state=state, blocksize=64, quant_type="nf4",
+                                       bnb_quantized=True, module=linear)  # fmt: skip
+            linear.quant_state = state
+            linear.support_avx512bf16_for_cpu = False  # the trainer's load_base says why
+            setattr(parent, name, linear)
+    for module in model.modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            if value.is_meta and device.type != "meta":
+                value = torch.randn(value.shape, device=device, dtype=dtype) * 0.02 + (value.dim() == 1)
+                setattr(module, name, torch.nn.Parameter(value))
+    model.is_loaded_in_4bit = True  # PEFT and TRL ask for this
+    return model.requires_grad_(False)
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{cpu}, {os.cpu_count()} cores, {memory:.0f} GiB memory, {platform.system()}"
+
+
+def versions(*names: str) -> str:
+    from importlib.metadata import version
+
+    return ", ".join(f"{name} {version(name)}" for name in names)
+
+
+def measured(command: list[str], log: Path, timeout: float | None = None, **environment) -> tuple[int, float, float]:
+    """(exit status, seconds, peak GiB) of a child process, its output in `log`; ended after `timeout` seconds."""
+    start = time.monotonic()
+    with open(log, "w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=os.environ | environment)
+        while True:
+            pid, status, usage = os.wait4(process.pid, 0 if timeout is None else os.WNOHANG)
+            if pid:
+                break
+            if time.monotonic() - start > timeout:
+                process.kill()
+            time.sleep(0.05)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, time.monotonic() - start, usage.ru_maxrss / 2**20

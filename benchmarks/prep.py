@@ -1,0 +1,193 @@
+#!/usr/bin/env python3
+"""Time and memory of preparing data: ours beside TRL 1.16's own preparation, and the bare tokenizer's batch call.
+
+    python benchmarks/prep.py                              # 10,000 conversations
+    python benchmarks/prep.py --conversations 1000000      # TRL then gets --trl-conversations of them
+
+The conversations are sentences of train.chatml in random order, encoded with Llama 3.1's vocabulary. Ours is what
+training does before it loads a model: read and check everything, then read, encode, write to disk, measure and pack.
+TRL's is load_dataset and SFTTrainer's preparation with assistant_only_loss and packing="bfd". Each run is a process
+of its own with an empty cache, the sides take turns; seconds are those of the preparation, without imports; peak
+memory is the kernel's figure for the process, imports included. MB are those of the ChatML file for every side.
+"""
+
+import argparse
+import json
+import random
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import llama
+
+import train_sft_dolores as sft
+
+TRL_TEMPLATE = (  # the trainer's format "dolores" with TRL's markers around what is trained
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|eot_id|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %}{{ '\n' }}{% endfor %}"
+)
+
+
+def write_data(folder: Path, count: int, trl_count: int):
+    """data.chatml and data.jsonl with the same conversations, and trl.jsonl with the first of them."""
+    turns = [turn for c in sft.read_conversations([str(llama.ROOT / "train.chatml")], "chatml") for turn in c.turns]
+    sentences = {role: [s for t in turns if t.role == role for s in re.split(r"(?<=[.!?…])\s+", t.content) if s.strip()]
+                 for role in sft.ROLES}  # fmt: skip
+    draw = random.Random(0)
+
+    def text(role, most):
+        return " ".join(draw.choices(sentences[role], k=draw.randint(1, most)))
+
+    names = ("data.chatml", "data.jsonl", "trl.jsonl")
+    chatml, messages, trl = (open(folder / name, "w", encoding="utf-8") for name in names)  # noqa: SIM115
+    for number in range(count):
+        said = [("system", text("system", 1))]
+        for _ in range(draw.choice((1, 1, 1, 2, 3))):
+            said += [("user", text("user", 4)), ("assistant", text("assistant", 12))]
+        chatml.writelines(f"<|{role}|>\n{content}\n" for role, content in said)
+        line = json.dumps({"messages": [{"role": r, "content": c} for r, c in said]}, ensure_ascii=False) + "\n"
+        messages.write(line)
+        if number < trl_count:
+            trl.write(line)
+    for file in (chatml, messages, trl):
+        file.close()
+
+
+# ---- The sides, each in a process of its own ----
+
+
+def bare(folder: Path) -> dict:
+    """The tokenizer's batch call, a thousand conversations at a time, their ids thrown away."""
+    import parts
+    from tokenizers import Tokenizer
+
+    tokenizer, tokens = Tokenizer.from_file(str(parts.llama31_tokenizer() / "tokenizer.json")), 0
+    texts = re.split(r"^(?=<\|system\|>)", (folder / "data.chatml").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    start = time.monotonic()
+    for first in range(0, len(texts), 1000):
+        tokens += sum(len(e.ids) for e in tokenizer.encode_batch_fast(texts[first : first + 1000]))
+    return {"seconds": time.monotonic() - start, "tokens": tokens}
+
+
+def ours(folder: Path, input_format: str) -> dict:
+    import datasets  # noqa: F401 - not timed, as TRL's imports are not
+    import parts
+    import pyarrow.parquet  # noqa: F401
+
+    file = str(folder / ("data.chatml" if input_format == "chatml" else "data.jsonl"))
+    args = sft.parse_args(["--train-files", file, "--input-format", input_format, "--eval-fraction", "0"])
+    args.processes = 1
+    vocabulary = sft.local_vocabulary(args, str(parts.llama31_tokenizer()))
+    start = time.monotonic()
+    sft.survey([file], input_format)
+    surveyed = time.monotonic()
+    counts = sft.make_rows([file], [], args, sft.Encoder(*vocabulary))[2]
+    end = time.monotonic()
+    return {"seconds": end - start, "survey": surveyed - start, "tokens": counts["tokens"], "rows": counts["rows"],
+            "trained": counts["trained_tokens"], "fill": counts["fill"]}  # fmt: skip
+
+
+def trl(folder: Path) -> dict:
+    import parts
+    from datasets import load_dataset
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    class Timed(SFTTrainer):
+        def _prepare_dataset(self, *args, **kwargs):
+            start = time.monotonic()
+            prepared = super()._prepare_dataset(*args, **kwargs)
+            self.seconds = time.monotonic() - start
+            return prepared
+
+    tokenizer = AutoTokenizer.from_pretrained(parts.llama31_tokenizer())
+    tokenizer.chat_template = TRL_TEMPLATE
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=1))
+    args = SFTConfig(output_dir=str(folder / "trl"), max_length=2048, packing=True, packing_strategy="bfd",
+                     assistant_only_loss=True, report_to=[], use_cpu=True)  # fmt: skip
+    start = time.monotonic()
+    data = load_dataset("json", data_files=str(folder / "trl.jsonl"), split="train")
+    loaded = time.monotonic() - start
+    trainer = Timed(model=model, args=args, train_dataset=data, processing_class=tokenizer)
+    rows = trainer.train_dataset.with_format("arrow")
+    columns = [
+        (len(b["input_ids"].combine_chunks().values), b["labels"].combine_chunks().values) for b in rows.iter(1000)
+    ]
+    tokens = sum(count for count, _ in columns)
+    trained = sum((labels.to_numpy() != -100).sum() for _, labels in columns)
+    return {"seconds": loaded + trainer.seconds, "tokens": tokens, "rows": len(rows), "trained": int(trained),
+            "fill": tokens / (len(rows) * 2048)}  # fmt: skip
+
+
+SIDES = {
+    "bare tokenizer": bare,
+    "TRL 1.16": trl,
+    "ours, ChatML": lambda folder: ours(folder, "chatml"),
+    "ours, second start": lambda folder: ours(folder, "chatml"),
+    "ours, messages": lambda folder: ours(folder, "messages"),
+}
+
+
+# ---- Taking turns ----
+
+
+def run(side: str, folder: Path) -> dict:
+    cache = folder / "cache"
+    if side != "ours, second start":
+        shutil.rmtree(cache, ignore_errors=True)
+    command = [sys.executable, __file__, "--side", side, "--folder", str(folder)]
+    code, _, peak = llama.measured(command, folder / "log", HF_DATASETS_CACHE=str(cache))
+    text = (folder / "log").read_text()
+    if code:
+        sys.exit(f"{side}: exit status {code}\n{text[-2000:]}")
+    return json.loads(text.splitlines()[-1]) | {"peak": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--conversations", type=int, default=10_000, help="how many to prepare")
+    parser.add_argument("--trl-conversations", type=int, default=100_000, help="at most so many for TRL")
+    parser.add_argument(
+        "--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES), metavar="SIDE", help="which to run"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to work")
+    parser.add_argument("--side", choices=tuple(SIDES), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        print(json.dumps(SIDES[args.side](args.folder)))
+        return
+    with tempfile.TemporaryDirectory(prefix="prep-benchmark-", dir=args.folder) as name:
+        folder, trl_count = Path(name), min(args.trl_conversations, args.conversations)
+        write_data(folder, args.conversations, trl_count)
+        size = (folder / "data.chatml").stat().st_size / 1e6
+        trl_share = (folder / "trl.jsonl").stat().st_size / (folder / "data.jsonl").stat().st_size
+        print(
+            f"machine   {llama.machine()}\nversions  {llama.versions('tokenizers', 'datasets', 'trl', 'transformers')}"
+        )
+        print(f"data      {args.conversations:,} conversations, {size:.1f} MB; TRL's {trl_count:,}", flush=True)
+        runs = {side: [] for side in args.sides}
+        for _ in range(args.rounds):
+            for side in args.sides:
+                runs[side].append(run(side, folder))
+        print(f"\n{'':<20}{'s':>8}{'MB/s':>8}{'peak GiB':>10}{'tokens':>13}{'trained':>13}{'rows':>9}{'full':>8}")
+        for side, found in runs.items():
+            first, megabytes = found[0], size * (trl_share if side == "TRL 1.16" else 1)
+            seconds = statistics.median(r["seconds"] for r in found)
+            rest = f"{first['trained']:>13,}{first['rows']:>9,}{first['fill']:>8.1%}" if "rows" in first else ""
+            print(f"{side:<20}{seconds:>8.2f}{megabytes / seconds:>8.2f}{max(r['peak'] for r in found):>10.2f}"
+                  f"{first['tokens']:>13,}{rest}")  # fmt: skip
+        if "ours, ChatML" not in runs:
+            return
+        surveys = statistics.median(r["survey"] for r in runs["ours, ChatML"])
+        print(f"\nof ours, {surveys:.2f} s are the first reading, which finds errors before anything slow starts")
+
+
+if __name__ == "__main__":
+    main()

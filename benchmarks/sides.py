@@ -1,0 +1,168 @@
+"""The sides of the training benchmarks: the trainer's own functions, TRL's SFTTrainer and a plain Trainer on the same rows.
+
+Each function returns a Trainer, ready to train; `timed` trains and returns what was measured.
+"""
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import llama  # noqa: F401 - makes the trainer importable
+import numpy as np
+
+import train_sft_dolores as sft
+
+
+def arguments(output: Path, *options):
+    """The trainer's arguments for a short run that keeps nothing."""
+    fixed = ("--output", output, "--eval-fraction", 0, "--warmup-ratio", 0, "--sample-prompts", "none")
+    args = sft.parse_args([str(option) for option in (*fixed, *options)])
+    args.process, args.processes = 0, 1
+    args.output.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def random_rows(count: int, length: int, vocabulary: int):
+    """`count` full rows of random tokens, in documents as long, and trained in such shares, as in train.chatml."""
+    import datasets
+
+    random = np.random.default_rng(0)
+    lengths = random.lognormal(np.log(length / 5), 0.5, count * 8).astype(int).clip(8, length)
+    columns = {name: [] for name in ("input_ids", "labels", "file", "line")}
+    for number, size in enumerate(lengths):
+        ids = random.integers(3, vocabulary, size, dtype=np.int32)
+        labels = np.where(np.arange(size) < size // 3, sft.IGNORE, ids).astype(np.int32)
+        for name, value in zip(columns, (ids, labels, "random", number), strict=True):
+            columns[name].append(value)
+    plan = sft.pack(lengths, length, 0)
+    plan.sort(key=lambda row: -lengths[row].sum())
+    return sft.Rows(datasets.Dataset.from_dict(columns), plan[:count])
+
+
+def as_trl_packs(rows):
+    """The same rows as SFTTrainer's own packing gives them: input_ids, labels, seq_lengths."""
+    import datasets
+
+    rows = [rows[i] for i in range(len(rows))]
+    return datasets.Dataset.from_dict({
+        "input_ids": [np.concatenate(row["input_ids"]) for row in rows],
+        "labels": [np.concatenate(row["labels"]) for row in rows],
+        "seq_lengths": [[len(ids) for ids in row["input_ids"]] for row in rows],
+    })  # fmt: skip
+
+
+def ours(args, model, rows, trained_tokens_only=True, lean_lora=True, bf16_norms=True):
+    """From the frozen base to the Trainer, as the trainer's train() does it; each trick can be left out."""
+    import torch
+    from peft import prepare_model_for_kbit_training
+    from peft.tuners.lora import LoraLayer
+
+    if not bf16_norms:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    (sft.lose_on_trained_tokens if trained_tokens_only else lose_on_all_tokens)(model)
+    if not bf16_norms:
+        model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
+    model = sft.add_lora(model, args, None)
+    if not lean_lora:
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                del module.forward  # the class's own, PEFT's
+    sft.plan_checkpointing(model, rows, args)
+    return in_order(sft.make_trainer(args, model, None, rows, None, [], SimpleNamespace(signal=None)))
+
+
+def lose_on_all_tokens(model):
+    """transformers' own loss, logits for every token, from the trainer's batches."""
+    whole_forward = model.forward
+
+    def forward(*args, shift_labels=None, logits_to_keep=0, labels=None, **kwargs):
+        if shift_labels is not None:
+            labels = shift_labels.new_full(kwargs["input_ids"].shape, sft.IGNORE)
+            labels[0, logits_to_keep] = shift_labels[0]
+            return whole_forward(*args, labels=labels, shift_labels=labels, **kwargs)
+        return whole_forward(*args, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+
+    model.forward = forward
+
+
+def lora_config(args):
+    from peft import LoraConfig
+
+    return LoraConfig(task_type="CAUSAL_LM", r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
+                      target_modules=args.lora_target_modules)  # fmt: skip
+
+
+def peer_arguments(args, kind, **more):
+    """The trainer's TrainingArguments with the peers' own defaults: bf16 autocast, Trainer's logging."""
+    ours = sft.training_arguments(args, evaluating=False)
+    same = ("output_dir", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "use_cpu",
+            "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "optim", "seed", "logging_steps",
+            "disable_tqdm")  # fmt: skip
+    return kind(**{name: getattr(ours, name) for name in same}, report_to=[], bf16=True, **more)
+
+
+def trl(args, model, rows, tokenizer, checkpointing: bool):
+    from trl import SFTConfig, SFTTrainer
+
+    config = peer_arguments(args, SFTConfig, max_length=args.max_length, packing=True, packing_strategy="bfd",
+                            gradient_checkpointing=checkpointing,
+                            dataset_kwargs={"skip_prepare_dataset": True})  # fmt: skip
+    return in_order(SFTTrainer(model=model, args=config, train_dataset=as_trl_packs(rows), processing_class=tokenizer,
+                               peft_config=lora_config(args)))  # fmt: skip
+
+
+def plain(args, model, rows):
+    """The usual recipe: prepare_model_for_kbit_training, get_peft_model, Trainer with bf16 and checkpointing."""
+    import peft
+    import torch
+    import transformers
+
+    model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = peft.get_peft_model(model, lora_config(args))
+
+    def collate(batch):
+        row = batch[0]
+        tensor = {name: torch.tensor(row[name])[None] for name in ("input_ids", "labels")}
+        return tensor | {"position_ids": torch.cat([torch.arange(n) for n in row["seq_lengths"]])[None]}
+
+    config = peer_arguments(args, transformers.TrainingArguments, remove_unused_columns=False, gradient_checkpointing=True,
+                            gradient_checkpointing_kwargs={"use_reentrant": False})  # fmt: skip
+    return in_order(transformers.Trainer(model, config, collate, as_trl_packs(rows)))
+
+
+def in_order(trainer):
+    """Every side sees the rows in the same order and writes no checkpoint."""
+    from torch.utils.data import SequentialSampler
+
+    trainer._get_train_sampler = lambda *_: SequentialSampler(trainer.train_dataset)
+    trainer.args.save_strategy = "no"
+    return trainer
+
+
+def timed(trainer, tokens_per_step: float, warm_up: int) -> dict:
+    """Train; {"tokens_per_second": median over the steps after the first `warm_up`, "losses", "first_step_seconds"}."""
+    import torch
+    from transformers import TrainerCallback
+
+    times, losses = [], []
+
+    def now():
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.monotonic())
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            now()
+
+        def on_step_end(self, *_, **__):
+            now()
+
+        def on_log(self, args, state, control, logs=None, **__):
+            losses.extend([logs["loss"]] if "loss" in logs else [])
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    steps = np.diff(times)
+    return {"tokens_per_second": tokens_per_step / float(np.median(steps[warm_up:])), "losses": losses,
+            "first_step_seconds": float(steps[0])}  # fmt: skip

@@ -1,0 +1,117 @@
+"""The benchmarks run, at sizes that take seconds, and what they count is right. No times are asserted."""
+
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from runs import ROOT
+
+import train_sft_dolores as sft
+
+sys.path[:0] = [str(ROOT / "benchmarks")]
+import flops  # noqa: E402
+import llama  # noqa: E402
+
+needs_trl = pytest.mark.skipif(not find_spec("trl"), reason="pip install -r requirements-bench.txt")
+
+
+def benchmark(name: str, *options) -> str:
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return done.stdout
+
+
+def table(out: str, width: int) -> dict[str, list[str]]:
+    """Lines by their first `width` characters, the rest in words."""
+    return {line[:width].strip(): line[width:].split() for line in out.splitlines()}
+
+
+# ---- flops.py ----
+
+H, F, KV, LAYERS, VOCABULARY, DOCUMENTS = 256, 384, 128, 2, 1000, (40, 100)
+SHAPE = llama.LLAMA31_8B | {"hidden_size": H, "intermediate_size": F, "num_hidden_layers": LAYERS,
+                            "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": VOCABULARY}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def batch():
+    ids = [torch.arange(n).numpy().astype("int32") for n in DOCUMENTS]
+    labels = [
+        torch.where(torch.arange(n) < n // 2, sft.IGNORE, torch.arange(n)).numpy().astype("int32") for n in DOCUMENTS
+    ]
+    return sft.collate([{"input_ids": ids, "labels": labels, "file": ["f", "f"], "line": [1, 2]}])
+
+
+def by_hand(who: str, free: int) -> int:
+    tokens, trained = sum(DOCUMENTS), sum(n - n // 2 for n in DOCUMENTS)
+    weights = 2 * H * H + 2 * H * KV + 3 * H * F
+    lora = 32 * (2 * (H + H) + 2 * (H + KV) + 3 * (H + F))
+    # Ours multiplies each token with those before it in its document, the peers all with all.
+    pairs = sum(n * (n + 1) // 2 for n in DOCUMENTS) if who == "ours" else tokens**2
+    forward = 2 * tokens * (weights + lora) + 4 * pairs * H
+    backward = 2 * tokens * weights + 4 * tokens * lora + 10 * pairs * H
+    head = VOCABULARY * H * {"ours": 4 * trained, flops.TRL: 6 * trained, flops.PLAIN: 4 * tokens}[who]
+    again = forward - 2 * tokens * 32 * H  # torch stops at the last tensor it needs: before down_proj's lora_B
+    return LAYERS * (forward + backward) + (LAYERS - free) * again + head
+
+
+@pytest.mark.parametrize(("who", "free"), [("ours", 0), ("ours", 1), ("ours", 2), (flops.TRL, 0), (flops.PLAIN, 0)])
+def test_flops_are_those_counted_by_hand(batch, who, free):
+    args, formulas = sft.parse_args([]), flops.attention_on_meta(DOCUMENTS)
+    step = flops.our_step(SHAPE, args, batch, free) if who == "ours" else flops.peer_step(SHAPE, args, batch, who)
+    assert flops.flops(step[1], formulas) == by_hand(who, free)
+
+
+def test_bytes_kept_by_a_layer(batch):
+    """A checkpointed layer keeps its input; dropout adds, in bf16, a dropped copy and a mask of a byte a number."""
+    flops.attention_on_meta(DOCUMENTS)
+    tokens, sizes = sum(DOCUMENTS), {}
+    for dropout in (0, 0.05):
+        args = sft.parse_args(["--lora-dropout", str(dropout)])
+        make = lambda layers, free, args=args: flops.our_step(SHAPE | {"num_hidden_layers": layers}, args, batch, free)  # noqa: E731
+        checkpointed, sizes[dropout] = flops.kept_by_layer(make, tokens)
+        assert checkpointed == 2 * H
+    # Without dropout the adapters share their inputs: two norms' outputs and the product in the MLP.
+    assert sizes[0.05] - sizes[0] == 3 * (6 * H + F) - (2 * 2 * H + 2 * F)
+
+
+def test_flops_table(monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["flops.py", "--layers", "2", "--hidden", "256", "--intermediate", "512", "--length", "256"]
+    )
+    flops.main()
+    rows = {name: words for name, words in table(capsys.readouterr().out, 44).items() if "of" in words[1:4]}
+    assert list(rows)[:2] == [flops.PLAIN, flops.TRL] and len(rows) == 6
+    gflop = [float(words[0]) for words in rows.values()]
+    assert gflop[0] > gflop[2] >= gflop[3] >= gflop[4] > 0
+
+
+# ---- prep.py, gpu.py ----
+
+
+@needs_trl
+def test_prep_makes_the_same_tokens_as_trl():
+    out = benchmark("prep.py", "--conversations", 300, "--rounds", 1, "--sides", "TRL 1.16", "ours, ChatML", "ours, second start")  # fmt: skip
+    rows = table(out, 20)
+    tokens, trained, packed, fill = rows["ours, ChatML"][3:]
+    assert rows["TRL 1.16"][3:5] == rows["ours, second start"][3:5] == [tokens, trained]
+    assert abs(int(rows["TRL 1.16"][5]) - int(packed)) <= 1 and float(fill.rstrip("%")) > 90
+
+
+@needs_trl
+def test_gpu_on_a_cpu():
+    """Every variant runs, from the same weights on the same rows: the first losses are one."""
+    out = benchmark("gpu.py", "--tiny")
+    import gpu
+
+    rows = {name: words for name, words in table(out, 31).items() if name in gpu.VARIANTS}
+    assert list(rows) == [name for name in gpu.VARIANTS if "compiled" not in name]
+    losses = {name: float(words[-2]) for name, words in rows.items()}
+    assert max(losses.values()) - min(losses.values()) < 0.005, losses
+    recomputed = {name: " ".join(re.findall(r"\d of \d", " ".join(words))) for name, words in rows.items()}
+    assert recomputed["plain Trainer"] == recomputed["TRL"] == recomputed["ours, all layers checkpointed"] == "2 of 2"
+    assert recomputed["ours"] == "0 of 2"
