@@ -68,7 +68,9 @@ def ours(args, model, rows, trained_tokens_only=True, lean_lora=True, bf16_norms
             if isinstance(module, LoraLayer):
                 del module.forward  # the class's own, PEFT's
     sft.plan_checkpointing(model, rows, args)
-    return in_order(sft.make_trainer(args, model, None, rows, None, [], SimpleNamespace(signal=None)))
+    return in_order(
+        sft.make_trainer(args, model, None, rows, None, [], SimpleNamespace(signal=None, everywhere=lambda _: False))
+    )
 
 
 def lose_on_all_tokens(model):
