@@ -1459,11 +1459,11 @@ class Stop:
         return self.signal is not None
 
 
-def out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Of the GPU, or of main memory, for which torch has no class of its own."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def roomier(args) -> str:
@@ -1645,6 +1645,8 @@ def progress_callback(trainer, stop: Stop):
                     f"step {state.global_step:>5}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}",
                     file=sys.stdout,
                 )
+
+            sys.stdout.flush()  # into a file too, line by line
 
         def on_train_end(self, args, state, control, **kwargs):
             self.bar.close()
@@ -2071,10 +2073,11 @@ def main():
         if not args.process:
             print(error, file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        print(f"out of memory ({first_line(error)[:80]}); {roomier(args)}", file=sys.stderr)
+        tried = re.search(r"ried to allocate [\d.]+ \w+", str(error))
+        print(f"out of memory{f' (t{tried[0]})' if tried else ''}; {roomier(args)}", file=sys.stderr)
         sys.exit(2)
 
 
