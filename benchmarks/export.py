@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from learning import QUESTIONS, machine, row, split, table, train
+from learning import QUESTIONS, difference, held_out, losses, machine, row, split, table, train
 
 import merge_lora
 import train_sft_dolores as trainer
@@ -76,32 +76,8 @@ print("LOSS" + str(total / count))
 """
 
 
-def held_out(adapter: Path, file: Path) -> list[tuple[list[int], list[int]]]:
-    """(input_ids, labels) of each held-out conversation, as the trainer evaluates them."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
-    encode = trainer.Encoder(tokenizer, trainer.chat_format("dolores", tokenizer))
-    conversations = trainer.read_conversations([str(file)], "messages")
-    batches = trainer.encode_conversations(conversations, encode, ROWS, "split", lambda *_: None)
-    return [(sample.input_ids.tolist(), sample.labels.tolist()) for batch in batches for sample in batch]
-
-
-def loss_of_transformers(model, samples) -> float:
-    import torch
-
-    total = count = 0
-    for ids, labels in samples:
-        with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0, :-1]
-        targets = torch.tensor(labels[1:])
-        total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-        count += int((targets != trainer.IGNORE).sum())
-    return total / count
-
-
 def loss_of_llama_cpp(gguf: Path, samples, vocabulary: int) -> float:
-    question = json.dumps([str(gguf), [(*sample, vocabulary) for sample in samples], ROWS])
+    question = json.dumps([str(gguf), [(s.input_ids.tolist(), s.labels.tolist(), vocabulary) for s in samples], ROWS])
     done = subprocess.run([sys.executable, "-c", LLAMA_CPP_LOSS], input=question, capture_output=True, text=True)
     assert "LOSS" in done.stdout, done.stderr[-3000:]
     return float(done.stdout.split("LOSS")[1])
@@ -199,7 +175,7 @@ def main() -> None:
     print(
         f"the trainer's own loss on NF4, bfloat16: {results['eval_loss_before']:.3f} -> {results['eval_loss_after']:.3f}"
     )
-    samples = held_out(adapter, files["held_out"])
+    samples = held_out(files["held_out"], "dolores")
     vocabulary = AutoConfig.from_pretrained(smollm2()).vocab_size
 
     merged, ggufs = {}, {}
@@ -215,11 +191,16 @@ def main() -> None:
     print("q4_K_M is here", tensor_types(ggufs["original", "q4_K_M"]))
 
     table("held-out loss", "transformers, float32", *(f"llama.cpp {kind}" for kind in ("f16", "q8_0", "q4_K_M")))
-    row("adapter live on NF4, as trained", loss_of_transformers(live(smollm2(), adapter), samples), "", "", "")
+    found = {"live": losses(live(smollm2(), adapter), samples)}
+    mean = lambda sums: float(sums[:, 0].sum() / sums[:, 1].sum())  # noqa: E731
+    row("adapter live on NF4, as trained", mean(found["live"]), "", "", "")
     for base, folder in merged.items():
-        losses = [loss_of_llama_cpp(ggufs[base, kind], samples, vocabulary) for kind in ("f16", "q8_0", "q4_K_M")]
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        row(f"merged, --base-weights {base}", loss_of_transformers(model, samples), *losses)
+        quantised = [loss_of_llama_cpp(ggufs[base, kind], samples, vocabulary) for kind in ("f16", "q8_0", "q4_K_M")]
+        found[base] = losses(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), samples)
+        row(f"merged, --base-weights {base}", mean(found[base]), *quantised)
+    print()
+    for a, b in (("nf4", "original"), ("live", "original"), ("nf4", "live")):
+        print(f"{a} - {b}: {difference(found[a], found[b])}")
     compare_answers(merged["original"], {kind: gguf for (base, kind), gguf in ggufs.items() if base == "original"}, args.answer)  # fmt: skip
 
 

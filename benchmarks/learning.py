@@ -5,8 +5,9 @@
 
 22 conversations of train.chatml are set aside; no run trains on them. Then, with the same knobs: the rest of
 the corpus; 60 conversations of it, one pass; those 60 for as many optimizer steps as the rest; and the rest in
-the base's own chat format. Loss is the mean over the trained tokens of the held-out conversations (assistant
-text and end token, the same tokens in both formats), by the trainer's own evaluation.
+the base's own chat format, the same share of a pass (its headers are shorter: some steps fewer). Loss is the mean over the trained tokens of the held-out conversations (assistant
+text and end token, the same tokens in both formats), by the trainer's own evaluation. Differences come with
+a 95 % interval over the choice of held-out conversations; what another seed of training would do is not in it.
 """
 
 import argparse
@@ -86,7 +87,59 @@ def train(output: Path, files: dict[str, Path], part: str, *options: str) -> dic
     return record
 
 
-def share_that_stops(adapter: Path, trained: bool, longest: int = 200) -> str:
+def held_out(file: Path, chat_format: str):
+    """The held-out samples, as the trainer evaluates them."""
+    import parts
+    from transformers import AutoTokenizer
+
+    import train_sft_dolores as trainer
+
+    tokenizer = AutoTokenizer.from_pretrained(parts.smollm2())
+    encode = trainer.Encoder(tokenizer, trainer.chat_format(chat_format, tokenizer))
+    conversations = trainer.read_conversations([str(file)], "messages")
+    batches = trainer.encode_conversations(conversations, encode, 1024, "split", lambda *_: None)
+    return [sample for batch in batches for sample in batch]
+
+
+def losses(model, samples):
+    """Float64 [conversations, 2]: sum of the losses of the trained tokens, and their number."""
+    import numpy as np
+    import torch
+
+    found = {}
+    for sample in samples:
+        with torch.no_grad():
+            logits = model(torch.from_numpy(sample.input_ids[None].astype(np.int64))).logits[0, :-1]
+        targets = torch.from_numpy(sample.labels[1:].astype(np.int64))
+        total = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
+        found[sample.digest] = found.get(sample.digest, 0) + np.array([total, (targets >= 0).sum().item()])
+    return np.array(list(found.values()))
+
+
+def difference(a, b) -> str:
+    """Loss of a less that of b on the same conversations, with a paired bootstrap over these."""
+    import numpy as np
+
+    mean = lambda sums: sums[..., 0].sum(-1) / sums[..., 1].sum(-1)  # noqa: E731
+    picks = np.random.default_rng(0).integers(0, len(a), (10_000, len(a)))
+    low, high = np.percentile(mean(a[picks]) - mean(b[picks]), [2.5, 97.5])
+    higher = int((a[:, 0] / a[:, 1] > b[:, 0] / b[:, 1]).sum())
+    return f"{mean(a) - mean(b):+.3f} [{low:+.3f}, {high:+.3f}], higher in {higher} of {len(a)} conversations"
+
+
+def trained(adapter: Path, files: dict[str, Path]):
+    """`losses` of the base with this adapter, in its own chat format, float32."""
+    import parts
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(parts.smollm2(), dtype=torch.float32)
+    name = json.loads((adapter / "training_args.json").read_text())["chat_format"]["name"]
+    return losses(PeftModel.from_pretrained(model, adapter), held_out(files["held_out"], name))
+
+
+def share_that_stops(adapter: Path, with_adapter: bool, longest: int = 200) -> str:
     """How many greedy answers, by the base with or without its adapter, end by themselves within `longest` tokens."""
     import torch
     from peft import PeftModel
@@ -95,7 +148,7 @@ def share_that_stops(adapter: Path, trained: bool, longest: int = 200) -> str:
     record = json.loads((adapter / "training_args.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(adapter, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(record["base"]["model"], dtype=torch.float32)
-    if trained:
+    if with_adapter:
         model = PeftModel.from_pretrained(model, adapter)
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
     texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
@@ -131,6 +184,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs_learning"), help="where to work; finished runs stay")
     args = parser.parse_args()
     print("machine", machine())
+    import train_sft_dolores as trainer
+
+    trainer.quiet()
     files, options = split(args.folder), [args.precision, "--no-bnb-nf4"]
     whole, small = (steps_in_a_pass(files, part) for part in ("whole", "small"))
 
@@ -149,12 +205,16 @@ def main() -> None:
         losses = [results[key] for key in ("eval_loss_before", "eval_loss_after", "eval_loss_last")]
         row(name, data["conversations"], results["steps"], f"{passes:.2f}", *losses)
 
+    whole_losses = trained(args.folder / "whole", files)
+    print("\nsmall, as many steps - whole:", difference(trained(args.folder / "small_long", files), whole_losses))
+
     own = run("chatml", "whole", *length(args.steps, whole), "--chat-format", "chatml")
     table("chat format", "steps", "loss before", "after", "answers that stop before", "after")
     for name, record, folder in (("dolores", runs["whole"], "whole"), ("chatml (the base's own)", own, "chatml")):
-        stops = [share_that_stops(args.folder / folder, trained) for trained in (False, True)]
+        stops = [share_that_stops(args.folder / folder, after) for after in (False, True)]
         results = record["results"]
         row(name, results["steps"], results["eval_loss_before"], results["eval_loss_last"], *stops)
+    print("\ndolores - chatml:", difference(whole_losses, trained(args.folder / "chatml", files)))
 
 
 if __name__ == "__main__":

@@ -102,4 +102,5 @@ def test_llama_cpp_answers_like_transformers(merged, gguf, prompts, ours):
 
 def test_quantised_to_q8_0_answers_part_only_where_two_tokens_are_close(merged, prompts, ours):
     gaps = compared(merged, to_gguf(merged, merged.parent / "merged-q8_0.gguf", "q8_0"), prompts, ours)
-    assert len(gaps) <= 10 and all(gap < 0.5 for gap in gaps)
+    # Three adapters: 9 or 10 answers part, by 0.54 at most. Adapter lost: 13, by 1.13. RoPE's theta lost: 18, by 1.10.
+    assert len(gaps) <= 12 and all(gap < 0.8 for gap in gaps)
