@@ -34,7 +34,7 @@ def test_the_documented_command_is_the_defaults():
 def test_every_flag_it_names_exists():
     texts = [subprocess.run([sys.executable, ROOT / name, "--help"], capture_output=True, text=True, check=True).stdout
              for name in ("train_sft_dolores.py", "merge_lora.py")]  # fmt: skip
-    others = {"--modelfile"}  # Ollama's
+    others = {"--modelfile", "--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-endpoint"}  # Ollama's, torchrun's
     assert set(re.findall(r"--[a-z][a-z0-9-]+", README)) - others <= set(
         re.findall(r"--[a-z][a-z0-9-]+", "".join(texts))
     )
