@@ -7,6 +7,7 @@ output in a file, and can be signalled or killed like any process.
 import json
 import multiprocessing
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -66,7 +67,12 @@ def run(folder: Path, *options, log="log.txt", timeout=240) -> tuple[int, str]:
     process = start(folder, *options, log=log)
     process.join(timeout)
     assert process.exitcode is not None, f"still running: {(folder / log).read_text()[-2000:]}"
-    return process.exitcode, (folder / log).read_text()[before:]
+    return process.exitcode, unwrapped((folder / log).read_text()[before:])
+
+
+def unwrapped(printed: str) -> str:
+    """One line for each thing said, however many it took at 80 columns."""
+    return re.sub(r"\n {11}(?=\S)", " ", printed)
 
 
 def record(folder: Path, output="out") -> dict:
