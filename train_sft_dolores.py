@@ -571,6 +571,8 @@ def split_conversation(turns: list[Turn], encode: Encoder, max_length: int):
             exchanges.append([])
         exchanges[-1].append(turn)
     head = len(encode([system])[0][0])
+    if head >= max_length:  # nothing fits behind it; encoding it with each exchange would take the square of the time
+        return [], [exchange[0] for exchange in exchanges]
     sizes = [len(ids) - head for ids, _ in encode([system + exchange for exchange in exchanges])]
     samples, lost, first = [], [], 0
     while first < len(exchanges):

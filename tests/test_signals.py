@@ -74,7 +74,7 @@ def test_in_training(number, moment, undisturbed, options, tmp_path):
     options += ("--sample-prompts", "prompts.txt") if moment[0] == "answers" else ()
     code, out = interrupted(data(tmp_path), number, moment, *options)
     assert code == STATUS[number], out
-    assert "stopped at step 3 of 4; go on with:\n  python3 train_sft_dolores.py " in out
+    assert "stopped at step 3 of 4; go on with:\n  python3 /" in out
     assert out.endswith(" --resume\n") and "Traceback" not in out
     for folder in (tmp_path / "out").glob("checkpoint-*"):
         files = json.loads((folder / "complete.json").read_text())

@@ -329,3 +329,30 @@ def test_nothing_is_lost_in_silence(chat, sizes, system, late, max_length):
         assert [chat.decode(sample.input_ids[span]) for span in trained_spans(sample.labels)] == answers
         kept = kept[taken:]
     assert kept == []
+
+
+def test_a_long_system_turn_is_not_encoded_with_each_exchange(small):
+    """Characters that reach the tokenizer, for a conversation whose system turn leaves no room: they grow with it."""
+
+    class Counting:
+        """The tokenizer itself, which counts what it is given."""
+
+        def __init__(self, tokenizer):
+            self.tokenizer, self.characters = tokenizer, 0
+
+        def __getattr__(self, name):
+            return getattr(self.tokenizer, name)
+
+        def encode_batch_fast(self, texts, **options):
+            self.characters += sum(map(len, texts))
+            return self.tokenizer.encode_batch_fast(texts, **options)
+
+    def characters(n: int) -> int:
+        turns = turns_of(*["q", "a"] * n, system="s " * n)
+        encode = sft.Encoder(small.tokenizer, small.chat)
+        encode.tokenizer = Counting(encode.tokenizer)
+        samples, lost = sft.split_conversation(turns, encode, 64)
+        assert samples == [] and lost == turns[1::2]
+        return encode.tokenizer.characters
+
+    assert characters(400) <= 2 * characters(200) + 100
