@@ -36,8 +36,9 @@ TRL_TEMPLATE = (  # the trainer's format "dolores" with TRL's markers around wha
 def write_data(folder: Path, count: int, trl_count: int):
     """data.chatml and data.jsonl with the same conversations, and trl.jsonl with the first of them."""
     turns = [turn for c in sft.read_conversations([str(llama.ROOT / "train.chatml")], "chatml") for turn in c.turns]
-    sentences = {role: [s for t in turns if t.role == role for s in re.split(r"(?<=[.!?…])\s+", t.content) if s.strip()]
-                 for role in sft.ROLES}  # fmt: skip
+    # Without tags: the two formats do not escape them alike, and every side shall have the same text.
+    sentences = {role: [s for t in turns if t.role == role for s in re.split(r"(?<=[.!?…])\s+", t.content)
+                        if s.strip() and "<|" not in s] for role in sft.ROLES}  # fmt: skip
     draw = random.Random(0)
 
     def text(role, most):
