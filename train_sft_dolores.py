@@ -1716,7 +1716,7 @@ def newest_checkpoint(output: Path) -> str | None:
 # What may differ when a run is resumed; batches, accumulation and processes may as long as their product does not.
 LOOKING_ONLY = {"output", "train_batch_size", "grad_accum", "eval_batch_size", "resume", "force_resume", "overwrite", "logging_steps", "save_steps", "save_total_limit",
                 "gradient_checkpointing", "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb",
-                "report_to", "sample_prompts", "dry_run", "preview", "json"}  # fmt: skip
+                "report_to", "dry_run", "preview", "json"}  # fmt: skip
 
 
 def run_record(args, chat: ChatFormat, revision, files: list[str], counts: dict) -> dict:
@@ -1767,7 +1767,7 @@ def sample_prompts(file: Path | None) -> list[str]:
         return [] if file else list(PROMPTS)
     if not file.is_file():
         raise InputError(f"--sample-prompts {file}: no such file; write one question a line, or give none")
-    return [line.strip() for _, line in numbered_lines(str(file)) if line.strip()]
+    return [line.strip() for name in expand([str(file)]) for _, line in numbered_lines(name) if line.strip()]
 
 
 def answers(model, tokenizer, prompts: list[str], max_new_tokens=80) -> list[str]:
