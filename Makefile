@@ -20,7 +20,7 @@ test: .venv/dev
 lint: .venv/dev
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
-bench: .venv/bench
+bench: .venv/dev
 	$(python) benchmarks/flops.py
 	$(python) benchmarks/prep.py
 	$(python) benchmarks/train_cpu.py
@@ -38,10 +38,6 @@ test-ollama: .venv/dev
 
 .venv/dev: .venv/bin/python requirements.txt requirements-dev.txt
 	$(python) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
-	@touch $@
-
-.venv/bench: .venv/dev requirements-bench.txt
-	$(python) -m pip install -q --disable-pip-version-check -r requirements-bench.txt
 	@touch $@
 
 clean:

@@ -445,6 +445,7 @@ def adapter_tensor(stored: Stored):
 
 
 def put(module, name: str, value) -> None:
+    """Set a parameter of another shape or device than the one that is there, which load_state_dict would refuse."""
     import torch
 
     owner, _, name = name.rpartition(".")

@@ -1382,9 +1382,7 @@ def choose_device(args):
     if not torch.cuda.is_available():
         say("device", "CPU: --torch-memory-fraction and the allocator's settings need CUDA and change nothing here")
         if args.bf16 and not torch.cpu._is_avx512_bf16_supported():
-            print(
-                "device: this CPU has no bfloat16 arithmetic; --no-bf16 --bnb-dtype float32 is about ten times faster"
-            )
+            say("device", "this CPU has no bfloat16: --no-bf16 --bnb-dtype float32 is about ten times faster")
         if args.optim.startswith("paged_"):
             args.optim = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}[args.optim]
             say("device", f"paged optimizer state needs CUDA: {args.optim} does the same arithmetic unpaged")
@@ -1395,9 +1393,8 @@ def choose_device(args):
     if (args.bf16 or (args.bnb_nf4 and args.bnb_dtype == "bfloat16")) and not torch.cuda.is_bf16_supported(False):
         raise InputError("--bf16: this GPU has no bfloat16; use --no-bf16 --bnb-dtype float16")
     card = torch.cuda.get_device_properties(device)
-    print(
-        f"device: {card.name}, {card.total_memory / 2**30:.1f} GiB, of which {args.torch_memory_fraction:.0%} may be used"
-    )
+    memory = f"{card.total_memory / 2**30:.1f} GiB, of which {args.torch_memory_fraction:.0%} may be used"
+    say("device", f"{card.name}, {memory}")
     return device
 
 
@@ -1449,7 +1446,7 @@ class Stop:
         if not self.gently:
             sys.exit(128 + signum)
         self.signal, self.since = signum, time.monotonic()
-        print("\nstopping: this step is finished and a checkpoint written; once more leaves at once", flush=True)
+        print("\nstopping after this step and its checkpoint; once more leaves at once", flush=True)
 
     def everywhere(self, accelerator) -> bool:
         """Whether a signal has come to any process: all of them must leave at the same step."""
@@ -1576,9 +1573,8 @@ def make_trainer(args, model, tokenizer, train_rows, eval_rows, prompts: list[st
                 total += torch.stack([loss.double() * count, torch.tensor(count, device=loss.device)])
             loss, count = self.accelerator.reduce(total, "sum").tolist()
             if prompts and self.is_in_train and not args.process:
-                write_samples(
-                    args.output / "samples.md", self.state.global_step, prompts, answers(self.model, tokenizer, prompts)
-                )
+                said = answers(self.model, tokenizer, prompts)
+                write_samples(args.output / "samples.md", self.state.global_step, said)
             return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss / count}, len(self.eval_dataset))
 
         def _save_checkpoint(self, model, trial):
@@ -1667,10 +1663,10 @@ RECORD = "training_args.json"  # the run's record, and the contract with merge_l
 COMPLETE = "complete.json"  # written last into a checkpoint: its files and their sha256
 
 
-def write_samples(file: Path, step: int, prompts: list[str], texts: list[str]):
+def write_samples(file: Path, step: int, answers: dict[str, str]):
     """Add the answers of one evaluation to samples.md."""
     with open(file, "a", encoding="utf-8") as samples:
-        for prompt, text in zip(prompts, texts, strict=True):
+        for prompt, text in answers.items():
             samples.write(f"## Step {step}: {prompt}\n\n{text}\n\n")
 
 
@@ -1714,9 +1710,9 @@ def newest_checkpoint(output: Path) -> str | None:
 
 
 # What may differ when a run is resumed; batches, accumulation and processes may as long as their product does not.
-LOOKING_ONLY = {"output", "train_batch_size", "grad_accum", "eval_batch_size", "resume", "force_resume", "overwrite", "logging_steps", "save_steps", "save_total_limit",
-                "gradient_checkpointing", "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb",
-                "report_to", "dry_run", "preview", "json"}  # fmt: skip
+MAY_DIFFER = {"output", "resume", "force_resume", "overwrite", "dry_run", "preview", "json", "report_to", "sample_prompts",
+              "train_batch_size", "grad_accum", "eval_batch_size", "logging_steps", "save_steps", "save_total_limit",
+              "gradient_checkpointing", "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb"}  # fmt: skip
 
 
 def run_record(args, chat: ChatFormat, revision, files: list[str], counts: dict) -> dict:
@@ -1741,7 +1737,7 @@ def check_same_run(old: dict, new: dict):
         **{f"data {file}": digest for file, digest in record["data"]["sha256"].items()},
         **{f"base {key}": value for key, value in record["base"].items()},
         "rows in a step (--train-batch-size x --grad-accum x processes)": record["data"]["rows_per_step"],
-        **{f"--{k.replace('_', '-')}": v for k, v in record["args"].items() if k not in LOOKING_ONLY},
+        **{f"--{k.replace('_', '-')}": v for k, v in record["args"].items() if k not in MAY_DIFFER},
     }
     old, new = flat(old), flat(json.loads(json.dumps(new, default=str)))
     different = [key for key in {**old, **new} if old.get(key) != new.get(key)]
@@ -1765,13 +1761,15 @@ def sample_prompts(file: Path | None) -> list[str]:
     """The questions answered before training and at each evaluation."""
     if file is None or str(file) == "none":
         return [] if file else list(PROMPTS)
-    if not file.is_file():
-        raise InputError(f"--sample-prompts {file}: no such file; write one question a line, or give none")
-    return [line.strip() for name in expand([str(file)]) for _, line in numbered_lines(name) if line.strip()]
+    try:
+        return [line.strip() for _, line in numbered_lines(str(file)) if line.strip()]
+    except OSError as error:
+        what = error.strerror.lower()
+        raise InputError(f"--sample-prompts {file}: {what}; write one question a line, or give none") from None
 
 
-def answers(model, tokenizer, prompts: list[str], max_new_tokens=80) -> list[str]:
-    """Greedy answers, one question at a time: no padding, so the packed attention serves here too."""
+def answers(model, tokenizer, prompts: list[str], max_new_tokens=80) -> dict[str, str]:
+    """Greedy answers by their questions, one at a time: no padding, so the packed attention serves here too."""
     from transformers import GenerationConfig
 
     ends = model.generation_config.eos_token_id
@@ -1786,14 +1784,14 @@ def answers(model, tokenizer, prompts: list[str], max_new_tokens=80) -> list[str
         bos_token_id=tokenizer.bos_token_id,
     )
     model.eval()
-    texts = []
+    texts = {}
     for prompt in prompts:
         chat = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )
         ids = tokenizer(chat, return_tensors="pt").input_ids.to(model.device)  # adds BOS where the model has one
         output = model.generate(ids, generation_config=greedy)
-        texts.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
+        texts[prompt] = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
     return texts
 
 
@@ -1826,7 +1824,7 @@ def plot_losses(history: list[dict], tokens_per_step: float, before: float | Non
     pyplot.close(figure)
 
 
-def write_card(args, record: dict, samples: list[tuple[str, list[str]]], prompts: list[str], file: Path):
+def write_card(args, record: dict, file: Path):
     """The adapter's README.md: a model card with what was done, measured and said."""
     from huggingface_hub import ModelCardData
 
@@ -1855,12 +1853,13 @@ def write_card(args, record: dict, samples: list[tuple[str, list[str]]], prompts
         rows["adapter from"] = f"step {results['best_step']}, the best by held-out loss"
     rows |= {f"`{name}`": f"sha256 `{value[:16]}…`" for name, value in data["sha256"].items()}
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
-    if prompts and samples:
+    before, after = results["samples"]["before"], results["samples"]["after"]
+    if after:
         lines += ["", "## Before and after"]
-        for i, prompt in enumerate(prompts):
-            lines += ["", f"**{prompt}**"]
-            for when, texts in (samples[0], samples[-1]):
-                lines += ["", f"*{when}*", "", *(f"> {line}" for line in texts[i].split("\n"))]
+    for prompt in after:  # a resumed run may ask what was not asked before
+        lines += ["", f"**{prompt}**"]
+        for when, text in (("before", before.get(prompt, "(not asked)")), ("after", after[prompt])):
+            lines += ["", f"*{when}*", "", *(f"> {line}" for line in text.split("\n"))]
     knobs = " ".join(f"{name}={value}" for name, value in record["args"].items())
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines += ["", "## Merge and run", "", "```bash", f"python3 merge_lora.py --adapter {args.output} --output dolores_v5_full",
@@ -1903,7 +1902,8 @@ def look(args):
 
 def train(args):
     stop = Stop(args.processes)
-    files, eval_files, prompts = expand(args.train_files), expand(args.eval_files), sample_prompts(args.sample_prompts)
+    files, eval_files = expand(args.train_files), expand(args.eval_files)
+    prompts = sample_prompts(args.sample_prompts)
     found = survey(files + eval_files, args.input_format)  # errors in the data show now, before slow imports
     lock = None if args.process else claim_output(args)
     set_allocator(args)
@@ -1950,7 +1950,7 @@ def train(args):
         if eval_rows:
             results["eval_loss_before"] = trainer.evaluate()["eval_loss"]
         if not args.process:
-            results["samples"] = [("before", answers(model, tokenizer, prompts))]
+            results["samples"] = {"before": answers(model, tokenizer, prompts)}
             write_json(args.output / RECORD, record)
 
     stop.gently = True
@@ -2023,16 +2023,14 @@ def finish(args, record: dict, trainer, config, prompts: list[str]):
     state, results, data = trainer.state, record["results"], record["data"]
     trainer.save_model(str(args.output))
     config.save_pretrained(args.output)
-    results |= {
-        "steps": state.global_step,
-        "samples": [results["samples"][0], ("after", answers(trainer.model, trainer.processing_class, prompts))],
-    }
+    results["steps"] = state.global_step
+    results["samples"]["after"] = answers(trainer.model, trainer.processing_class, prompts)
     if state.best_metric is not None:
         results |= {"eval_loss_after": state.best_metric, "best_step": state.best_global_step}
     write_json(args.output / RECORD, record)
     tokens_per_step = data["tokens"] / data["steps_per_epoch"]
     plot_losses(state.log_history, tokens_per_step, results.get("eval_loss_before"), args.output / "loss.png")
-    write_card(args, record, results["samples"], prompts, args.output / "README.md")
+    write_card(args, record, args.output / "README.md")
     say("adapter", f"{args.output}/adapter_model.safetensors; README.md and loss.png tell how it went")
     if "eval_loss_before" in results:
         before, after = results["eval_loss_before"], results["eval_loss_after"]

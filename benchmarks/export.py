@@ -17,7 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from learning import QUESTIONS, difference, held_out, losses, machine, row, split, table, train
+import llama
+from learning import QUESTIONS, difference, held_out, losses, row, split, table, train
 
 import merge_lora
 import train_sft_dolores as trainer
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=100, help="tokens at most per answer (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("runs_export"), help="where to work; finished parts stay")
     args = parser.parse_args()
-    print("machine", machine())
+    print("machine", llama.machine(), llama.versions("torch", "transformers", "peft"))
     trainer.quiet()
     import torch
     from engine import to_gguf

@@ -13,15 +13,13 @@ a 95 % interval over the choice of held-out conversations; what another seed of 
 import argparse
 import json
 import os
-import platform
 import random
-import re
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import llama
+from llama import ROOT
 
 HELD_OUT, SMALL = 22, 60  # conversations
 KNOBS = ["--optim", "adamw_torch", "--learning-rate", "5e-4", "--lora-r", "16", "--lora-alpha", "32",
@@ -158,15 +156,6 @@ def share_that_stops(adapter: Path, with_adapter: bool, longest: int = 200) -> s
     return f"{int(ended.sum())} of {len(ended)}"
 
 
-def machine() -> str:
-    import torch
-
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall("^model name\\s*: (.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
-    name = names[0] if names else platform.machine()
-    return f"{name}, {os.cpu_count()} cores, {platform.system()}, torch {torch.__version__}"
-
-
 def row(*cells) -> None:
     print("|", " | ".join(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells), "|", flush=True)
 
@@ -183,7 +172,7 @@ def main() -> None:
     parser.add_argument("--precision", default="--bf16", choices=("--bf16", "--no-bf16"), help="what is quicker here")
     parser.add_argument("--folder", type=Path, default=Path("runs_learning"), help="where to work; finished runs stay")
     args = parser.parse_args()
-    print("machine", machine())
+    print("machine", llama.machine(), llama.versions("torch", "transformers", "peft"))
     import train_sft_dolores as trainer
 
     trainer.quiet()

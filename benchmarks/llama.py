@@ -1,5 +1,6 @@
 """What the benchmarks share: a Llama of random NF4 weights on any device, the machine in one line, measured processes."""
 
+import json
 import os
 import platform
 import subprocess
@@ -61,6 +62,7 @@ def nf4_llama(shape: dict, device, attention: str, dtype=None):
 
 
 def machine() -> str:
+    """Processor, cores, memory and system of this machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -68,6 +70,7 @@ def machine() -> str:
 
 
 def versions(*names: str) -> str:
+    """The installed versions of these packages."""
     from importlib.metadata import version
 
     return ", ".join(f"{name} {version(name)}" for name in names)
@@ -87,3 +90,12 @@ def measured(command: list[str], log: Path, timeout: float | None = None, **envi
             time.sleep(0.05)
     process.returncode = os.waitstatus_to_exitcode(status)
     return process.returncode, time.monotonic() - start, usage.ru_maxrss / 2**20
+
+
+def answer_of(command: list[str], folder: Path, **environment) -> dict:
+    """The JSON object that a child process prints last, and its `peak` in GiB; the benchmark ends where it fails."""
+    code, _, peak = measured(command, folder / "log", **environment)
+    text = (folder / "log").read_text()
+    if code:
+        sys.exit(f"{' '.join(command[1:])}: exit status {code}\n{text[-2000:]}")
+    return json.loads(text.splitlines()[-1]) | {"peak": peak}

@@ -12,22 +12,18 @@ kernel's figure for the child process (ru_maxrss). The copy is `cp`; its time is
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 import zlib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import llama
+from llama import LLAMA31_8B, PROJECTIONS, ROOT
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
-         "head_dim": 128, "vocab_size": 128256}  # fmt: skip
+SHAPE = {name: LLAMA31_8B[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads",
+                                             "num_key_value_heads", "head_dim", "vocab_size")}  # fmt: skip
 PEFT_SNIPPET = """
 import sys, torch
 from peft import PeftModel
@@ -99,17 +95,12 @@ def make_adapter(base: Path, folder: Path) -> None:
 
 
 def measured(command: list[str], log: Path) -> tuple[float, float]:
-    """(seconds, peak GiB) of a child process."""
+    """(seconds, peak GiB) of a child process that begins with an empty write queue and must succeed."""
     os.sync()
-    start = time.monotonic()
-    with open(log, "w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream)
-        _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.monotonic() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"{' '.join(command[:3])} …: exit status {process.returncode}\n{log.read_text()[-2000:]}")
-    return seconds, usage.ru_maxrss / 2**20
+    code, seconds, peak = llama.measured(command, log)
+    if code:
+        sys.exit(f"{' '.join(command[:3])} …: exit status {code}\n{log.read_text()[-2000:]}")
+    return seconds, peak
 
 
 def available() -> int:
@@ -170,10 +161,7 @@ def main() -> None:
     parser.add_argument("--no-peft", action="store_true", help="leave the PEFT snippet out")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="merge-benchmark-", dir=args.folder) as folder:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        print(
-            f"machine        {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB memory, {platform.system()}"
-        )
+        print(f"machine        {llama.machine()}")
         compare(Path(folder), args.layers, args.rounds)
         if not args.no_peft:
             peft(Path(folder), args.layers)

@@ -143,11 +143,7 @@ def run(side: str, folder: Path) -> dict:
     if side != "ours, second start":
         shutil.rmtree(cache, ignore_errors=True)
     command = [sys.executable, __file__, "--side", side, "--folder", str(folder)]
-    code, _, peak = llama.measured(command, folder / "log", HF_DATASETS_CACHE=str(cache))
-    text = (folder / "log").read_text()
-    if code:
-        sys.exit(f"{side}: exit status {code}\n{text[-2000:]}")
-    return json.loads(text.splitlines()[-1]) | {"peak": peak}
+    return llama.answer_of(command, folder, HF_DATASETS_CACHE=str(cache))
 
 
 def main() -> None:

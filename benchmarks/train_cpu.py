@@ -60,11 +60,7 @@ def train(side: str, folder: Path, base: Path, steps: int, length: int) -> dict:
 def run(side: str, folder: Path, args) -> dict:
     command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--base", str(args.base)]
     command += ["--steps", str(args.steps), "--length", str(args.length)]
-    code, _, peak = llama.measured(command, folder / "log", HF_DATASETS_CACHE=str(folder / "cache"))
-    text = (folder / "log").read_text()
-    if code:
-        sys.exit(f"{side}: exit status {code}\n{text[-2000:]}")
-    return json.loads(text.splitlines()[-1]) | {"peak": peak}
+    return llama.answer_of(command, folder, HF_DATASETS_CACHE=str(folder / "cache"))
 
 
 def main() -> None:

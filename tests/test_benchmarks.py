@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,8 +13,6 @@ import train_sft_dolores as sft
 sys.path[:0] = [str(ROOT / "benchmarks")]
 import flops  # noqa: E402
 import llama  # noqa: E402
-
-needs_trl = pytest.mark.skipif(not find_spec("trl"), reason="pip install -r requirements-bench.txt")
 
 
 def benchmark(name: str, *options) -> str:
@@ -93,7 +90,6 @@ def test_flops_table(monkeypatch, capsys):
 # ---- prep.py, gpu.py ----
 
 
-@needs_trl
 def test_prep_makes_the_same_tokens_as_trl():
     out = benchmark("prep.py", "--conversations", 300, "--rounds", 1, "--sides", "TRL 1.16", "ours, ChatML", "ours, second start")  # fmt: skip
     rows = table(out, 20)
@@ -102,7 +98,6 @@ def test_prep_makes_the_same_tokens_as_trl():
     assert abs(int(rows["TRL 1.16"][5]) - int(packed)) <= 1 and float(fill.rstrip("%")) > 90
 
 
-@needs_trl
 def test_gpu_on_a_cpu():
     """Every variant runs, from the same weights on the same rows: the first losses are one."""
     out = benchmark("gpu.py", "--tiny")

@@ -150,8 +150,11 @@ def test_resume_only_what_is_the_same(uninterrupted, options, here):
         "--resume: not the same run, these differ: data train.chatml, --learning-rate, --seed; "
         "restore them, add --force-resume, or begin anew with --overwrite"
     )
-    code, out = run(here, *options, "--force-resume", "--learning-rate", "2e-2")
+    (here / "q.txt").write_text("Qui es-tu ?\nEt moi ?\n")
+    code, out = run(here, *options, "--force-resume", "--learning-rate", "2e-2", "--sample-prompts", "q.txt")
     assert code == 0, out
+    card = (here / "out/README.md").read_text()
+    assert "**Et moi ?**\n\n*before*\n\n> (not asked)\n\n*after*\n\n> " in card
 
 
 def test_a_dead_process_holds_no_lock(options, here):
