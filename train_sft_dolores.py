@@ -194,6 +194,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         metavar="auto|all|none|N",
         help="layers that recompute their activations; auto: as many as the card needs",
     )
+    memory.add_argument("--shard-base", action=switch, default=False, help="each card keeps a share of the base")
     memory.add_argument("--compile", action=switch, default=False, help="compile the layers with torch.compile")
     memory.add_argument("--torch-memory-fraction", type=number(float, 0, 1, True), default=0.95, help="of the card")
     memory.add_argument("--cuda-alloc-expandable", action=switch, default=True, help="expandable_segments")
@@ -249,8 +250,8 @@ IM_END = re.compile(r"(?<!\\)<\|im_end\|>")
 LIKE_TAG = re.compile(r"([<|｜/\s]*)(system|user|assistant|endoftext|im_start|im_end)(?!\w)([|｜>\s]*)", re.IGNORECASE)
 
 
-def expand(patterns: list[str]) -> list[str]:
-    """File names of paths and globs, each once, in order."""
+def expand(patterns: list[str]) -> dict[str, str]:
+    """The files of paths and globs, each once, in order, with their sha256."""
     found = lambda pattern: [] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))  # noqa: E731
     names = [name for pattern in patterns for name in found(pattern) or [pattern]]
     for name in names:
@@ -263,7 +264,15 @@ def expand(patterns: list[str]) -> list[str]:
             raise InputError(f"{name}: cannot be read ({error.strerror}); make it readable") from None
         if empty:
             raise InputError(f"{name}: the file is empty; write dialogues into it (README, data format)")
-    return list(dict.fromkeys(names))
+    return {name: sha256(name) for name in dict.fromkeys(names)}
+
+
+def sha256(file: str) -> str:
+    found = hashlib.sha256()
+    with open(file, "rb") as source:
+        while block := source.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def numbered_lines(file: str):
@@ -468,7 +477,7 @@ def checked(turns: list[Turn], file: str, warn, start=None) -> Conversation:
     return Conversation(joined, file, start)
 
 
-def read_conversations(files: list[str], input_format: str, warn=lambda *_: None):
+def read_conversations(files, input_format: str, warn=lambda *_: None):
     """Yield the conversations of all files, one at a time: memory does not grow with the data."""
     reader = {"chatml": read_chatml, "messages": read_messages}[input_format]
     for file in files:
@@ -594,10 +603,34 @@ def split_conversation(turns: list[Turn], encode: Encoder, max_length: int):
     return samples, lost
 
 
-def encode_conversations(conversations, encode: Encoder, max_length: int, overlong: str, warn, batch_size=1000):
-    """Yield lists of Samples, each from `batch_size` conversations; none is longer than max_length."""
-    conversations = iter(conversations)
-    while batch := list(islice(conversations, batch_size)):
+def batches(conversations, characters=1 << 21):
+    """Yield lists of conversations of about so many characters: enough for the tokenizer to use every core."""
+    batch, size = [], 0
+    for conversation in conversations:
+        batch.append(conversation)
+        size += sum(len(turn.content) for turn in conversation.turns)
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def ahead(items):
+    """Make the next item in a thread while this one is in use; the tokenizer leaves Python's lock to it."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    items, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item
+
+
+def encode_conversations(conversations, encode: Encoder, max_length: int, overlong: str, warn):
+    """Yield lists of Samples; none is longer than max_length."""
+    for batch in ahead(batches(conversations)):
         samples = []
         for conversation, (ids, labels) in zip(batch, encode([c.turns for c in batch]), strict=True):
             turns, file, line = conversation
@@ -621,14 +654,6 @@ def encode_conversations(conversations, encode: Encoder, max_length: int, overlo
 
 
 # ---- Tokens -> rows ------------------------------------------------------------------------------
-
-
-def sha256(file: str) -> str:
-    found = hashlib.sha256()
-    with open(file, "rb") as source:
-        while block := source.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
 
 
 def digest(turns: list[Turn]) -> int:
@@ -666,8 +691,8 @@ def kept(name: str, depends_on: list, make) -> Path:
     return folder
 
 
-def prepare(files: list[str], args, encode: Encoder):
-    """All samples of these files as a memory-mapped datasets.Dataset, with what was warned about.
+def prepare(files: dict[str, str], args, encode: Encoder):
+    """All samples of these files (name: sha256) as a memory-mapped datasets.Dataset, with what was warned about.
 
     Columns: input_ids and labels (lists of int32), trained (how many labels are), digest, file, line.
     A second start with the same files, tokenizer, format and length finds them in the cache.
@@ -684,7 +709,7 @@ def prepare(files: list[str], args, encode: Encoder):
         write_json(folder / "warnings.json", warnings)
 
     knobs = [encode.tokenizer.to_str(), encode.chat, args.input_format, args.max_length, args.overlong]
-    folder = kept("samples", [*knobs, *((file, sha256(file)) for file in files)], make)
+    folder = kept("samples", [*knobs, *files.items()], make)
     return datasets.Dataset.from_file(str(folder / "samples.arrow")), json.loads((folder / "warnings.json").read_text())
 
 
@@ -798,14 +823,14 @@ MOJIBAKE = re.compile("Ã[\u0080-\u00bf©¨ª«´§¹]|â€|Â[«»°\u00a0]|\u
 LONG_TURN = 20_000  # characters
 
 
-def survey(files: list[str], input_format: str) -> dict:
+def survey(files: dict[str, str], input_format: str) -> dict:
     """Counts and warnings [file, line, kind, text] of the data; raises on what is wrong. Kept like the samples."""
     make = lambda folder: write_json(folder / "survey.json", survey_anew(files, input_format))  # noqa: E731
-    folder = kept("survey", [input_format, *((file, sha256(file)) for file in files)], make)
+    folder = kept("survey", [input_format, *files.items()], make)
     return json.loads((folder / "survey.json").read_text(encoding="utf-8"))
 
 
-def survey_anew(files: list[str], input_format: str) -> dict:
+def survey_anew(files, input_format: str) -> dict:
     turns, exchanges, seen, warnings, conversations, characters = Counter(), Counter(), {}, [], 0, 0
 
     def warn(*warning):
@@ -826,7 +851,7 @@ def survey_anew(files: list[str], input_format: str) -> dict:
             if len(content) > LONG_TURN:
                 warn(conversation.file, line, "long", f"a turn of {len(content):,} characters")
     return {
-        "files": files,
+        "files": list(files),
         "conversations": conversations,
         "turns": dict(turns),
         "exchanges": dict(sorted(exchanges.items())),
@@ -921,8 +946,9 @@ def memory_plan(config: dict, args, tokens: int, trained_share: float, free_laye
     size = 2 if args.bf16 else 4
     dropout = 12 * h + f if args.lora_dropout else 0  # a dropped copy and a mask for each adapter
     kept = (8 * f + 10 * h + 4 * kv + dropout) * size // 2 + 8 * h  # norms keep float32
+    here = 1 / args.processes + 2 / layers if args.shard_base else 1  # a share, and two layers gathered
     parts = {
-        "base weights": projections * (0.5 + (1 + 4 / 256) / 64) if args.bnb_nf4 else projections * size,
+        "base weights": projections * (0.5 * here + (1 + 4 / 256) / 64) if args.bnb_nf4 else projections * size * here,
         "embedding and head": vocabulary * h * size * (1 if config.get("tie_word_embeddings") else 2),
         "LoRA, float32": lora * 4,
         "its gradients": lora * 4,
@@ -1120,12 +1146,13 @@ def load_base(args, folder: str, device):
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, args.bnb_dtype),  # the default would be float32
+        bnb_4bit_quant_storage=torch.bfloat16 if args.shard_base else torch.uint8,  # FSDP shards floats only
     )
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.bfloat16 if args.bf16 else torch.float32,
         quantization_config=nf4 if args.bnb_nf4 else None,
-        device_map={"": device},
+        device_map={"": "cpu" if args.shard_base else device},
         attn_implementation=packed_attention(),
     )
     model.requires_grad_(False)
@@ -1156,6 +1183,36 @@ def add_lora(model, args, revision: str | None):
         if isinstance(module, LoraLayer):
             module.forward = lean_lora_forward.__get__(module)
     return model
+
+
+def shard_base(model, device):
+    """Each process keeps its share of the frozen layers and gathers a layer when its turn comes (FSDP).
+
+    What is trained stays whole in every process, so optimizer, checkpoints and resuming are those of
+    an unsharded run. Embedding, head, last norm and NF4's scales stay whole too.
+    """
+    from accelerate import PartialState
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    PartialState(cpu=device.type == "cpu")  # meets the other processes
+    decoder = model.get_base_model().get_decoder()
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    trained = {p for p in model.parameters() if p.requires_grad}
+    for layer in decoder.layers:
+        for module in layer.modules():
+            if hasattr(module, "quant_state"):
+                module.quant_state.to(device)
+        fully_shard(layer, ignored_params=trained)
+    layers = set(decoder.layers.parameters())
+    whole = trained | {p for p in model.parameters() if p not in layers}
+    fully_shard(decoder, ignored_params=whole)  # the root: without weights of its own
+    for parameter in whole:
+        parameter.data = parameter.data.to(device)
+    mine, whole_base = sum(p.to_local().nbytes for p in layers - trained), sum(p.nbytes for p in layers - trained)
+    say("memory", f"each process holds {mine / 1e6:,.1f} of the {whole_base / 1e6:,.1f} MB of the base's layers")
+    model.get_base_model().hf_device_map = {"": device}
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
 
 # ---- Speed ---------------------------------------------------------------------------------------
@@ -1555,9 +1612,14 @@ def make_trainer(args, model, tokenizer, train_rows, eval_rows, prompts: list[st
             return 0  # 6 x parameters x tokens, walked through at each batch, is wrong for LoRA anyway
 
         def get_eval_dataloader(self, eval_dataset=None):
-            mine = range(args.process, len(self.eval_dataset), args.processes)
-            subset = torch.utils.data.Subset(self.eval_dataset, mine)
-            return torch.utils.data.DataLoader(subset, args.eval_batch_size, collate_fn=collate)
+            """Every process gets as many rows, for they may meet in each layer; what fills up counts nothing."""
+            rows, count = self.eval_dataset, len(self.eval_dataset)
+            mine = range(args.process, -(-count // args.processes) * args.processes, args.processes)
+
+            def fetch(numbers):
+                return collate([rows[i] if i < count else {**rows[0], "labels": [np.full(1, IGNORE)]} for i in numbers])
+
+            return torch.utils.data.DataLoader(mine, args.eval_batch_size, collate_fn=fetch)
 
         def evaluation_loop(self, dataloader, description, *_, metric_key_prefix="eval", **__):
             """Mean loss of all trained tokens; Trainer's own is a mean of batch means."""
@@ -1565,16 +1627,14 @@ def make_trainer(args, model, tokenizer, train_rows, eval_rows, prompts: list[st
             total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, tokens
             for inputs in dataloader:
                 del inputs["documents"]
-                count = inputs["labels"].numel()
-                if not count:
-                    continue
                 with torch.no_grad():
-                    loss = self.model(**self._prepare_inputs(inputs)).loss
-                total += torch.stack([loss.double() * count, torch.tensor(count, device=loss.device)])
+                    loss = self.model(**self._prepare_inputs(inputs), num_items_in_batch=1).loss  # their sum
+                total += torch.stack([loss.double(), torch.tensor(inputs["labels"].numel(), device=loss.device)])
             loss, count = self.accelerator.reduce(total, "sum").tolist()
-            if prompts and self.is_in_train and not args.process:
+            if prompts and self.is_in_train:
                 said = answers(self.model, tokenizer, prompts)
-                write_samples(args.output / "samples.md", self.state.global_step, said)
+                if not args.process:
+                    write_samples(args.output / "samples.md", self.state.global_step, said)
             return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss / count}, len(self.eval_dataset))
 
         def _save_checkpoint(self, model, trial):
@@ -1595,10 +1655,13 @@ def make_trainer(args, model, tokenizer, train_rows, eval_rows, prompts: list[st
             if self.args.should_save:
                 rotate_checkpoints(str(args.output), args.save_total_limit, self.state.best_model_checkpoint)
 
+    arguments = training_arguments(args, evaluating=eval_rows is not None)  # the processes meet here
+    if not args.output.is_dir():
+        raise InputError(f"--output {args.output}: not on this machine; name a folder that all machines share")
     check_disk(args, sum(p.numel() for p in model.parameters() if p.requires_grad))
     trainer = Trainer(
         model=model,
-        args=training_arguments(args, evaluating=eval_rows is not None),
+        args=arguments,
         data_collator=collate,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
@@ -1712,10 +1775,10 @@ def newest_checkpoint(output: Path) -> str | None:
 # What may differ when a run is resumed; batches, accumulation and processes may as long as their product does not.
 MAY_DIFFER = {"output", "resume", "force_resume", "overwrite", "dry_run", "preview", "json", "report_to", "sample_prompts",
               "train_batch_size", "grad_accum", "eval_batch_size", "logging_steps", "save_steps", "save_total_limit",
-              "gradient_checkpointing", "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb"}  # fmt: skip
+              "gradient_checkpointing", "shard_base", "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb"}  # fmt: skip
 
 
-def run_record(args, chat: ChatFormat, revision, files: list[str], counts: dict) -> dict:
+def run_record(args, chat: ChatFormat, revision, files: dict[str, str], counts: dict) -> dict:
     """What training_args.json says: enough to merge the adapter, and to do the run again."""
     from importlib.metadata import version
 
@@ -1726,7 +1789,7 @@ def run_record(args, chat: ChatFormat, revision, files: list[str], counts: dict)
         "base": {"model": args.model if revision else os.path.abspath(args.model), "revision": revision},
         "quantization": {"bnb_nf4": args.bnb_nf4, "bnb_dtype": args.bnb_dtype, "bnb_double_quant": args.bnb_nf4},
         "args": knobs,
-        "data": {"sha256": {file: sha256(file) for file in files}, **counts},
+        "data": {"sha256": files, **counts},
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in libraries}},
     }
 
@@ -1770,6 +1833,7 @@ def sample_prompts(file: Path | None) -> list[str]:
 
 def answers(model, tokenizer, prompts: list[str], max_new_tokens=80) -> dict[str, str]:
     """Greedy answers by their questions, one at a time: no padding, so the packed attention serves here too."""
+    import torch
     from transformers import GenerationConfig
 
     ends = model.generation_config.eos_token_id
@@ -1784,13 +1848,14 @@ def answers(model, tokenizer, prompts: list[str], max_new_tokens=80) -> dict[str
         bos_token_id=tokenizer.bos_token_id,
     )
     model.eval()
+    together = torch.distributed.is_initialized()  # processes that share a base must go on until all have ended
     texts = {}
     for prompt in prompts:
         chat = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )
         ids = tokenizer(chat, return_tensors="pt").input_ids.to(model.device)  # adds BOS where the model has one
-        output = model.generate(ids, generation_config=greedy)
+        output = model.generate(ids, generation_config=greedy, synced_gpus=together)
         texts[prompt] = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
     return texts
 
@@ -1876,7 +1941,7 @@ def look(args):
     """--dry-run: what the data is, what a step needs, and what it will train on; no torch."""
     Stop()
     files, eval_files = expand(args.train_files), expand(args.eval_files)
-    found = survey(files + eval_files, args.input_format)
+    found = survey(files | eval_files, args.input_format)
     print_survey(found)
     folder = args.model if os.path.isdir(args.model) else cached_model(args.model)
     if folder:
@@ -1902,9 +1967,11 @@ def look(args):
 
 def train(args):
     stop = Stop(args.processes)
+    if args.shard_base and args.processes == 1:
+        raise InputError("--shard-base: needs several processes; start them by torchrun, or leave it out")
     files, eval_files = expand(args.train_files), expand(args.eval_files)
     prompts = sample_prompts(args.sample_prompts)
-    found = survey(files + eval_files, args.input_format)  # errors in the data show now, before slow imports
+    found = survey(files | eval_files, args.input_format)  # errors in the data show now, before slow imports
     lock = None if args.process else claim_output(args)
     set_allocator(args)
     quiet()
@@ -1931,7 +1998,7 @@ def train(args):
 
         card = torch.cuda.get_device_properties(device)
         print_memory_plan(config.to_dict(), args, counts, card.total_memory / 2**30, card.name)
-    record = run_record(args, chat, revision, files + eval_files, counts)
+    record = run_record(args, chat, revision, files | eval_files, counts)
     check_weights(args.model, folder)
     checkpoint = None
     if not args.process:
@@ -1942,6 +2009,8 @@ def train(args):
     check_head(model, config.vocab_size)
     lose_on_trained_tokens(model)
     model = add_lora(model, args, revision)
+    if args.shard_base:
+        shard_base(model, device)
     plan_checkpointing(model, train_rows, args)
     trainer = make_trainer(args, model, tokenizer, train_rows, eval_rows, prompts, stop)
     checkpoint, results = broadcast_object_list([checkpoint, record.get("results") or {}])
@@ -1949,8 +2018,8 @@ def train(args):
     if not results:
         if eval_rows:
             results["eval_loss_before"] = trainer.evaluate()["eval_loss"]
+        results["samples"] = {"before": answers(model, tokenizer, prompts)}
         if not args.process:
-            results["samples"] = {"before": answers(model, tokenizer, prompts)}
             write_json(args.output / RECORD, record)
 
     stop.gently = True
@@ -1961,8 +2030,9 @@ def train(args):
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with:\n  {resume_command(args)}"
         )
         sys.exit(128 + stop.signal)
+    results["samples"]["after"] = answers(model, tokenizer, prompts)
     if not args.process:
-        finish(args, record, trainer, config, prompts)
+        finish(args, record, trainer, config)
         lock.close()
     trainer.accelerator.end_training()
 
@@ -2018,13 +2088,12 @@ def resume_point(args, record: dict) -> str | None:
     return checkpoint
 
 
-def finish(args, record: dict, trainer, config, prompts: list[str]):
+def finish(args, record: dict, trainer, config):
     """Write the adapter (the best by held-out loss), its record, card and picture; say what to type next."""
     state, results, data = trainer.state, record["results"], record["data"]
     trainer.save_model(str(args.output))
     config.save_pretrained(args.output)
     results["steps"] = state.global_step
-    results["samples"]["after"] = answers(trainer.model, trainer.processing_class, prompts)
     if state.best_metric is not None:
         results |= {"eval_loss_after": state.best_metric, "best_step": state.best_global_step}
     write_json(args.output / RECORD, record)
@@ -2045,7 +2114,16 @@ def finish(args, record: dict, trainer, config, prompts: list[str]):
 def resume_command(args) -> str:
     import shlex
 
-    launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if args.processes > 1 else ["python3"]
+    names = {"LOCAL_WORLD_SIZE": "--nproc-per-node"}
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # several machines; this is the first
+        names |= {
+            "GROUP_WORLD_SIZE": "--nnodes",
+            "GROUP_RANK": "--node-rank",
+            "MASTER_ADDR": "--master-addr",
+            "MASTER_PORT": "--master-port",
+        }
+    flags = [word for name, flag in names.items() for word in (flag, os.environ.get(name))]
+    launcher = ["torchrun", *flags] if args.processes > 1 else ["python3"]
     return shlex.join([*launcher, *(arg for arg in sys.argv if arg not in ("--resume", "--overwrite")), "--resume"])
 
 
@@ -2070,7 +2148,7 @@ def main():
     try:
         (look if args.dry_run else train)(args)
     except InputError as error:
-        if not args.process:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
             print(error, file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:

@@ -33,7 +33,7 @@ def typical_row(length: int) -> tuple[dict, float, int]:
                            "--train-files", str(llama.ROOT / "train.chatml")])  # fmt: skip
     args.processes = 1
     rows, _, counts, _, _ = sft.make_rows(
-        args.train_files, [], args, sft.Encoder(*sft.local_vocabulary(args, args.model))
+        sft.expand(args.train_files), {}, args, sft.Encoder(*sft.local_vocabulary(args, args.model))
     )
     rows = [rows[i] for i in range(len(rows))]
     tokens = np.array([sum(map(len, row["input_ids"])) for row in rows])

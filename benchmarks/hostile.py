@@ -62,7 +62,7 @@ def main(n=1_250_000):
 
     def measure(make, size):
         Path(file).write_text(make(size))
-        read = seconds(lambda: sft.survey([file], "chatml"))
+        read = seconds(lambda: sft.survey(sft.expand([file]), "chatml"))
         conversations = list(sft.read_conversations([file], "chatml"))
 
         def encode(encoder):

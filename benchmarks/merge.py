@@ -5,8 +5,9 @@
     python benchmarks/merge.py --layers 4      # a smaller model of the same width
 
 The base holds random bf16 weights in four shards, made on the spot and removed afterwards. Runs alternate, each in
-a process of its own; the page cache is flushed to disk before each, and no side calls fsync. Peak memory is the
-kernel's figure for the child process (ru_maxrss). The copy is `cp`; its time is the floor for whoever writes a folder.
+a process of its own, with the base to be read from the disk and with the base in the page cache (where it fits into
+memory); what waits to be written is written before each, and no side calls fsync. Peak memory is the kernel's figure
+for the child process (ru_maxrss). The copy is `cp`; its time is the floor for whoever writes a folder.
 """
 
 import argparse
@@ -94,9 +95,14 @@ def make_adapter(base: Path, folder: Path) -> None:
     complete_adapter(base, folder)
 
 
-def measured(command: list[str], log: Path) -> tuple[float, float]:
-    """(seconds, peak GiB) of a child process that begins with an empty write queue and must succeed."""
+def measured(command: list[str], log: Path, read: list[Path], cached: bool) -> tuple[float, float]:
+    """(seconds, peak GiB) of a child process that must succeed, the files it will read in the page cache or not."""
     os.sync()
+    for file in read:
+        with open(file, "rb", buffering=0) as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while cached and stream.read(1 << 24):
+                pass
     code, seconds, peak = llama.measured(command, log)
     if code:
         sys.exit(f"{' '.join(command[:3])} …: exit status {code}\n{log.read_text()[-2000:]}")
@@ -108,31 +114,34 @@ def available() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
-def compare(work: Path, layers: int, rounds: int) -> tuple[int, list[float], list[float]]:
-    """Alternate copy and merge; prints the medians. Returns (bytes, seconds of copies, seconds of merges)."""
+def compare(work: Path, layers: int, rounds: int) -> None:
+    """Copy and merge in turns, and their medians."""
     base, adapter = work / "base", work / "adapter"
     make_base(base, layers)
     make_adapter(base, adapter)
-    shards = sorted(map(str, base.glob("*.safetensors")))
-    size = sum(os.path.getsize(shard) for shard in shards)
-    merge = [sys.executable, str(ROOT / "merge_lora.py"), "--adapter", str(adapter), "--output", str(work / "merged")]
-    copies, merges = [], []
-    for number in range(rounds):
-        (work / "copy").mkdir()
-        copies.append(measured(["cp", *shards, str(work / "copy")], work / "log"))
-        shutil.rmtree(work / "copy")
-        merges.append(measured(merge, work / "log"))
-        shutil.rmtree(work / "merged")
-        ratio = merges[-1][0] / copies[-1][0]
-        print(
-            f"  round {number + 1}: copy {copies[-1][0]:6.1f} s   merge {merges[-1][0]:6.1f} s   {ratio:.2f}",
-            flush=True,
-        )
-    copy, merge = (statistics.median(seconds for seconds, _ in runs) for runs in (copies, merges))
-    peak = max(peak for _, peak in merges)
-    print(f"plain copy     {size / 1e9:5.1f} GB  {copy:6.1f} s")
-    print(f"merge_lora.py  {size / 1e9:5.1f} GB  {merge:6.1f} s  {merge / copy:.2f} × the copy  peak {peak:.2f} GiB")
-    return size, copies, merges
+    shards = sorted(base.glob("*.safetensors"))
+    size = sum(shard.stat().st_size for shard in shards)
+    commands = {
+        "copy": ["cp", *map(str, shards), str(work / "copy")],
+        "merge": [sys.executable, str(ROOT / "merge_lora.py"), "--adapter", str(adapter), "--output", str(work / "merge")],
+    }  # fmt: skip
+    print(f"{'':<16}{'base':<12}{'copy':>9}{'merge':>9}{'ratio':>7}{'peak GiB':>10}   {size / 1e9:.1f} GB")
+    for cached in (False, True):
+        runs = {side: [] for side in commands}
+        if cached and size > 0.8 * available():
+            print("merge_lora.py   cached      left out: the base does not fit into the page cache")
+            continue
+        for _ in range(rounds):
+            for side, command in commands.items():
+                if side == "copy":
+                    (work / side).mkdir()
+                runs[side].append(measured(command, work / "log", shards, cached))
+                shutil.rmtree(work / side)
+        copy, merge = (statistics.median(seconds for seconds, _ in runs[side]) for side in ("copy", "merge"))
+        peak = max(peak for _, peak in runs["merge"])
+        print(f"merge_lora.py   {'cached' if cached else 'on disk':<12}{copy:>7.1f} s{merge:>7.1f} s{merge / copy:>7.2f}"
+              f"{peak:>10.2f}   {', '.join(f'{m / c:.2f}' for (c, _), (m, _) in zip(*runs.values(), strict=True))}",
+              flush=True)  # fmt: skip
 
 
 def peft(work: Path, layers: int) -> None:
@@ -140,17 +149,18 @@ def peft(work: Path, layers: int) -> None:
     layer, rest = 436_224_000, 2_101_354_496  # bytes in bf16: one layer; embedding, head and norm
     fitting = int((0.75 * available() - rest - 2 * 2**30) / layer)
     if fitting < 1:
-        print("PEFT snippet   left out: too little memory")
+        print("PEFT snippet    left out: too little memory")
         return
     if fitting < layers:
         for folder in ("base", "adapter"):
             shutil.rmtree(work / folder)
         make_base(work / "base", fitting)
         make_adapter(work / "base", work / "adapter")
-    size = sum(path.stat().st_size for path in (work / "base").glob("*.safetensors"))
+    shards = list((work / "base").glob("*.safetensors"))
+    size = sum(shard.stat().st_size for shard in shards)
     folders = [str(work / name) for name in ("base", "adapter", "peft")]
-    seconds, peak = measured([sys.executable, "-c", PEFT_SNIPPET, *folders], work / "log")
-    print(f"PEFT snippet   {size / 1e9:5.1f} GB  {seconds:6.1f} s                  peak {peak:.2f} GiB")
+    seconds, peak = measured([sys.executable, "-c", PEFT_SNIPPET, *folders], work / "log", shards, False)
+    print(f"PEFT snippet    on disk              {seconds:>7.1f} s{'':>7}{peak:>10.2f}   {size / 1e9:.1f} GB")
 
 
 def main() -> None:

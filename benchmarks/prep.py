@@ -85,9 +85,10 @@ def ours(folder: Path, input_format: str) -> dict:
     args.processes = 1
     vocabulary = sft.local_vocabulary(args, str(parts.llama31_tokenizer()))
     start = time.monotonic()
-    sft.survey([file], input_format)
+    files = sft.expand([file])
+    sft.survey(files, input_format)
     surveyed = time.monotonic()
-    counts = sft.make_rows([file], [], args, sft.Encoder(*vocabulary))[2]
+    counts = sft.make_rows(files, {}, args, sft.Encoder(*vocabulary))[2]
     end = time.monotonic()
     return {"seconds": end - start, "survey": surveyed - start, "tokens": counts["tokens"], "rows": counts["rows"],
             "trained": counts["trained_tokens"], "fill": counts["fill"]}  # fmt: skip

@@ -43,7 +43,7 @@ def train(side: str, folder: Path, base: Path, steps: int, length: int) -> dict:
                            "--lora-dropout", 0, "--grad-accum", 1, "--lr-scheduler-type", "constant", *options)  # fmt: skip
     sft.quiet()
     encode = sft.Encoder(*sft.local_vocabulary(args, str(base)))
-    rows = sft.make_rows(args.train_files, [], args, encode)[0]
+    rows = sft.make_rows(sft.expand(args.train_files), {}, args, encode)[0]
     full = sorted(range(len(rows)), key=lambda i: -sum(map(len, rows[i]["input_ids"])))
     rows = sft.Rows(rows.samples, [rows.plan[i] for i in sorted(full[:steps])])
     tokens = sum(len(ids) for i in range(steps) for ids in rows[i]["input_ids"]) / steps

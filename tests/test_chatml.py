@@ -485,7 +485,7 @@ def test_work_grows_with_the_file(make):
 
         sys.setprofile(one)
         try:
-            sft.survey([file], "chatml")
+            sft.survey(sft.expand([file]), "chatml")
         finally:
             sys.setprofile(None)
         return count

@@ -157,7 +157,7 @@ def expected_samples(file, encode) -> list[tuple]:
 def test_each_conversation_is_in_one_row(cache, encode, packing):
     Path("d").write_text(corpus())
     args = arguments("--max-length", "256", "--eval-fraction", "0.2", packing)
-    train, held_out, counts = sft.make_rows(["d"], [], args, encode)[:3]
+    train, held_out, counts = sft.make_rows(sft.expand(["d"]), {}, args, encode)[:3]
     inside, outside = samples_of(train), samples_of(held_out)
     assert sorted(inside + outside) == sorted(expected_samples("d", encode))
     assert len(inside) + len(outside) == 50
@@ -178,9 +178,11 @@ def test_no_hold_out_and_eval_files(cache, encode):
     Path("d").write_text(corpus())
     Path("e").write_text(dialogue("q", "a"))
     whole = sorted(expected_samples("d", encode))
-    train, held_out, counts = sft.make_rows(["d"], [], arguments("--eval-fraction", "0"), encode)[:3]
+    train, held_out, counts = sft.make_rows(sft.expand(["d"]), {}, arguments("--eval-fraction", "0"), encode)[:3]
     assert sorted(samples_of(train)) == whole and held_out is None and counts["held_out"] == 0
-    train, held_out, counts = sft.make_rows(["d"], ["e"], arguments("--eval-files", "e"), encode)[:3]
+    train, held_out, counts = sft.make_rows(
+        sft.expand(["d"]), sft.expand(["e"]), arguments("--eval-files", "e"), encode
+    )[:3]
     assert sorted(samples_of(train)) == whole and samples_of(held_out) == expected_samples("e", encode)
 
 
@@ -188,7 +190,7 @@ def test_parts_of_a_long_conversation_stay_on_one_side(cache, encode):
     long = [dialogue(*(f"{who}{i}.{j}" for j in range(30) for who in "qa")) for i in range(10)]
     Path("d").write_text("".join(long))
     args = arguments("--max-length", "64", "--eval-fraction", "0.3")
-    train, held_out = sft.make_rows(["d"], [], args, encode)[:2]
+    train, held_out = sft.make_rows(sft.expand(["d"]), {}, args, encode)[:2]
     inside, outside = samples_of(train), samples_of(held_out)
     assert len({s[2] for s in outside}) == 3 and len({s[2] for s in inside}) == 7 and len(inside) > 70
     assert not {s[2] for s in inside} & {s[2] for s in outside}
@@ -201,10 +203,12 @@ def test_a_run_that_would_train_on_nothing_stops(cache, encode):
     Path("e").write_text(dialogue("q", "a"))
     for options in ((), ("--overlong", "drop"), ("--no-packing",)):
         with pytest.raises(sft.InputError) as caught:
-            sft.make_rows(["d"], [], arguments("--max-length", "64", *options), encode)
+            sft.make_rows(sft.expand(["d"]), {}, arguments("--max-length", "64", *options), encode)
         assert str(caught.value) == "d: nothing to train on; no answer fits into --max-length 64"
     with pytest.raises(sft.InputError, match=r"^d: \S.*; \S.*--max-length 64"):
-        sft.make_rows(["e"], ["d"], arguments("--max-length", "64", "--eval-files", "d"), encode)
+        sft.make_rows(
+            sft.expand(["e"]), sft.expand(["d"]), arguments("--max-length", "64", "--eval-files", "d"), encode
+        )
 
 
 # ---- the cache of tokens ----
@@ -213,7 +217,7 @@ def test_a_run_that_would_train_on_nothing_stops(cache, encode):
 def test_prepare_finds_what_it_made(cache, encode):
     Path("d").write_text(corpus() + dialogue("q", "a " * 300))
     args = arguments("--max-length", "256")
-    samples, warnings = sft.prepare(["d"], args, encode)
+    samples, warnings = sft.prepare(sft.expand(["d"]), args, encode)
     (made,) = samples.cache_files
     before, encoded = os.stat(made["filename"]), encode.encoded
     assert encoded > 50 and Path(made["filename"]).is_relative_to(cache)
@@ -222,7 +226,7 @@ def test_prepare_finds_what_it_made(cache, encode):
     ]
 
     encode.encoded = 0
-    again, warned_again = sft.prepare(["d"], args, encode)
+    again, warned_again = sft.prepare(sft.expand(["d"]), args, encode)
     after = os.stat(made["filename"])
     assert again.cache_files == [made] and encode.encoded == 0 and warned_again == warnings
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
@@ -236,7 +240,7 @@ def test_prepare_notices_every_change(cache, encode, smollm2_tokenizer):
 
     def prepared(args=plain, encode=encode):
         encode.encoded = 0
-        samples, _ = sft.prepare(["d"], args, encode)
+        samples, _ = sft.prepare(sft.expand(["d"]), args, encode)
         assert encode.encoded and samples.cache_files[0]["filename"] not in seen, "not noticed"
         seen.add(samples.cache_files[0]["filename"])
         return samples
@@ -256,7 +260,7 @@ def test_prepare_notices_every_change(cache, encode, smollm2_tokenizer):
 def test_an_error_leaves_no_half_cache(cache, encode):
     Path("d").write_text(corpus() + "<|assistant|>\n")
     with pytest.raises(sft.InputError):
-        sft.prepare(["d"], arguments(), encode)
+        sft.prepare(sft.expand(["d"]), arguments(), encode)
     assert [path for path in cache.rglob("*") if path.suffix != ".lock"] == [cache / "dolores_sft"]
 
 

@@ -1,8 +1,10 @@
 """More processes than one (gloo, on this CPU), by the launcher that users have: torchrun."""
 
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,13 +25,22 @@ def folder(tmp_path, short_smollm2) -> Path:
     return tmp_path
 
 
-def torchrun(folder: Path, *options, processes=2) -> subprocess.Popen:
+def torchrun(folder: Path, *options, launcher=("--nproc-per-node", "2", "--standalone")) -> subprocess.Popen:
     """The launcher with its workers, in a session of their own; what they print goes to a file."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0",
-               "--standalone", str(ROOT / "train_sft_dolores.py"), "--model", "base", *TRAIN, *options]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, str(ROOT / "train_sft_dolores.py"), "--model", "base",
+               *TRAIN, *options]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with open(folder / "torchrun.txt", "w") as log:
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def two_machines(folders: list[Path], *options) -> list[subprocess.Popen]:
+    """One launcher in each folder, with one worker each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = ("--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port)
+    return [torchrun(folder, *options, launcher=(*common, "--node-rank", str(i))) for i, folder in enumerate(folders)]
 
 
 def wait_for(path: Path, process: subprocess.Popen):
@@ -52,7 +63,16 @@ def same_adapter(one: Path, other: Path):
         assert (one[name] - other[name]).abs().max() < 1e-4, name
 
 
-def test_two_processes_are_one_with_twice_the_accumulation(folder, tmp_path_factory):
+@pytest.fixture
+def other_machine(folder, tmp_path_factory) -> Path:
+    """A working folder that shares the data, the base and --output, and nothing else."""
+    other = tmp_path_factory.mktemp("other")
+    for name in ("d.chatml", "base", "out"):
+        (other / name).symlink_to(folder / name)
+    return other
+
+
+def test_two_processes_are_one_with_twice_the_accumulation(folder, other_machine, tmp_path_factory):
     alone = tmp_path_factory.mktemp("alone")
     for name in ("d.chatml", "base"):
         (alone / name).symlink_to(folder / name)
@@ -64,15 +84,33 @@ def test_two_processes_are_one_with_twice_the_accumulation(folder, tmp_path_fact
     same_adapter(folder, alone)
     assert record(folder)["results"]["eval_loss_after"] == pytest.approx(record(alone)["results"]["eval_loss_after"])
 
-    # A killed worker ends the run; one process goes on from the last checkpoint and ends with the same adapter.
+    # Two machines: one that dies ends the run; one process goes on and ends with the same adapter.
     shutil.rmtree(folder / "out")
-    killed = torchrun(folder, "--grad-accum", "2")
-    wait_for(folder / "out/checkpoint-4/complete.json", killed)
-    psutil.Process(killed.pid).children()[-1].kill()
-    assert killed.wait(240) != 0
+    machines = two_machines([folder, other_machine], "--grad-accum", "2")
+    wait_for(other_machine / "out/checkpoint-4/complete.json", machines[0])
+    psutil.Process(machines[1].pid).children()[-1].kill()
+    assert all(machine.wait(240) for machine in machines)
     assert not (folder / "out/adapter_model.safetensors").exists()
     status, printed = run(folder, "--model", "base", *TRAIN, "--grad-accum", "4", "--resume")
     assert status == 0 and "resume     from out/checkpoint-" in printed
+    same_adapter(folder, alone)
+
+
+def test_a_shared_base_changes_nothing(folder, tmp_path_factory):
+    """--shard-base (FSDP): each process holds half of the NF4 layers; losses and adapter are those of one process."""
+    alone = tmp_path_factory.mktemp("alone")
+    for name in ("d.chatml", "base"):
+        (alone / name).symlink_to(folder / name)
+    for where in (alone, folder):
+        (where / "q").write_text("Qui es-tu ?\n")
+    options = ("--bnb-nf4", "--bnb-dtype", "float32", "--epochs", "0.5", "--sample-prompts", "q")
+    assert run(alone, "--model", "base", *TRAIN, *options, "--grad-accum", "4")[0] == 0
+    both = torchrun(folder, *options, "--grad-accum", "2", "--shard-base")
+    assert both.wait(240) == 0, (folder / "torchrun.txt").read_text()[-3000:]
+    assert losses(folder) == losses(alone) and len(losses(folder)) > 5
+    mine, whole = re.search(r"holds ([\d.]+) of the ([\d.]+) MB", (folder / "torchrun.txt").read_text()).groups()
+    assert 0.5 <= float(mine) / float(whole) < 0.55
+    assert (folder / "out/samples.md").read_text() == (alone / "out/samples.md").read_text()
     same_adapter(folder, alone)
 
 
@@ -85,6 +123,13 @@ def test_a_signal_stops_all_at_the_same_step(folder):
     assert "stopped at step" in printed and "torchrun --nproc-per-node 2 " in printed
     step = printed.split("stopped at step ")[1].split()[0]
     assert (folder / f"out/checkpoint-{step}/complete.json").is_file()
+
+
+def test_machines_without_a_shared_output_are_told(folder, other_machine):
+    (other_machine / "out").unlink()
+    assert all(machine.wait(240) for machine in two_machines([folder, other_machine]))
+    printed = (other_machine / "torchrun.txt").read_text()
+    assert "--output out: not on this machine; name a folder that all machines share\n" in printed
 
 
 def test_an_error_is_said_once(folder):

@@ -248,7 +248,7 @@ def parts_of(conversations, encode, max_length, overlong="split"):
     warned = []
     data = [Conversation(turns, "d", turns[0].line) for turns in conversations]
     batches = sft.encode_conversations(
-        data, encode, max_length, overlong, lambda file, line, kind, text: warned.append((line, text)), batch_size=2
+        data, encode, max_length, overlong, lambda file, line, kind, text: warned.append((line, text))
     )
     return list(chain(*batches)), warned
 
