@@ -326,6 +326,8 @@ def read_chatml(file: str, warn):
     turns, opened = [], None  # opened: [role, line number, content lines, closed by <|im_end|>?]
 
     def text(line, number, escaped):
+        if "|" not in line and "｜" not in line:  # what almost every line is
+            return line
         if escaped.match(line):
             return line[1:]
         if found := TAG.search(line):
@@ -550,22 +552,17 @@ class Encoder:
 
     def __call__(self, conversations: list[list[Turn]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(input_ids, labels), int32 [T] each, of each conversation; one call of the tokenizer for all."""
-        pieces = [list(self.pieces(turns)) for turns in conversations]
+        pieces = [[(bos, False) for bos in self.start] + list(self.pieces(turns)) for turns in conversations]
         texts = [text for parts in pieces for text, _ in parts if isinstance(text, str)]
-        self.tokenizer.encode_special_tokens = True
-        try:
-            encoded = iter(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        finally:
-            self.tokenizer.encode_special_tokens = False  # it is transformers' tokenizer too
-        result = []
-        for parts in pieces:
-            input_ids, labels = list(self.start), [IGNORE] * len(self.start)
-            for piece, trained in parts:
-                ids = next(encoded).ids if isinstance(piece, str) else [piece]
-                input_ids += ids
-                labels += ids if trained else [IGNORE] * len(ids)
-            result.append((np.array(input_ids, np.int32), np.array(labels, np.int32)))
-        return result
+        self.tokenizer.encode_special_tokens = True  # transformers sets it anew in each call of its own
+        encoded = iter(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        ids = [next(encoded).ids if isinstance(piece, str) else [piece] for parts in pieces for piece, _ in parts]
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        input_ids = np.fromiter(chain.from_iterable(ids), np.int32, lengths.sum())
+        trained = np.repeat([trained for parts in pieces for _, trained in parts], lengths)
+        labels = np.where(trained, input_ids, np.int32(IGNORE))
+        ends = np.cumsum([0, *lengths])[np.cumsum([0, *map(len, pieces)])]
+        return [(input_ids[begin:end], labels[begin:end]) for begin, end in pairwise(ends)]
 
 
 def split_conversation(turns: list[Turn], encode: Encoder, max_length: int):
@@ -616,21 +613,9 @@ def batches(conversations, characters=1 << 21):
         yield batch
 
 
-def ahead(items):
-    """Make the next item in a thread while this one is in use; the tokenizer leaves Python's lock to it."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    items, end = iter(items), object()
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = thread.submit(next, items, end)
-            yield item
-
-
 def encode_conversations(conversations, encode: Encoder, max_length: int, overlong: str, warn):
     """Yield lists of Samples; none is longer than max_length."""
-    for batch in ahead(batches(conversations)):
+    for batch in batches(conversations):
         samples = []
         for conversation, (ids, labels) in zip(batch, encode([c.turns for c in batch]), strict=True):
             turns, file, line = conversation
