@@ -6,7 +6,7 @@
 
 The base holds random bf16 weights in four shards, made on the spot and removed afterwards. Runs alternate, each in
 a process of its own, with the base to be read from the disk and with the base in the page cache (where it fits into
-memory); what waits to be written is written before each, and no side calls fsync. Peak memory is the kernel's figure
+memory); each begins with an empty write queue and after a rest, and no side calls fsync. Peak memory is the kernel's figure
 for the child process (ru_maxrss). The copy is `cp`; its time is the floor for whoever writes a folder.
 """
 
@@ -17,6 +17,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
 import zlib
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from llama import LLAMA31_8B, PROJECTIONS, ROOT
 
 SHAPE = {name: LLAMA31_8B[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads",
                                              "num_key_value_heads", "head_dim", "vocab_size")}  # fmt: skip
+# Seconds. A virtual machine gives freed memory back to its host, and who touches it first pays several times the price:
+# without a rest the side that starts faster after the other's files are deleted would find it still at hand.
+REST = 15
 PEFT_SNIPPET = """
 import sys, torch
 from peft import PeftModel
@@ -103,6 +107,7 @@ def measured(command: list[str], log: Path, read: list[Path], cached: bool) -> t
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             while cached and stream.read(1 << 24):
                 pass
+    time.sleep(REST)
     code, seconds, peak = llama.measured(command, log)
     if code:
         sys.exit(f"{' '.join(command[:3])} …: exit status {code}\n{log.read_text()[-2000:]}")
