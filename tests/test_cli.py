@@ -164,8 +164,14 @@ def in_use(folder: Path):
     (folder / "out/training_args.json").write_text("{}")
 
 
+def not_ours(folder: Path):
+    (folder / "out").mkdir()
+    (folder / "out/thesis.tex").write_text("years of work")
+
+
 OUTPUTS = {
     "in use": (in_use, (), "--output out: already in use; --resume goes on, --overwrite starts anew, or name another"),
+    "not ours": (not_ours, ("--overwrite",), "--output out: holds what no training has written; name another folder"),
     "a file": (lambda folder: (folder / "out").write_text(""), (), "--output out: is a file; name a folder"),
     "nothing to resume": (lambda folder: (folder / "out").mkdir(), ("--resume",), "--resume: no run in out; start it without --resume"),
 }  # fmt: skip
@@ -318,6 +324,7 @@ def test_overwrite_waits_until_the_new_run_can_begin(base, error):
     old = Path("out/adapter_model.safetensors")
     old.parent.mkdir()
     old.write_bytes(b"hours of work")
+    Path("out/.lock").touch()  # as a run leaves it
     error("--overwrite", "--model", "nowhere")
     error("--overwrite", "--model", "base", "--lora-target-modules", "q_porj")
     error("--overwrite", "--model", "base", "--max-length", "16", "--overlong", "error")

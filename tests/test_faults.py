@@ -8,11 +8,12 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from runs import TINY, dialogues, record, run, start
+from runs import ROOT, TINY, dialogues, record, run, start
 from safetensors.torch import load_file
 
 
@@ -208,6 +209,19 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(options, here):
         assert whole
         for path in whole:
             assert all((path / name).exists() for name in json.loads((path / "complete.json").read_text()))
+
+
+def test_a_full_disk_under_the_cache(here, short_smollm2):
+    (here / "train.chatml").write_text(dialogues(500))
+    with small_disk(here / "cache", "100k"):
+        command = [sys.executable, ROOT / "train_sft_dolores.py", "--dry-run", "--model", short_smollm2]
+        environment = os.environ | {"HF_DATASETS_CACHE": str(here / "cache")}
+        done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
+        left = [path for path in (here / "cache").rglob("samples*") if path.suffix != ".lock"]
+    assert done.returncode == 2 and re.fullmatch(r".*: no space left on the disk; make room\n", done.stderr), (
+        done.stderr
+    )
+    assert not left
 
 
 def test_disk_space_is_checked_before(options, here):

@@ -16,14 +16,19 @@ COMMANDS = [
     shlex.split(line, comments=True)
     for block in re.findall(r"```bash\n(.*?)```", README, re.S)
     for line in block.replace("\\\n", " ").splitlines()
-    if line.startswith("python3 ") and ".py" in line
+    if re.match(r"(python3|torchrun|accelerate) .*\.py", line)
 ]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_commands_are_understood(command):
-    parse = {"train_sft_dolores.py": sft.parse_args, "merge_lora.py": merge_lora.parse_args}[command[1]]
-    parse(command[2:])
+    script = next(word for word in command if word.endswith(".py"))
+    parse = {"train_sft_dolores.py": sft.parse_args, "merge_lora.py": merge_lora.parse_args}[script]
+    parse(command[command.index(script) + 1 :])
+    if command[0] == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        get_args_parser().parse_args(command[1:])
 
 
 def test_the_documented_command_is_the_defaults():
@@ -31,10 +36,20 @@ def test_the_documented_command_is_the_defaults():
     assert sft.parse_args(documented[2:]) == sft.parse_args([])
 
 
+def test_accelerate_reads_its_configuration(tmp_path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.S)
+    (tmp_path / "cards.yaml").write_text(text)
+    config = load_config_from_file(str(tmp_path / "cards.yaml"))
+    assert config.distributed_type == "MULTI_GPU" and config.num_processes == 4 and config.mixed_precision == "no"
+
+
 def test_every_flag_it_names_exists():
     texts = [subprocess.run([sys.executable, ROOT / name, "--help"], capture_output=True, text=True, check=True).stdout
              for name in ("train_sft_dolores.py", "merge_lora.py")]  # fmt: skip
-    others = {"--modelfile", "--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-endpoint"}  # Ollama's, torchrun's
+    others = {"--modelfile", "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port",
+              "--num", "--config"}  # Ollama's, torchrun's, accelerate's  # fmt: skip
     assert set(re.findall(r"--[a-z][a-z0-9-]+", README)) - others <= set(
         re.findall(r"--[a-z][a-z0-9-]+", "".join(texts))
     )

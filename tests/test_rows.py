@@ -186,6 +186,19 @@ def test_no_hold_out_and_eval_files(cache, encode):
     assert sorted(samples_of(train)) == whole and samples_of(held_out) == expected_samples("e", encode)
 
 
+def test_what_is_evaluated_is_not_trained_on(cache, encode):
+    """A file of both sets, and a copy in another: held out, and told."""
+    Path("d").write_text(corpus() + dialogue("q", "a"))
+    Path("e").write_text(dialogue("q", "a") + dialogue("r", "b"))
+    data, evaluation = sft.expand(["d", "e"]), sft.expand(["e"])
+    train, held_out, counts, _, warnings = sft.make_rows(data, evaluation, arguments("--eval-files", "e"), encode)
+    assert sorted(samples_of(held_out)) == sorted(expected_samples("e", encode))
+    copies = {sample[2] for sample in expected_samples("e", encode)}
+    assert sorted(samples_of(train)) == sorted(s for s in expected_samples("d", encode) if s[2] not in copies)
+    assert counts["held_out"] == 2 and counts["conversations"] == 42
+    assert [warning[0] for warning in warnings if warning[2] == "held out"] == ["d", "e", "e"]
+
+
 def test_parts_of_a_long_conversation_stay_on_one_side(cache, encode):
     long = [dialogue(*(f"{who}{i}.{j}" for j in range(30) for who in "qa")) for i in range(10)]
     Path("d").write_text("".join(long))

@@ -1,4 +1,4 @@
-"""More processes than one (gloo, on this CPU), by the launcher that users have: torchrun."""
+"""More processes than one (gloo, on this CPU), by the launchers that users have."""
 
 import os
 import re
@@ -25,10 +25,15 @@ def folder(tmp_path, short_smollm2) -> Path:
     return tmp_path
 
 
-def torchrun(folder: Path, *options, launcher=("--nproc-per-node", "2", "--standalone")) -> subprocess.Popen:
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+ACCELERATE = ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
+              "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
+
+
+def torchrun(folder: Path, *options, launcher=TORCHRUN) -> subprocess.Popen:
     """The launcher with its workers, in a session of their own; what they print goes to a file."""
-    command = [sys.executable, "-m", "torch.distributed.run", *launcher, str(ROOT / "train_sft_dolores.py"), "--model", "base",
-               *TRAIN, *options]  # fmt: skip
+    script = str(ROOT / "train_sft_dolores.py")
+    command = [sys.executable, "-m", *launcher, script, "--model", "base", *TRAIN, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with open(folder / "torchrun.txt", "w") as log:
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -39,7 +44,17 @@ def two_machines(folders: list[Path], *options) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = ("--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port)
+    common = (
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--master-addr",
+        "127.0.0.1",
+        "--master-port",
+        port,
+    )
     return [torchrun(folder, *options, launcher=(*common, "--node-rank", str(i))) for i, folder in enumerate(folders)]
 
 
@@ -105,7 +120,7 @@ def test_a_shared_base_changes_nothing(folder, tmp_path_factory):
         (where / "q").write_text("Qui es-tu ?\n")
     options = ("--bnb-nf4", "--bnb-dtype", "float32", "--epochs", "0.5", "--sample-prompts", "q")
     assert run(alone, "--model", "base", *TRAIN, *options, "--grad-accum", "4")[0] == 0
-    both = torchrun(folder, *options, "--grad-accum", "2", "--shard-base")
+    both = torchrun(folder, *options, "--grad-accum", "2", "--shard-base", launcher=ACCELERATE)
     assert both.wait(240) == 0, (folder / "torchrun.txt").read_text()[-3000:]
     assert losses(folder) == losses(alone) and len(losses(folder)) > 5
     mine, whole = re.search(r"holds ([\d.]+) of the ([\d.]+) MB", (folder / "torchrun.txt").read_text()).groups()
@@ -130,6 +145,17 @@ def test_machines_without_a_shared_output_are_told(folder, other_machine):
     assert all(machine.wait(240) for machine in two_machines([folder, other_machine]))
     printed = (other_machine / "torchrun.txt").read_text()
     assert "--output out: not on this machine; name a folder that all machines share\n" in printed
+
+
+def test_what_a_shared_base_needs(folder):
+    said = run(folder, "--model", "base", *TRAIN, "--shard-base")
+    assert said == (2, "--shard-base: needs several processes; start them by torchrun, or leave it out\n")
+    command = [sys.executable, ROOT / "train_sft_dolores.py", "--model", "base", *TRAIN]
+    fsdp = subprocess.run(
+        command, cwd=folder, env={**os.environ, "ACCELERATE_USE_FSDP": "true"}, capture_output=True, text=True
+    )
+    assert fsdp.returncode == 2
+    assert re.fullmatch("accelerate's FSDP is on: .*; turn it off and use --shard-base\n", fsdp.stderr)
 
 
 def test_an_error_is_said_once(folder):

@@ -227,6 +227,28 @@ def test_a_batch_is_its_conversations(chat):
     assert together[-1][0].tolist() == chat.encode.start
 
 
+def test_padding_and_truncation_of_a_saved_tokenizer_are_off(small):
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(small.tokenizer.backend_tokenizer.to_str())
+    backend.enable_padding(length=100)
+    backend.enable_truncation(3)
+    saved = sft.Vocabulary(Tokenizer.from_str(backend.to_str()), small.tokenizer.eos_token)
+    for (ids, labels), (same_ids, same_labels) in zip(
+        sft.Encoder(saved, small.chat)([SMALL]), small.encode([SMALL]), strict=True
+    ):
+        assert ids.tolist() == same_ids.tolist() and labels.tolist() == same_labels.tolist()
+
+
+def test_batches_are_the_conversations_in_order():
+    data = [Conversation(turns_of("q" * n, "a"), "d", n) for n in range(1, 50)]
+    batches = list(sft.batches(iter(data), characters=100))
+    assert list(chain(*batches)) == data and 10 < len(batches) < 20
+    assert [sum(len(t.content) for c in batch for t in c.turns) >= 100 for batch in batches[:-1]] == [True] * (
+        len(batches) - 1
+    )
+
+
 def test_bos_once(chat):
     ((ids, labels),) = chat.encode([SMALL])
     assert chat.encode.start == ([128000] if len(chat.encode.special_ids) == 256 else [])

@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, TINY, dialogues, record, run, unwrapped
+from runs import ROOT, TINY, dialogues, record, run, start, unwrapped
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -245,6 +246,13 @@ def test_free_layers_are_solved_from_measured_peaks():
     assert sft.free_layers(layers, peak, 9e9) == 0
     assert sft.free_layers(layers, peak, 80e9) == 32
 
+    def too_much():
+        if all(layer.gradient_checkpointing for layer in layers):
+            return 10e9
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert sft.free_layers(layers, too_much, 80e9) == 0
+
 
 def test_packing_flag(trained, here, short_smollm2):
     code, out = short_run(here, short_smollm2, "--no-packing", "--epochs", "0.2")
@@ -252,11 +260,39 @@ def test_packing_flag(trained, here, short_smollm2):
     assert record(here)["data"]["rows"] == 23 > record(trained)["data"]["rows"]
 
 
-def test_early_stopping(here, short_smollm2):
-    """A learning rate that is far too high makes the held-out loss worse; two such evaluations end the run."""
-    code, out = short_run(here, short_smollm2, "--epochs", "30", "--learning-rate", "0.5", "--early-stopping", "2")
+EARLY = ("--epochs", "30", "--learning-rate", "0.5", "--early-stopping", "3")
+
+
+def test_early_stopping(here, short_smollm2, tmp_path_factory):
+    """A learning rate that is far too high makes the held-out loss worse; three such evaluations end the run."""
+    code, out = short_run(here, short_smollm2, *EARLY)
     assert code == 0, out
-    assert record(here)["results"]["steps"] < record(here)["data"]["steps"]
+    steps = record(here)["results"]["steps"]
+    assert steps < record(here)["data"]["steps"]
+    # Killed in between and resumed, it goes on counting.
+    killed = tmp_path_factory.mktemp("killed")
+    (killed / "train.chatml").write_text(dialogues(24))
+    options = ("--model", short_smollm2, "--output", "out", *TINY, *EARLY)
+    process = start(killed, *options, moment=("_save_checkpoint", steps // 2))
+    while not (killed / "moment").exists():
+        assert process.is_alive(), (killed / "log.txt").read_text()
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    code, out = run(killed, *options, "--resume")
+    assert code == 0 and "from out/checkpoint-" in out, out
+    assert record(killed)["results"]["steps"] == steps
+
+
+def test_the_best_is_kept_between_two_checkpoints(here, short_smollm2):
+    code, out = short_run(here, short_smollm2, *EARLY, "--save-steps", "6")
+    assert code == 0, out
+    best = record(here)["results"]["best_step"]
+    assert best % 6, "the test needs a best step that is no multiple of --save-steps"
+    kept, checkpoint = (
+        load_file(here / f"out/{folder}adapter_model.safetensors") for folder in ("", f"checkpoint-{best}/")
+    )
+    assert kept.keys() == checkpoint.keys() and all(torch.equal(kept[name], checkpoint[name]) for name in kept)
 
 
 def test_save_steps_must_fit_eval_steps(here, short_smollm2):
