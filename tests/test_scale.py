@@ -26,7 +26,7 @@ def folder(tmp_path, short_smollm2) -> Path:
 
 
 TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-ACCELERATE = ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
               "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
 
 
