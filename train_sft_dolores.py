@@ -2062,7 +2062,12 @@ def make_rows(files, eval_files, args, encode: Encoder):
         eval_samples, eval_digests, eval_tokens = samples, digests[held_out], tokens
     chosen = np.flatnonzero(~held_out)
     if not trained[chosen].sum():
-        raise InputError(f"{', '.join(files)}: nothing to train on; no answer fits into --max-length {args.max_length}")
+        why = (
+            "all of it is in --eval-files"
+            if len(digests) and held_out.all()
+            else f"no answer fits into --max-length {args.max_length}"
+        )
+        raise InputError(f"{', '.join(files)}: nothing to train on; {why}")
     if eval_files and not eval_trained.sum():
         what = f"nothing to evaluate; no answer fits into --max-length {args.max_length}"
         raise InputError(f"{', '.join(eval_files)}: {what}")

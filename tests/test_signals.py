@@ -43,7 +43,7 @@ def undisturbed(tmp_path_factory, options) -> Path:
 
 def data(folder: Path) -> Path:
     (folder / "train.chatml").write_text(dialogues(16))
-    (folder / "held.chatml").write_text(dialogues(20))
+    (folder / "held.chatml").write_text(dialogues(36).removeprefix(dialogues(16)))
     (folder / "prompts.txt").write_text("Qui es-tu ?\n")
     return folder
 
