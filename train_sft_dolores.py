@@ -1369,10 +1369,10 @@ def free_layers(layers, peak, limit: float, probe=2) -> int:
 
 
 def compile_layers(base, **options):
-    """torch.compile each layer: they share one graph, since the first one's input needs a gradient too."""
+    """torch.compile each layer: one graph for all, since the first one's input needs a gradient too, and for all lengths."""
     base.enable_input_require_grads()
     for layer in base.get_decoder().layers:
-        layer.compile(fullgraph=True, **options)
+        layer.compile(fullgraph=True, dynamic=True, **options)
 
 
 def plan_checkpointing(model, rows: Rows, args):

@@ -197,7 +197,7 @@ def test_what_is_evaluated_is_not_trained_on(cache, encode):
     assert sorted(samples_of(train)) == sorted(s for s in expected_samples("d", encode) if s[2] not in copies)
     assert counts["held_out"] == 2 and counts["conversations"] == 42
     assert [warning[0] for warning in warnings if warning[2] == "held out"] == ["d", "e", "e"]
-    with pytest.raises(sft.InputError, match="^e: nothing to train on; all of it is in --eval-files$"):
+    with pytest.raises(sft.InputError, match=r"^e: nothing to train on; all of it is in --eval-files$"):
         sft.make_rows(evaluation, data, arguments("--eval-files", "d", "e"), encode)
 
 

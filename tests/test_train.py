@@ -416,7 +416,7 @@ def test_evaluation_weighs_tokens_not_batches(here, short_smollm2):
 
 
 def test_compiled_layers_are_one_graph(short_smollm2):
-    """--compile: no graph breaks with LoRA, checkpointing and packing, and one graph for both layers."""
+    """--compile: no graph breaks with LoRA, checkpointing and packing, and one graph for all layers and rows."""
     torch._dynamo.reset()
     model, inputs = lora_model(short_smollm2, "--lora-dropout", 0).train(), batch()
     plain = model(**inputs).loss
@@ -429,7 +429,9 @@ def test_compiled_layers_are_one_graph(short_smollm2):
     sft.compile_layers(model.get_base_model(), backend=backend)
     compiled = model(**inputs).loss
     compiled.backward()
-    assert torch.allclose(plain, compiled) and len(graphs) == 1
+    assert torch.allclose(plain, compiled)
+    model(**batch(33, documents=3)).loss.backward()  # rows differ in length and in documents
+    assert len(graphs) == 1
 
 
 def test_memory_fraction(short_smollm2, capsys):
