@@ -225,6 +225,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.dry_run |= bool(args.preview or args.json)
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
+    if args.shard_base and args.compile:
+        parser.error("--shard-base and --compile exclude each other")
     return args
 
 
@@ -2061,16 +2063,12 @@ def make_rows(files, eval_files, args, encode: Encoder):
         held_out = hold_out(digests, args.eval_fraction, args.seed)
         eval_samples, eval_digests, eval_tokens = samples, digests[held_out], tokens
     chosen = np.flatnonzero(~held_out)
+    too_long = f"no answer fits into --max-length {args.max_length}"
     if not trained[chosen].sum():
-        why = (
-            "all of it is in --eval-files"
-            if len(digests) and held_out.all()
-            else f"no answer fits into --max-length {args.max_length}"
-        )
+        why = "all of it is in --eval-files" if len(digests) and held_out.all() else too_long
         raise InputError(f"{', '.join(files)}: nothing to train on; {why}")
     if eval_files and not eval_trained.sum():
-        what = f"nothing to evaluate; no answer fits into --max-length {args.max_length}"
-        raise InputError(f"{', '.join(eval_files)}: {what}")
+        raise InputError(f"{', '.join(eval_files)}: nothing to evaluate; {too_long}")
 
     def rows(samples, chosen, lengths):
         plan = pack(lengths[chosen], args.max_length, args.seed) if args.packing else np.arange(len(chosen))[:, None]
@@ -2132,15 +2130,11 @@ def finish(args, record: dict, trainer, config):
 def resume_command(args) -> str:
     import shlex
 
-    names = {"LOCAL_WORLD_SIZE": "--nproc-per-node"}
+    names = {"--nproc-per-node": "LOCAL_WORLD_SIZE"}
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # several machines; this is the first
-        names |= {
-            "GROUP_WORLD_SIZE": "--nnodes",
-            "GROUP_RANK": "--node-rank",
-            "MASTER_ADDR": "--master-addr",
-            "MASTER_PORT": "--master-port",
-        }
-    flags = [word for name, flag in names.items() if name in os.environ for word in (flag, os.environ[name])]
+        names |= {"--nnodes": "GROUP_WORLD_SIZE", "--node-rank": "GROUP_RANK"}
+        names |= {"--master-addr": "MASTER_ADDR", "--master-port": "MASTER_PORT"}
+    flags = [word for flag, name in names.items() if name in os.environ for word in (flag, os.environ[name])]
     launcher = ["torchrun", *flags] if args.processes > 1 else ["python3"]
     return shlex.join([*launcher, *(arg for arg in sys.argv if arg not in ("--resume", "--overwrite")), "--resume"])
 

@@ -87,11 +87,12 @@ def test_nonsense(options, capsys):
     assert err.count("\n") == 1 and all(part in err for part in options.split()) and "Traceback" not in err
 
 
-def test_resume_and_overwrite_exclude_each_other(capsys):
+@pytest.mark.parametrize("pair", [("--resume", "--overwrite"), ("--shard-base", "--compile")], ids=" ".join)
+def test_flags_that_exclude_each_other(pair, capsys):
     with pytest.raises(SystemExit) as ended:
-        sft.parse_args(["--resume", "--overwrite"])
+        sft.parse_args(list(pair))
     assert ended.value.code == 2
-    assert capsys.readouterr().err.endswith("--resume and --overwrite exclude each other; see --help\n")
+    assert capsys.readouterr().err.endswith(f"{' and '.join(pair)} exclude each other; see --help\n")
 
 
 # ---- in a process of its own: nothing heavy is imported ----
