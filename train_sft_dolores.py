@@ -782,6 +782,11 @@ class Rows:
     def __getitem__(self, row: int) -> dict:
         return self.samples[self.plan[row]]
 
+    def longest(self) -> dict:
+        """The row of most tokens, which needs most memory."""
+        lengths = measure(self.samples)[1]
+        return self[max(range(len(self)), key=lambda row: lengths[self.plan[row]].sum())]
+
 
 def collate(rows: list[dict]) -> dict:
     """Rows -> one batch without padding: all their documents one behind the other, [1, T].
@@ -1387,9 +1392,7 @@ def plan_checkpointing(model, rows: Rows, args):
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     if mode == "auto" and model.device.type == "cuda" and not args.shard_base:
-        lengths = measure(rows.samples)[1]
-        longest = max(range(len(rows)), key=lambda i: lengths[rows.plan[i]].sum())
-        batch = collate([rows[longest]] * args.train_batch_size)
+        batch = collate([rows.longest()] * args.train_batch_size)
 
         def peak():
             torch.cuda.empty_cache()

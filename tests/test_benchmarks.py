@@ -102,6 +102,11 @@ def test_gpu_on_a_cpu():
     """Every variant runs, from the same weights on the same rows: the first losses are one."""
     out = benchmark("gpu.py", "--tiny")
     import gpu
+    import sides
+
+    assert (
+        sum(map(len, sides.random_rows(2, 64, 100).longest()["input_ids"])) > 60
+    )  # what a GPU's memory probe asks for
 
     rows = {name: words for name, words in table(out, 31).items() if name in gpu.VARIANTS}
     assert list(rows) == [name for name in gpu.VARIANTS if "compiled" not in name]

@@ -174,6 +174,15 @@ def test_each_conversation_is_in_one_row(cache, encode, packing):
         assert len(train) == len(inside) and len(held_out) == len(outside)
 
 
+def test_the_longest_row(cache, encode):
+    """What the memory probe takes; without packing it may stand anywhere."""
+    Path("d").write_text(corpus() + dialogue("q", "long " * 200) + dialogue("r", "b"))
+    args = arguments("--max-length", "256", "--eval-fraction", "0", "--no-packing")
+    train = sft.make_rows(sft.expand(["d"]), {}, args, encode)[0]
+    sizes = [sum(map(len, train[i]["input_ids"])) for i in range(len(train))]
+    assert sum(map(len, train.longest()["input_ids"])) == max(sizes) > sizes[-1]
+
+
 def test_no_hold_out_and_eval_files(cache, encode):
     Path("d").write_text(corpus())
     Path("e").write_text(dialogue("q", "a"))
