@@ -5,7 +5,6 @@ import json
 import os
 import re
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -449,15 +448,10 @@ def test_a_million_empty_lines():
     assert messages(empty + row(*QA) + empty) == [QA]
 
 
-def test_many_neighbours_are_joined_in_linear_time():
-    def seconds(n):
-        began = time.process_time()
-        ((user, _),) = chatml("<|user|>\nq q q q q\n" * n + A)
-        assert user[1] == "\n\n".join(["q q q q q"] * n)
-        return time.process_time() - began
-
-    small = min(seconds(25_000) for _ in range(2))
-    assert seconds(100_000) < 10 * small  # a copy at each join: 16 times and more
+def test_many_neighbours_are_joined():
+    """A copy at each join would move terabytes, and not come back."""
+    ((user, _),) = chatml("<|user|>\nq q q q q\n" * 500_000 + A)
+    assert user[1] == "\n\n".join(["q q q q q"] * 500_000)
 
 
 MANY = {
