@@ -485,7 +485,7 @@ def checked(turns: list[Turn], file: str, warn, start=None) -> Conversation:
 
 
 def read_conversations(files, input_format: str, warn=lambda *_: None):
-    """Yield the conversations of all files, one at a time: memory does not grow with the data."""
+    """Yield the conversations of all files, one at a time; only a JSON list is read whole."""
     reader = {"chatml": read_chatml, "messages": read_messages}[input_format]
     for file in files:
         found = False
