@@ -620,9 +620,17 @@ def batches(conversations, characters=1 << 21):
         yield batch
 
 
+BLANKS = re.compile(r"(?<![^\S\r\n])[^\S\r\n]{1000000}")  # tried where a run begins, so in linear time
+
+
 def encode_conversations(conversations, encode: Encoder, max_length: int, overlong: str, warn):
     """Yield lists of Samples; none is longer than max_length."""
     for batch in batches(conversations):
+        for turn, file in ((turn, c.file) for c in batch for turn in c.turns if len(turn.content) > 1_000_000):
+            if BLANKS.search(
+                turn.content
+            ):  # Llama 3.1's pattern gives up at ten million, in a panic that is no Exception
+                raise InputError(f"{file}:{turn.line}: a million blanks in a row; delete them")
         samples = []
         for conversation, (ids, labels) in zip(batch, encode([c.turns for c in batch]), strict=True):
             turns, file, line = conversation

@@ -26,7 +26,7 @@ A = "\n<|assistant|>\na\n"
 DATA = {
     "one line of x": lambda n: "<|user|>\n" + "x" * n + A,
     "one line of words": lambda n: "<|user|>\n" + "le mot " * (n // 7) + A,
-    "one line of blanks": lambda n: "<|user|>\na" + " " * n + "b" + A,
+    "one line of blanks": lambda n: "<|user|>\n" + ("a" + " " * 99_999) * (n // 100_000) + "b" + A,
     "one line of digits": lambda n: "<|user|>\n" + "7" * n + A,
     "empty lines": lambda n: "<|user|>\na" + "\n" * n + "b" + A,
     "blank lines": lambda n: "<|user|>\na" + " \t\n" * (n // 3) + "b" + A,

@@ -294,6 +294,15 @@ def test_overlong_exact(small):
     assert len(parts_of([turns], small.encode, whole)[0]) == 1 and parts_of([turns], small.encode, whole)[1] == []
 
 
+def test_more_blanks_than_a_tokenizer_bears(small):
+    for blanks in (" " * 999_999, "\n" * 1_000_001, (" " * 999_999 + "\n") * 2):
+        assert (
+            parts_of([turns_of("q" + blanks + "q", "a")], small.encode, 64)[0] == []
+        )  # longer than a row: told, dropped
+    with pytest.raises(sft.InputError, match=r"^d:1: a million blanks in a row; delete them$"):
+        parts_of([turns_of("q" + "\t " * 500_000 + "q", "a")], small.encode, 64)
+
+
 def test_drop_and_error(small):
     short, long = turns_of("q", "a"), turns_of("q", "a " * 100)
     size = len(small.encode([long])[0][0])
