@@ -145,7 +145,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     data = parser.add_argument_group("data")
     data.add_argument("--model", default="meta-llama/Llama-3.1-8B-Instruct", help="Hub name or local folder")
     data.add_argument("--train-files", nargs="+", default=["train.chatml"], help="files or globs")
-    data.add_argument("--input-format", choices=("chatml", "messages"), default="chatml", help="see the README")
+    data.add_argument(
+        "--input-format", choices=("chatml", "messages"), default="chatml", help="tags, or JSON and Parquet"
+    )
     data.add_argument("--eval-files", nargs="+", default=[], help="held-out conversations, instead of --eval-fraction")
     data.add_argument("--eval-fraction", type=number(float, 0, 0.5), default=0.05, help="held out of the training data")
     data.add_argument("--chat-format", choices=tuple(FORMATS), default="dolores", help="what stands around a turn")
@@ -197,9 +199,16 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     memory.add_argument("--shard-base", action=switch, default=False, help="each card keeps a share of the base")
     memory.add_argument("--compile", action=switch, default=False, help="compile the layers with torch.compile")
-    memory.add_argument("--torch-memory-fraction", type=number(float, 0, 1, True), default=0.95, help="of the card")
-    memory.add_argument("--cuda-alloc-expandable", action=switch, default=True, help="expandable_segments")
-    memory.add_argument("--max-split-size-mb", type=number(int, 21), default=128, help="where not expandable")
+    memory.add_argument(
+        "--torch-memory-fraction",
+        type=number(float, 0, 1, True),
+        default=0.95,
+        help="share of the card that may be used",
+    )
+    memory.add_argument("--cuda-alloc-expandable", action=switch, default=True, help="CUDA memory that grows in place")
+    memory.add_argument(
+        "--max-split-size-mb", type=number(int, 21), default=128, help="CUDA blocks, where not expandable"
+    )
 
     looking = parser.add_argument_group("looking and keeping")
     looking.add_argument("--logging-steps", type=count, default=1, help="optimizer steps between log lines")
@@ -620,17 +629,17 @@ def batches(conversations, characters=1 << 21):
         yield batch
 
 
-BLANKS = re.compile(r"(?<![^\S\r\n])[^\S\r\n]{1000000}")  # tried where a run begins, so in linear time
+# Ten million blanks make Llama 3.1's tokenizer panic. Tried where a run begins only, so in linear time.
+BLANKS = re.compile(r"(?<![^\S\r\n])[^\S\r\n]{1000000}")
 
 
 def encode_conversations(conversations, encode: Encoder, max_length: int, overlong: str, warn):
     """Yield lists of Samples; none is longer than max_length."""
     for batch in batches(conversations):
-        for turn, file in ((turn, c.file) for c in batch for turn in c.turns if len(turn.content) > 1_000_000):
-            if BLANKS.search(
-                turn.content
-            ):  # Llama 3.1's pattern gives up at ten million, in a panic that is no Exception
-                raise InputError(f"{file}:{turn.line}: a million blanks in a row; delete them")
+        for turns, file, _ in batch:
+            for turn in turns:
+                if len(turn.content) > 1_000_000 and BLANKS.search(turn.content):
+                    raise InputError(f"{file}:{turn.line}: a million blanks in a row; delete them")
         samples = []
         for conversation, (ids, labels) in zip(batch, encode([c.turns for c in batch]), strict=True):
             turns, file, line = conversation
@@ -2069,7 +2078,8 @@ def make_rows(files, eval_files, args, encode: Encoder):
         eval_digests, eval_tokens, eval_trained = measure(eval_samples)
         held_out, warnings = np.isin(digests, eval_digests), warnings + more
         both = samples.select(np.flatnonzero(held_out)).select_columns(["file", "line"])
-        warnings += [(*place.values(), "held out", "also in --eval-files: not trained on") for place in both]
+        places = dict.fromkeys(tuple(place.values()) for place in both)  # once, however many parts it has
+        warnings += [(*place, "held out", "also in --eval-files: not trained on") for place in places]
     else:
         held_out = hold_out(digests, args.eval_fraction, args.seed)
         eval_samples, eval_digests, eval_tokens = samples, digests[held_out], tokens

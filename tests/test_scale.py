@@ -44,17 +44,8 @@ def two_machines(folders: list[Path], *options) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = (
-        "torch.distributed.run",
-        "--nnodes",
-        "2",
-        "--nproc-per-node",
-        "1",
-        "--master-addr",
-        "127.0.0.1",
-        "--master-port",
-        port,
-    )
+    common = ("torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1",
+              "--master-port", port)  # fmt: skip
     return [torchrun(folder, *options, launcher=(*common, "--node-rank", str(i))) for i, folder in enumerate(folders)]
 
 
@@ -151,9 +142,8 @@ def test_what_a_shared_base_needs(folder):
     said = run(folder, "--model", "base", *TRAIN, "--shard-base")
     assert said == (2, "--shard-base: needs several processes; start them by torchrun, or leave it out\n")
     command = [sys.executable, ROOT / "train_sft_dolores.py", "--model", "base", *TRAIN]
-    fsdp = subprocess.run(
-        command, cwd=folder, env={**os.environ, "ACCELERATE_USE_FSDP": "true"}, capture_output=True, text=True
-    )
+    environment = {**os.environ, "ACCELERATE_USE_FSDP": "true"}
+    fsdp = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert fsdp.returncode == 2
     assert re.fullmatch("accelerate's FSDP is on: .*; turn it off and use --shard-base\n", fsdp.stderr)
 
