@@ -254,9 +254,11 @@ class Conversation(NamedTuple):
     line: int
 
 
+BAR = re.compile("[|｜]")
 TAG = re.compile(r"<\|([^|<>\s]{1,40})\|>")
-ESCAPED_TAG, ESCAPED_IM_START = re.compile(r"\\+<\|[^|<>\s]{1,40}\|>"), re.compile(r"\\+<\|im_start\|>")
-NEVER = re.compile(r"(?!)")
+LINE_TAG = re.compile(r"<\|(?<![^\n]<\|)[^|<>\s]{1,40}\|>")  # at the start of a line; six times faster than with ^
+ESCAPED_TAG = re.compile(r"(?<=\n)\\+<\|[^|<>\s]{1,40}\|>")  # not on the line of the turn's own tag
+ESCAPED_IM_START = re.compile(r"\\+<\|im_start\|>")
 IM_END = re.compile(r"(?<!\\)<\|im_end\|>")
 # A tag's name at the start of a line between what may be a tag's edges, such as `<| user|>` or `<|user>`.
 LIKE_TAG = re.compile(r"([<|｜/\s]*)(system|user|assistant|endoftext|im_start|im_end)(?!\w)([|｜>\s]*)", re.IGNORECASE)
@@ -284,24 +286,46 @@ def sha256(file: str) -> str:
         return hashlib.file_digest(source, "sha256").hexdigest()
 
 
-def numbered_lines(file: str):
-    """Yield (number, line) of a UTF-8 file without line ends; BOM and CRLF are accepted."""
+def blocks(file: str):
+    """Yield (number of the first line, text) of a UTF-8 file, a megabyte of whole lines; BOM and CRLF are accepted."""
     from tqdm import tqdm
 
-    size, name = os.path.getsize(file), os.path.basename(file)
+    size, name, number = os.path.getsize(file), os.path.basename(file), 1
     bar = tqdm(total=size, desc=name, unit="B", unit_scale=True, delay=2, disable=no_bar(), leave=False)
-    with open(file, "rb") as lines, bar:
-        for number, raw in enumerate(lines, 1):
+    with open(file, "rb") as source, bar:
+        while raw := source.read(1 << 20) + source.readline():
             bar.update(len(raw))
             try:
-                line = raw.decode("utf-8")
+                text = raw.decode("utf-8")
             except UnicodeDecodeError as error:
+                number += raw.count(b"\n", 0, error.start)
                 raise InputError(
                     f"{file}:{number}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
                 ) from None
             if number == 1:
-                line = line.removeprefix("\ufeff")
-            yield number, line.rstrip("\r\n")
+                text = text.removeprefix("\ufeff")
+            yield number, text.replace("\r\n", "\n")
+            number += raw.count(b"\n")
+
+
+def numbered_lines(file: str):
+    """Yield (number, line) of a UTF-8 file, without line ends."""
+    for number, text in blocks(file):
+        yield from enumerate(text.removesuffix("\n").split("\n"), number)
+
+
+def parts(file: str):
+    """Yield (number, text): a line that begins with a tag and all that follows up to the next such line."""
+    start, pieces = 1, []
+    for number, text in blocks(file):
+        at = 0
+        for tag in LINE_TAG.finditer(text):
+            pieces.append(text[at : tag.start()])
+            yield start, "".join(pieces)
+            number += text.count("\n", at, tag.start())
+            start, at, pieces = number, tag.start(), []
+        pieces.append(text[at:])
+    yield start, "".join(pieces)
 
 
 def no_bar() -> bool:
@@ -331,80 +355,81 @@ def tag_hint(name: str) -> str:
 
 
 def read_chatml(file: str, warn):
-    """Yield the conversations of a ChatML file, both dialects.
+    """Yield the conversations of a ChatML file: each starts at its start, a system turn or a line `<|endoftext|>`."""
+    turns = []
+    for turn in chatml_turns(file, warn):
+        if turns and turn.role in ("system", "endoftext"):
+            yield checked(turns, file, warn)
+            turns = []
+        if turn.role != "endoftext":
+            turns.append(turn)
+    if turns:
+        yield checked(turns, file, warn)
+
+
+def chatml_turns(file: str, warn):
+    """Yield the turns of both dialects, and one of role `endoftext` for each such line.
 
     Role tags at the start of a line (`<|user|>`, content on the same line or the next ones), or
-    `<|im_start|>user` … `<|im_end|>`. A conversation starts at the file's start, at a system turn
-    and after a line `<|endoftext|>`. A backslash before a tag makes it text.
+    `<|im_start|>user` … `<|im_end|>`. A backslash before a tag makes it text.
     """
-    turns, opened = [], None  # opened: [role, line number, content lines, closed by <|im_end|>?]
+    opened, lines = None, []  # a turn that <|im_end|> has not closed yet, and its content
+    for number, part in parts(file):
+        tag = TAG.match(part)
+        name, text = (tag[1], part[tag.end() :]) if tag else (None, part)
+        if name == "im_start":
+            if opened:
+                break
+            role, _, part = text.partition("\n")
+            role = role.strip()
+            if role not in ROLES:
+                raise InputError(f"{file}:{number}: unknown role {shortened(role)}; {nearest(role, ROLES)}")
+            opened, lines, number = Turn(role, "", number), [], number + 1
+        if opened:  # everything up to <|im_end|> is text
+            end = IM_END.search(part)
+            text = part[: end.start()] if end else part
+            lines.append(plain(text.replace("\\<|im_end|>", "<|im_end|>"), number, ESCAPED_IM_START, file, warn))
+            if end:
+                yield opened._replace(content="".join(lines).strip())
+                opened = None
+                number += text.count("\n")
+                only_blanks(part[end.end() :], number, file, "after <|im_end|>; put it inside a turn")
+        elif name in ROLES:
+            yield Turn(name, plain(text, number, ESCAPED_TAG, file, warn).strip(), number)
+        elif name == "endoftext":
+            yield Turn(name, "", number)
+            only_blanks(text, number, file, "after <|endoftext|>; put the separator alone on its line")
+        elif name:
+            raise InputError(f"{file}:{number}: unknown role tag <|{visible(name)[:60]}|>; {tag_hint(name)}")
+        else:
+            only_blanks(text, number, file)
+    if opened:
+        raise InputError(f"{file}:{opened.line}: this turn is not closed; end it with <|im_end|>")
 
-    def text(line, number, escaped):
-        if "|" not in line and "｜" not in line:  # what almost every line is
-            return line
-        if escaped.match(line):
-            return line[1:]
-        if found := TAG.search(line):
-            warn(file, number, "tag", f"{visible(found[0])[:60]} inside a turn is text, no tag")
+
+def only_blanks(text: str, number: int, file: str, after=None):
+    """Refuse text outside of turns; `after` says what to do with it on the first of these lines."""
+    if text.strip():
+        below = text[: -len(text.lstrip())].count("\n")
+        what = f"text {after}" if after and not below else "text outside of a turn; begin with a tag such as <|user|>"
+        raise InputError(f"{file}:{number + below}: {what}")
+
+
+def plain(text: str, number: int, escaped: re.Pattern, file: str, warn) -> str:
+    """Lines of a turn without the backslash that makes a tag text; what may be meant as a tag is warned about."""
+    if not BAR.search(text):
+        return text
+    lines, at = text.split("\n"), 0
+    for i, line in enumerate(lines):
+        if escaped.match(text, at):
+            lines[i] = line[1:]
+        elif found := TAG.search(line):
+            warn(file, number + i, "tag", f"{visible(found[0])[:60]} inside a turn is text, no tag")
         elif (found := LIKE_TAG.match(line)) and {*"<>"} & {*found[0]} and {*"|｜"} & {*found[0]}:
             shown, name = shortened(found[0].strip()), found[2].lower()
-            warn(file, number, "tag", f"{shown} looks like a tag; write <|{name}|> if it is one")
-        return line
-
-    def close():
-        nonlocal opened
-        if opened:
-            role, line, lines, _ = opened
-            turns.append(Turn(role, "\n".join(lines).strip(), line))
-        opened = None
-
-    def flush():
-        close()
-        if turns:
-            yield checked(turns, file, warn)
-            turns.clear()
-
-    for number, line in numbered_lines(file):
-        if opened and opened[3]:  # inside <|im_start|> … <|im_end|>: everything is text
-            if line.startswith("<|im_start|>"):
-                raise InputError(f"{file}:{opened[1]}: this turn is not closed; end it with <|im_end|>")
-            end = IM_END.search(line)
-            line, rest = (line[: end.start()], line[end.end() :]) if end else (line, "")
-            opened[2].append(text(line.replace("\\<|im_end|>", "<|im_end|>"), number, ESCAPED_IM_START))
-            if rest.strip():
-                raise InputError(f"{file}:{number}: text after <|im_end|>; put it inside a turn")
-            if end:
-                close()
-            continue
-        tag = TAG.match(line)
-        if not tag and opened:
-            opened[2].append(text(line, number, ESCAPED_TAG))
-        elif not tag and line.strip():
-            raise InputError(f"{file}:{number}: text outside of a turn; begin with a tag such as <|user|>")
-        if not tag:
-            continue
-        name, rest = tag[1], line[tag.end() :]
-        if name == "endoftext":
-            if rest.strip():
-                raise InputError(f"{file}:{number}: text after <|endoftext|>; put the separator alone on its line")
-            yield from flush()
-            continue
-        role = rest.strip() if name == "im_start" else name
-        if role not in ROLES:
-            hint = nearest(role, ROLES) if name == "im_start" else tag_hint(name)
-            what = (
-                f"unknown role {shortened(role)}"
-                if name == "im_start"
-                else f"unknown role tag <|{visible(name)[:60]}|>"
-            )
-            raise InputError(f"{file}:{number}: {what}; {hint}")
-        if role == "system":
-            yield from flush()
-        close()
-        opened = [role, number, [] if name == "im_start" else [text(rest, number, NEVER)], name == "im_start"]
-    if opened and opened[3]:
-        raise InputError(f"{file}:{opened[1]}: this turn is not closed; end it with <|im_end|>")
-    yield from flush()
+            warn(file, number + i, "tag", f"{shown} looks like a tag; write <|{name}|> if it is one")
+        at += len(line) + 1
+    return "\n".join(lines)
 
 
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -480,7 +505,10 @@ def checked(turns: list[Turn], file: str, warn, start=None) -> Conversation:
             joined[-1].append(turn)
         else:
             joined.append([turn])
-    joined = [same[0]._replace(content="\n\n".join(turn.content for turn in same)) for same in joined]
+    joined = [
+        same[0] if len(same) == 1 else same[0]._replace(content="\n\n".join(turn.content for turn in same))
+        for same in joined
+    ]
     if not any(turn.role == "assistant" for turn in joined):
         raise InputError(f"{file}:{start}: a conversation without an assistant turn; nothing in it can be trained")
     first = next(turn for turn in joined if turn.role != "system")
