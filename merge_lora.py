@@ -65,6 +65,7 @@ class Stopped(BaseException):
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; every default is the documented run's."""
     parser = argparse.ArgumentParser(
         description="Merge a LoRA adapter into its base model, for transformers, llama.cpp and Ollama.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -85,12 +86,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Adapter(NamedTuple):
+    """The folder that training wrote: the contract between the two scripts."""
+
     folder: Path
     config: dict[str, Any]  # adapter_config.json, as PEFT wrote it
     training: dict[str, Any]  # training_args.json: chat_format, base, quantization
 
 
 def read_adapter(folder: Path) -> Adapter:
+    """The adapter folder, complete and of a kind that can be merged; InputError otherwise."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; train one with train_sft_dolores.py, or name it with --adapter")
     for name in ADAPTER_FILES:
@@ -105,6 +109,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def refuse_what_cannot_be_merged(adapter: Adapter) -> None:
+    """Whatever is set in adapter_config.json and not in UNDERSTOOD would be lost in silence."""
     place, config = adapter.folder / "adapter_config.json", adapter.config
     if config.get("peft_type") != "LORA":
         raise InputError(f"{place}: a {config.get('peft_type')} adapter; only LoRA, rsLoRA and DoRA can be merged here")
@@ -170,6 +175,7 @@ class Stored(NamedTuple):
 
 
 def read_header(file: Path) -> dict[str, Stored]:
+    """The tensors of one safetensors file by name; a file that was cut off is an InputError."""
     size = file.stat().st_size
     with open(file, "rb") as stream:
         data = 8 + int.from_bytes(stream.read(8), "little")
@@ -187,6 +193,7 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 
 def read_base_headers(base: Path) -> dict[str, Stored]:
+    """The tensors of all shards of the base, by name; no weight is read."""
     index = base / "model.safetensors.index.json"
     weight_map = read_json(index)["weight_map"] if index.is_file() else {"": "model.safetensors"}
     tensors = {}
@@ -210,6 +217,7 @@ def read_bytes(stream: BinaryIO, start: int, buffer):
 
 
 def typed(buffer, tensor: Stored):
+    """A uint8 tensor of a stored tensor's bytes → the same memory in its dtype and shape."""
     import torch
 
     return buffer.view(getattr(torch, FLOATS[tensor.dtype])).view(tensor.shape)
@@ -226,6 +234,8 @@ class Layer(NamedTuple):
 
 
 class Plan(NamedTuple):
+    """All that merging needs to know before it reads a weight."""
+
     config: Any  # the base's, as transformers reads it
     tensors: dict[str, Stored]  # the base's
     layers: dict[str, Layer]  # by name of the base's weight
@@ -233,6 +243,7 @@ class Plan(NamedTuple):
 
 
 def plan_merge(adapter: Adapter, base: Path, base_weights: str) -> Plan:
+    """Match adapter and base by their headers; whatever does not fit is an InputError."""
     config_file = read_json(base / "config.json")
     if "quantization_config" in config_file:
         raise InputError(f"{base}: quantised already; name the 16-bit base that it was made from with --base")
@@ -477,6 +488,7 @@ def write_bytes(stream: BinaryIO, data) -> None:
 
 
 def write_small_files(adapter: Adapter, base: Path, plan: Plan, folder: Path) -> None:
+    """All but the weights: configs and tokenizer for every reader, licences, the Modelfile."""
     for name in ("model.safetensors.index.json", *LICENCE_FILES):
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
@@ -518,6 +530,7 @@ def generation_config(base: Path, adapter: Adapter) -> dict:
 
 
 def eos_id(adapter: Adapter) -> int:
+    """The id of the chat format's end token in the adapter's tokenizer."""
     from tokenizers import Tokenizer
 
     token = adapter.training["chat_format"]["eos_token"]
@@ -539,6 +552,7 @@ def tokenizer_config_for_all_readers(config: dict) -> dict:
 
 
 def num_ctx(plan: Plan) -> int:
+    """Ollama's context window in tokens."""
     return min(NUM_CTX, plan.config.max_position_embeddings)
 
 
@@ -669,6 +683,7 @@ def judge(plain, live, merged) -> str:
 
 
 def check_output(output: Path, adapter: Path, base: Path, overwrite: bool) -> None:
+    """Refuse an output folder that is not ours to replace, or that holds what is still read."""
     old = output.with_name(f"{output.name}.old")
     if old.exists() and not output.exists():  # the last run was killed between its two renames
         old.rename(output)
@@ -684,6 +699,7 @@ def check_output(output: Path, adapter: Path, base: Path, overwrite: bool) -> No
 
 
 def check_disk(plan: Plan, folder: Path) -> None:
+    """Refuse to begin what cannot be finished: the merged folder is as large as the base."""
     need = sum(shard.stat().st_size for shard in shards(plan)) + (64 << 20)  # tokenizer and the like
     free = shutil.disk_usage(folder).free
     if free < need:
@@ -714,6 +730,7 @@ def written_beside(output: Path):
 
 
 def read_text(file: Path) -> str:
+    """A UTF-8 file's text; InputError where it cannot be read."""
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -723,6 +740,7 @@ def read_text(file: Path) -> str:
 
 
 def read_json(file: Path) -> dict:
+    """A JSON file's content; InputError with its line where it is none."""
     try:
         return json.loads(read_text(file))
     except json.JSONDecodeError as error:
@@ -742,6 +760,7 @@ def gigabytes(size: float) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The whole story; exceptions tell how it ended."""
     args = parse_args(argv)
     start, output = time.monotonic(), args.output.resolve()
     adapter = read_adapter(args.adapter)
@@ -771,6 +790,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run() -> int:
+    """main, with each ending as one line and an exit status."""
+
     def stop(number, _frame):
         raise Stopped(number)
 

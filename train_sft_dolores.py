@@ -128,11 +128,14 @@ OPTIMIZERS = ("paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torc
 
 
 class OneLineParser(argparse.ArgumentParser):
+    """argparse with one line for a wrong flag, where it would print the whole usage."""
+
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
+    """The command line; every default is the documented run's."""
     parser = OneLineParser(
         usage="%(prog)s [options]",
         description="Fine-tune Dolores v5: assistant-only SFT with NF4 + LoRA on one 24 GB card.",
@@ -243,12 +246,16 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 class Turn(NamedTuple):
+    """What one role says, and the line where it begins."""
+
     role: str
     content: str  # stripped: white space at its edges would merge with the format's own tokens
     line: int
 
 
 class Conversation(NamedTuple):
+    """Turns that belong together, and where they stand."""
+
     turns: list[Turn]
     file: str
     line: int
@@ -281,6 +288,7 @@ def expand(patterns: list[str]) -> dict[str, str]:
 
 
 def sha256(file: str) -> str:
+    """The file's SHA-256, in hexadecimal."""
     with open(file, "rb") as source:
         return hashlib.file_digest(source, "sha256").hexdigest()
 
@@ -350,6 +358,7 @@ def nearest(name: str, choices) -> str:
 
 
 def tag_hint(name: str) -> str:
+    """What to write instead of a tag whose name is no role."""
     near = get_close_matches(name.lower(), ROLES, n=1, cutoff=0.6)
     return f"did you mean <|{near[0]}|>?" if near else f"write \\<|{visible(name)[:60]}|> if it is text"
 
@@ -673,7 +682,7 @@ def encode_conversations(conversations, encode: Encoder, max_length: int, overlo
             else:
                 parts, lost = split_conversation(turns, encode, max_length)
                 samples += [Sample(*part, *origin) for part in parts]
-                if parts:
+                if len(parts) > 1:
                     warn(file, line, "overlong", f"{len(ids):,} tokens: split into {len(parts)}")
                 for turn in lost:
                     warn(file, turn.line, "overlong", "dropped: this exchange alone is longer than a row")
@@ -864,6 +873,7 @@ def survey(files: dict[str, str], input_format: str) -> dict:
 
 
 def survey_anew(files, input_format: str) -> dict:
+    """Read and check everything once; nothing is kept but the counts."""
     turns, exchanges, seen, warnings, conversations, characters = Counter(), Counter(), {}, [], 0, 0
 
     def warn(*warning):
@@ -894,6 +904,7 @@ def survey_anew(files, input_format: str) -> dict:
 
 
 def print_survey(found: dict, shown=5):
+    """The survey for people, and the first places of each kind of warning."""
     turns, grouped = found["turns"], Counter()
     for number, count in found["exchanges"].items():
         grouped["3-8" if 3 <= int(number) <= 8 else "9+" if int(number) > 8 else number] += count
@@ -1126,6 +1137,7 @@ def check_weights(name: str, folder: str):
 
 
 def load_tokenizer(name: str, folder: str):
+    """transformers' fast tokenizer of the base; InputError where there is none."""
     from transformers import AutoTokenizer
 
     try:
@@ -1595,6 +1607,7 @@ def train_within_memory(trainer, checkpoint: str | None, args):
 
 
 def training_arguments(args, evaluating: bool):
+    """Our knobs in transformers' words."""
     import torch
     from transformers import TrainingArguments
 
@@ -2018,6 +2031,7 @@ def look(args):
 
 
 def train(args):
+    """The documented run: look, load, train, keep the best adapter, report."""
     stop = Stop(args.processes)
     files, eval_files = expand(args.train_files), expand(args.eval_files)
     prompts = sample_prompts(args.sample_prompts)
@@ -2167,6 +2181,7 @@ def finish(args, record: dict, trainer, config):
 
 
 def resume_command(args) -> str:
+    """What to type after a stop: this command, and this launcher, with --resume."""
     import shlex
 
     names = {"--nproc-per-node": "LOCAL_WORLD_SIZE"}
@@ -2192,6 +2207,7 @@ def quiet():
 
 
 def main():
+    """Look or train; each ending is one line and an exit status."""
     args = parse_args()
     args.process, args.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.process:
