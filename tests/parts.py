@@ -7,6 +7,8 @@ installed: packages are downloaded without their dependencies, checked by sha256
 """
 
 import base64
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -25,24 +27,32 @@ def fetch(requirement: str) -> zipfile.ZipFile:
     name, version = requirement.split("==")
     folder = CACHE / "wheels"
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
-    if not list(folder.glob(pattern)):
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
-        subprocess.run([*pip, "--no-deps", "-d", str(folder), requirement], check=True)
+    with alone(folder):
+        if not list(folder.glob(pattern)):
+            pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
+            subprocess.run([*pip, "--no-deps", "-d", str(folder), requirement], check=True)
     return zipfile.ZipFile(next(folder.glob(pattern)))
 
 
 def made_once(folder: Path, make) -> Path:
     """`make(path)` fills an empty folder; it appears under its name only when complete."""
-    if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        make(partial)
-        try:
+    partial = folder.with_name(f"{folder.name}.partial")
+    with alone(folder):
+        if not folder.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            make(partial)
             partial.rename(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(partial)
     return folder
+
+
+@contextlib.contextmanager
+def alone(folder: Path):
+    """One process at a time makes this folder; the others wait and find it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def member(requirement: str, suffix: str, sha256: str) -> bytes:

@@ -345,7 +345,7 @@ def test_nothing_is_lost_in_silence(chat, sizes, system, late, max_length):
         return
     lost = [exchange[0].line for exchange in exchanges if length(head + exchange) > max_length]
     assert [line for line, text in warned if text.startswith("dropped")] == lost
-    assert (turns[0].line, f"{length(turns)} tokens: split into {len(samples)}") in warned or not samples
+    assert (turns[0].line, f"{length(turns)} tokens: split into {len(samples)}") in warned or len(samples) < 2
     kept = [exchange for exchange in exchanges if exchange[0].line not in lost]
     for sample in samples:
         text, taken = chat.decode(sample.input_ids), 1
