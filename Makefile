@@ -15,7 +15,7 @@ demo: .venv/demo
 	$(python) tests/ask.py demo/base demo/merged "$(QUESTION)"
 
 test: .venv/dev
-	$(python) -m pytest
+	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile
 
 lint: .venv/dev
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .

@@ -88,7 +88,7 @@ def smollm2(folder: Path = CACHE / "smollm2") -> Path:
 
 
 def short_smollm2(folder: Path = CACHE / "short_smollm2") -> Path:
-    """SmolLM2 cut down to its first two layers: real weights and a real vocabulary, a step in a tenth of a second."""
+    """SmolLM2 cut down to its first two layers and a third of its width, its vocabulary whole: a step in a moment."""
 
     def make(partial: Path):
         import torch
@@ -96,9 +96,15 @@ def short_smollm2(folder: Path = CACHE / "short_smollm2") -> Path:
 
         base = smollm2()
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-        model.model.layers = model.model.layers[:2]
-        model.config.num_hidden_layers = 2
-        model.save_pretrained(partial)
+        config = model.config
+        config.num_hidden_layers, config.hidden_size, config.intermediate_size = 2, 192, 512
+        config.num_attention_heads, config.num_key_value_heads = 3, 1
+        short, weights = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), model.state_dict()
+        with torch.no_grad():
+            for name, parameter in short.named_parameters():
+                parameter.copy_(weights[name][tuple(map(slice, parameter.shape))])
+        short.generation_config = model.generation_config
+        short.save_pretrained(partial)
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copy(base / name, partial)
 

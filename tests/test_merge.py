@@ -641,11 +641,14 @@ def test_a_disk_that_fills_up_underway(copy, tmp_path):
 # ---- verification on demand ----
 
 
+def short_text(folder: Path) -> Path:
+    (folder / "text.txt").write_text("La mer monte deux fois par jour, et personne ne s'en étonne plus.")
+    return folder / "text.txt"
+
+
 def test_verify_passes_a_right_merge_and_says_so(smollm2, tmp_path, capsys):
     adapter = random_adapter(smollm2, tmp_path / "adapter", scale=0.03)
-    text = tmp_path / "text.txt"
-    text.write_text("La mer monte deux fois par jour, et personne ne s'en étonne plus.")
-    merge(adapter, tmp_path / "merged", "--verify", text)
+    merge(adapter, tmp_path / "merged", "--verify", short_text(tmp_path))
     out = capsys.readouterr().out
     assert "checked    KL " in out and "top-1 agreement" in out
 
@@ -661,8 +664,8 @@ def test_verify_fails_loudly(smollm2, tmp_path, monkeypatch, fault):
     }
     monkeypatch.setattr(merge_lora, "merge_with_peft", wrong[fault])
     with pytest.raises(merge_lora.VerificationFailed, match=r"the merged model is not base \+ adapter: KL "):
-        merge(adapter, tmp_path / "merged", "--verify")
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+        merge(adapter, tmp_path / "merged", "--verify", short_text(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "text.txt"}
 
 
 def test_verify_reads_its_text_first(copy, tmp_path):

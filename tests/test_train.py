@@ -167,7 +167,7 @@ def test_lora_flags(short_smollm2):
     adapted = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")}
     assert adapted == {"q_proj", "down_proj"}
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
-    assert layer.lora_A["default"].weight.shape == (4, 576) and layer.scaling["default"] == 3.0
+    assert layer.lora_A["default"].weight.shape == (4, 192) and layer.scaling["default"] == 3.0
     assert layer.lora_dropout["default"].p == 0.3
 
 
@@ -323,16 +323,16 @@ def test_no_float32_is_kept_for_backward(short_smollm2):
     saved = {}
 
     def pack(tensor):
-        if tensor.numel() > 4 * 576 * 8:
+        if tensor.numel() > 4 * 192 * 8:
             saved.setdefault(tensor.dtype, []).append(tuple(tensor.shape))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(**batch())
     norms = 2 * 2 + 1  # two a layer and the last one, whose inputs transformers casts up
-    float32 = [shape for shape in saved[torch.float32] if shape[-1] == 576]
+    float32 = [shape for shape in saved[torch.float32] if shape[-1] == 192]
     assert len(float32) <= 2 * norms and saved.keys() <= {torch.bfloat16, torch.float32, torch.int64, torch.bool}
-    assert not [shape for shape in saved[torch.float32] if shape[-1] == 1536], "a float32 copy of the MLP's activations"
+    assert not [shape for shape in saved[torch.float32] if shape[-1] == 512], "a float32 copy of the MLP's activations"
 
 
 def test_lean_lora_is_pefts_lora(short_smollm2):
@@ -488,7 +488,7 @@ def test_memory_plan_of_the_documented_run():
 
 @pytest.mark.parametrize("options", [(), ("--lora-dropout", 0.05), ("--no-bf16",)])
 def test_memory_plan_against_what_a_layer_saves(options, short_smollm2):
-    """Bytes that autograd keeps of a layer: its input where it is checkpointed, else what the plan counts, within 2 %.
+    """Bytes that autograd keeps of a layer: its input where it is checkpointed, else what the plan counts, within 3 %.
 
     A CPU keeps more in two places: keys and values repeated for each head, and dropout's masks in the activations'
     type instead of a byte.
@@ -496,7 +496,7 @@ def test_memory_plan_against_what_a_layer_saves(options, short_smollm2):
     args = arguments("--no-bnb-nf4", "--lora-r", 1, "--lora-dropout", 0, *options)
     model = sft.load_base(args, str(short_smollm2), "cpu")
     sft.lose_on_trained_tokens(model)
-    model, config, tokens = sft.add_lora(model, args, None).train(), model.config, 256
+    model, config, tokens = sft.add_lora(model, args, None).train(), model.config, 512
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 
     def saved(mode) -> int:
@@ -518,4 +518,4 @@ def test_memory_plan_against_what_a_layer_saves(options, short_smollm2):
     kv = config.num_key_value_heads * config.head_dim
     plan = sft.memory_plan(config.to_dict(), args, tokens, 0.5, 2)["activations"] * 2**30 - 2 * tokens * h * size
     on_cpu = 2 * (h - kv) * size + ((6 * h + f) * (size - 1) if args.lora_dropout else 0)
-    assert saved("none") - saved("all") == pytest.approx(plan + 2 * tokens * on_cpu, rel=0.02)
+    assert saved("none") - saved("all") == pytest.approx(plan + 2 * tokens * on_cpu, rel=0.03)
