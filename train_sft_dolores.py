@@ -261,9 +261,10 @@ class Conversation(NamedTuple):
     line: int
 
 
-TAG = re.compile(r"<\|([^|<>\s]{1,40})\|>")
-LINE_TAG = re.compile(r"<\|(?<![^\n]<\|)([^|<>\s]{1,40})\|>")  # at the start of a line; six times faster than with ^
-ESCAPED_TAG = re.compile(r"(?<=\n)\\+<\|[^|<>\s]{1,40}\|>")  # not on the line of the turn's own tag
+NAME = r"[^|<>\s]{1,40}"
+TAG = re.compile(rf"<\|{NAME}\|>")
+LINE_TAG = re.compile(rf"<\|(?<![^\n]<\|)({NAME})\|>")  # at the start of a line; with ^ it would take 3.5 times as long
+ESCAPED_TAG = re.compile(rf"(?<=\n)\\+<\|{NAME}\|>")  # not on the line of the turn's own tag
 ESCAPED_IM_START = re.compile(r"\\+<\|im_start\|>")
 IM_END = re.compile(r"(?<!\\)<\|im_end\|>")
 # A tag's name at the start of a line between what may be a tag's edges, such as `<| user|>` or `<|user>`.

@@ -654,7 +654,7 @@ def test_verify_passes_a_right_merge_and_says_so(smollm2, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("fault", ["forgotten", "twice", "other base weights"])
-def test_verify_fails_loudly(smollm2, tmp_path, monkeypatch, fault):
+def test_verify_fails_loudly(smollm2, tmp_path, tmp_path_factory, monkeypatch, fault):
     adapter = random_adapter(smollm2, tmp_path / "adapter", scale=0.03)
     right = merge_lora.merge_with_peft
     wrong = {
@@ -663,9 +663,10 @@ def test_verify_fails_loudly(smollm2, tmp_path, monkeypatch, fault):
         "other base weights": lambda layer, weight: right(layer, merge_lora.as_trained(weight, torch.bfloat16, True)),
     }
     monkeypatch.setattr(merge_lora, "merge_with_peft", wrong[fault])
+    text = () if fault == "forgotten" else (short_text(tmp_path_factory.mktemp("text")),)  # once the text of its own
     with pytest.raises(merge_lora.VerificationFailed, match=r"the merged model is not base \+ adapter: KL "):
-        merge(adapter, tmp_path / "merged", "--verify", short_text(tmp_path))
-    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "text.txt"}
+        merge(adapter, tmp_path / "merged", "--verify", *text)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_verify_reads_its_text_first(copy, tmp_path):

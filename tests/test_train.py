@@ -487,14 +487,15 @@ def test_memory_plan_of_the_documented_run():
 
 
 @pytest.mark.parametrize("options", [(), ("--lora-dropout", 0.05), ("--no-bf16",)])
-def test_memory_plan_against_what_a_layer_saves(options, short_smollm2):
-    """Bytes that autograd keeps of a layer: its input where it is checkpointed, else what the plan counts, within 3 %.
+def test_memory_plan_against_what_a_layer_saves(options, smollm2):
+    """Bytes that autograd keeps of a layer: its input where it is checkpointed, else what the plan counts, within 2 %.
 
     A CPU keeps more in two places: keys and values repeated for each head, and dropout's masks in the activations'
     type instead of a byte.
     """
-    args = arguments("--no-bnb-nf4", "--lora-r", 1, "--lora-dropout", 0, *options)
-    model = sft.load_base(args, str(short_smollm2), "cpu")
+    args = arguments("--no-bnb-nf4", "--lora-r", 4, "--lora-dropout", 0, *options)
+    model = sft.load_base(args, str(smollm2), "cpu")
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
     sft.lose_on_trained_tokens(model)
     model, config, tokens = sft.add_lora(model, args, None).train(), model.config, 512
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
@@ -518,4 +519,4 @@ def test_memory_plan_against_what_a_layer_saves(options, short_smollm2):
     kv = config.num_key_value_heads * config.head_dim
     plan = sft.memory_plan(config.to_dict(), args, tokens, 0.5, 2)["activations"] * 2**30 - 2 * tokens * h * size
     on_cpu = 2 * (h - kv) * size + ((6 * h + f) * (size - 1) if args.lora_dropout else 0)
-    assert saved("none") - saved("all") == pytest.approx(plan + 2 * tokens * on_cpu, rel=0.03)
+    assert saved("none") - saved("all") == pytest.approx(plan + 2 * tokens * on_cpu, rel=0.02)
