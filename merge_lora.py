@@ -386,6 +386,7 @@ def merge_shards(plan: Plan, folder: Path) -> int:
 
 
 def shards(plan: Plan) -> list[Path]:
+    """The base's weight files, in order."""
     return sorted({tensor.file for tensor in plan.tensors.values()})
 
 
@@ -409,6 +410,7 @@ def shard_pieces(shard: Path, plan: Plan) -> list[Piece]:
 
 
 def new_weight(weight, name: str, layer: Layer | None, plan: Plan):
+    """A base weight → what stands in its place in the merged model, same shape and dtype."""
     if name in plan.quantized:
         weight = as_trained(weight, **plan.quantized[name])
     return weight if layer is None else merge_with_peft(layer, weight)
@@ -477,6 +479,7 @@ def finite(data, dtype: str) -> bool:
 
 
 def write_bytes(stream: BinaryIO, data) -> None:
+    """Write a tensor's memory to a file."""
     import torch
 
     view = memoryview(data.flatten().view(torch.uint8).numpy())
@@ -748,14 +751,17 @@ def read_json(file: Path) -> dict:
 
 
 def write_json(file: Path, content: dict) -> None:
+    """Write a dict as readable UTF-8 JSON."""
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def first_line(error: Exception) -> str:
+    """A library's error in one line, without its full stop."""
     return str(error).strip().split("\n")[0].rstrip(".")
 
 
 def gigabytes(size: float) -> str:
+    """Bytes as text, in GB of 10^9."""
     return f"{size / 1e9:.2f} GB"
 
 

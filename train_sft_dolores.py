@@ -1122,6 +1122,7 @@ def load_config(name: str, folder: str):
 
 
 def weight_files(folder: str) -> list[str]:
+    """The safetensors files of a local model folder."""
     return glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))
 
 
@@ -1153,6 +1154,7 @@ def load_tokenizer(name: str, folder: str):
 
 
 def first_line(error: Exception) -> str:
+    """A library's error in one line."""
     return str(error).strip().split("\n")[0].rstrip(".")
 
 
