@@ -64,7 +64,7 @@ class InputError(Exception):
 EXAMPLES = """\
 examples:
   python3 train_sft_dolores.py --train-files mine.chatml --dry-run
-  python3 train_sft_dolores.py --train-files mine.chatml --output runs/mine --grad-accum 4 --epochs 2
+  python3 train_sft_dolores.py --train-files mine.chatml --output runs/mine
   python3 train_sft_dolores.py --output runs/mine --resume
 """
 # What other trainers call our flags.
@@ -79,7 +79,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default = action.default
-        if default is None or default is False or default == [] or "default" in (action.help or ""):
+        if default in (None, False, 0, [], argparse.SUPPRESS) or "default" in (action.help or ""):
             return action.help
         shown = "on" if default is True else " ".join(default) if isinstance(default, list) else default
         return f"{action.help} (default: {shown})"
@@ -266,7 +266,7 @@ def main() -> None:
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process prints for all
     try:
-        check_launch(args, world)
+        check_launch(args.shard_base, world.size)
         if args.dry_run:
             dry_run(args, world)
         else:
@@ -289,9 +289,9 @@ def main() -> None:
         sys.exit(2)
 
 
-def check_launch(args: argparse.Namespace, world: World) -> None:
+def check_launch(shard_base: bool, world_size: int) -> None:
     """Refuse flags that do not fit the launcher."""
-    if args.shard_base and world.size == 1:
+    if shard_base and world_size == 1:
         raise InputError("--shard-base: needs several processes; start them with torchrun, or leave it out")
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise InputError("accelerate's FSDP is on: it shards adapters too; turn it off and use --shard-base")
@@ -342,10 +342,12 @@ def train(args: argparse.Namespace, world: World) -> None:
         print_memory_plan(args, world, base.config.to_dict(), data.counts, card.total_memory / 2**30, card.name)
 
     record = run_record(args, base, inputs, data.counts)
-    check_weights(args.model, base.folder)
     checkpoint = None
     if not world.rank:
-        checkpoint = resume_point(args, record) if args.resume else clear_output(args.output)
+        if args.resume:
+            checkpoint = resume_point(args.output, record, args.force_resume)
+        else:
+            clear_output(args.output)
     model = load_model(args, world, base, data.train_rows, device)
     trainer = fit(args, world, base, data, inputs.prompts, model, record, checkpoint, stop)
     if lock:
@@ -1497,6 +1499,7 @@ def find_base(args: argparse.Namespace) -> Base:
     """The base model, downloaded if necessary and checked as far as its weights need not be read."""
     folder, revision = resolve_model(args.model)
     config = load_config(args.model, folder)
+    check_weights(args.model, folder)
     tokenizer = load_tokenizer(args.model, folder)
     check_targets(empty_model(args.model, config), args.lora_target_modules)
     vocabulary = load_vocabulary(args.model, folder)
@@ -1575,21 +1578,17 @@ def load_config(name: str, folder: str):
     if getattr(config, "quantization_config", None):
         problem = "it is already quantized"
         raise InputError(f"--model {name}: {problem}; give the 16-bit original, --bnb-nf4 quantizes it")
-    if not weight_files(folder):
-        raise InputError(f"--model {name}: no *.safetensors in it; give a folder with the weights")
     return config
-
-
-def weight_files(folder: str) -> list[str]:
-    """The safetensors files of a local model folder."""
-    return glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))
 
 
 def check_weights(name: str, folder: str) -> None:
     """Read the headers of the weights: a truncated file is found before anything is deleted."""
     from safetensors import SafetensorError, safe_open
 
-    for file in weight_files(folder):
+    files = glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))
+    if not files:
+        raise InputError(f"--model {name}: no *.safetensors in it; give a folder with the weights")
+    for file in files:
         with explain(name, "copy or download it again", SafetensorError, problem=f"{os.path.basename(file)}: {{}}"):
             safe_open(file, framework="pt").keys()
 
@@ -2188,13 +2187,13 @@ def newest_checkpoint(output: Path) -> str | None:
     return None
 
 
-def resume_point(args: argparse.Namespace, record: dict) -> str | None:
+def resume_point(output: Path, record: dict, force: bool) -> str | None:
     """The checkpoint to continue from; the record takes over the results measured before the stop."""
-    previous = read_json(args.output / RECORD)
-    if not args.force_resume:
+    previous = read_json(output / RECORD)
+    if not force:
         check_same_run(previous, record)
     record["results"] = previous.get("results", {})
-    checkpoint = newest_checkpoint(args.output)
+    checkpoint = newest_checkpoint(output)
     start = f"from {checkpoint}" if checkpoint else "from the beginning: there is no complete checkpoint yet"
     print_field("resume", start)
     return checkpoint
