@@ -930,8 +930,10 @@ def encode_conversations(
             parts = [tokens]
             if len(tokens.input_ids) > max_length:
                 parts = handle_overlong(conversation, len(tokens.input_ids), encode, max_length, overlong, warn)
-            origin = digest(conversation.turns), conversation.file, conversation.line
-            samples += [Sample(*part, np.count_nonzero(part.labels != IGNORE), *origin) for part in parts]
+            key = digest(conversation.turns)
+            for ids, labels in parts:
+                trained = int(np.count_nonzero(labels != IGNORE))
+                samples.append(Sample(ids, labels, trained, key, conversation.file, conversation.line))
         yield samples
 
 
@@ -1287,8 +1289,8 @@ def print_data(args: argparse.Namespace, world: World, data: Data) -> None:
         rows = counts["rows"] * args.epochs / args.train_batch_size / world.size
         accum = max(1, min(args.grad_accum, int(rows // 30)))
         epochs = args.epochs * max(1, -(-30 * accum // max(1, int(rows))))
-        steps = int(rows * epochs / args.epochs // accum)
-        print_field("warning", f"few steps: --grad-accum {accum} --epochs {epochs:g} would make {steps}")
+        more = int(rows * epochs / args.epochs // accum)
+        print_field("warning", f"few steps: --grad-accum {accum} --epochs {epochs:g} would make {more}")
     print_warnings(data.warnings)
 
 
@@ -2271,7 +2273,7 @@ def read_prompts(file: Path | None) -> list[str]:
     try:
         return [line.strip() for _, line in read_lines(str(file)) if line.strip()]
     except OSError as error:
-        problem = error.strerror.lower()
+        problem = str(error.strerror).lower()
         raise InputError(f"--sample-prompts {file}: {problem}; write one question per line, or give none") from None
 
 
