@@ -200,7 +200,7 @@ def error_of(call: Callable, *args, **kwargs) -> str:
 
 def assert_says(message: str, place: str, *facts: str):
     """One line `place: problem; fix` that names these facts. How it is worded stands in tests/screens/ alone."""
-    assert re.fullmatch(re.escape(place) + r": [^\n]+; [^\n]+", message.removesuffix("\n")), message
+    assert re.fullmatch(re.escape(place) + r": [^;\n]+; [^\n]+", message.removesuffix("\n")), message
     assert all(fact in message for fact in facts), message
 
 
