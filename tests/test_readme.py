@@ -60,3 +60,12 @@ def test_files_it_names_exist():
         assert (ROOT / name).is_file()
     targets = set(re.findall(r"^make ([a-z-]+)", README, re.M))
     assert targets and all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M) for target in targets)
+
+
+def test_a_tool_has_one_version():
+    """pre-commit runs the ruff of requirements-dev.txt; the hosted workflow pins its actions by commit."""
+    (ruff,) = re.findall(r"^ruff==(.+)$", (ROOT / "requirements-dev.txt").read_text(), re.M)
+    (hook,) = re.findall(r"ruff-pre-commit\n +rev: v(.+)$", (ROOT / ".pre-commit-config.yaml").read_text(), re.M)
+    assert hook == ruff
+    used = re.findall(r"uses: (\S+)", (ROOT / ".github/workflows/tests.yml").read_text())
+    assert used and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action) for action in used)
