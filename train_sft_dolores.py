@@ -245,9 +245,8 @@ class Base(NamedTuple):
     folder: str
     revision: str | None  # commit on the Hub
     config: transformers.PreTrainedConfig
-    vocabulary: Vocabulary  # for the data
     tokenizer: transformers.PreTrainedTokenizerFast  # for saving and generating
-    chat: ChatFormat
+    encode: Encoder  # for the data
 
 
 class Data(NamedTuple):
@@ -305,9 +304,8 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
     report = dict(inputs.survey)
     folder = args.model if os.path.isdir(args.model) else cached_model(args.model)
     if folder:
-        vocabulary = load_vocabulary(args.model, folder)
-        encode = Encoder(vocabulary, chat_format(args.chat_format, vocabulary))
-        data = prepare_data(args, world, inputs, encode)
+        encode = load_encoder(args.model, folder, args.chat_format)
+        data = prepare_data(args, world, inputs.train_files, inputs.eval_files, encode)
         print_data(args, world, data)
         config = read_json(Path(folder, "config.json"))
         plan = print_memory_plan(args, world, config, data.counts, capacity=24, device="a 24 GiB GPU")
@@ -332,7 +330,7 @@ def train(args: argparse.Namespace, world: World) -> None:
     base = find_base(args)
 
     print_survey(inputs.survey)
-    data = prepare_data(args, world, inputs, Encoder(base.vocabulary, base.chat))
+    data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
     print_data(args, world, data)
     if data.eval_rows and args.save_steps % args.eval_steps:
         problem = f"--save-steps {args.save_steps}: must be a multiple of --eval-steps {args.eval_steps}"
@@ -363,13 +361,15 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     return Inputs(train_files, eval_files, survey(train_files | eval_files, args.input_format), prompts)
 
 
-def prepare_data(args: argparse.Namespace, world: World, inputs: Inputs, encode: Encoder) -> Data:
-    """Encode, hold out and pack; InputError where nothing would be trained."""
-    samples, found = encode_files(inputs.train_files, args, encode)
+def prepare_data(
+    args: argparse.Namespace, world: World, train_files: dict[str, str], eval_files: dict[str, str], encode: Encoder
+) -> Data:
+    """Encode, hold out and pack files {name: sha256}; InputError where nothing would be trained."""
+    samples, found = encode_files(train_files, args, encode)
     digests, tokens, trained = measure(samples)
     eval_samples, eval_tokens = samples, tokens
-    if inputs.eval_files:
-        eval_samples, eval_found = encode_files(inputs.eval_files, args, encode)
+    if eval_files:
+        eval_samples, eval_found = encode_files(eval_files, args, encode)
         eval_digests, eval_tokens, eval_trained = measure(eval_samples)
         held_out, evaluated = np.isin(digests, eval_digests), np.arange(len(eval_tokens))
         found = found + eval_found + warn_held_out(samples, held_out)
@@ -381,9 +381,9 @@ def prepare_data(args: argparse.Namespace, world: World, inputs: Inputs, encode:
     too_long = f"no answer fits into --max-length {args.max_length}"
     if not trained[chosen].sum():
         why = "all of it is in --eval-files" if len(digests) and held_out.all() else too_long
-        raise InputError(f"{', '.join(inputs.train_files)}: nothing to train on; {why}")
-    if inputs.eval_files and not eval_trained.sum():
-        raise InputError(f"{', '.join(inputs.eval_files)}: nothing to evaluate; {too_long}")
+        raise InputError(f"{', '.join(train_files)}: nothing to train on; {why}")
+    if eval_files and not eval_trained.sum():
+        raise InputError(f"{', '.join(eval_files)}: nothing to evaluate; {too_long}")
 
     train_rows = make_rows(samples, chosen, tokens, args)
     eval_rows = make_rows(eval_samples, evaluated, eval_tokens, args) if len(evaluated) else None
@@ -406,7 +406,7 @@ def prepare_data(args: argparse.Namespace, world: World, inputs: Inputs, encode:
 def load_model(args: argparse.Namespace, world: World, base: Base, train_rows: Rows, device: torch.device):
     """The frozen base with trainable adapters, a loss on trained tokens, and a plan for its memory."""
     transformers.set_seed(args.seed)
-    model = load_base(base.folder, device, args.bf16, args.bnb_nf4, args.bnb_dtype, args.shard_base)
+    model = load_base(args, base.folder, device)
     check_head(model, base.config.vocab_size)
     install_chunked_loss(model)
     model = add_lora(model, args, base.revision)
@@ -1504,10 +1504,9 @@ def find_base(args: argparse.Namespace) -> Base:
     check_weights(args.model, folder)
     tokenizer = load_tokenizer(args.model, folder)
     check_targets(empty_model(args.model, config), args.lora_target_modules)
-    vocabulary = load_vocabulary(args.model, folder)
-    chat = chat_format(args.chat_format, vocabulary)
-    tokenizer.chat_template = chat_template(chat)
-    return Base(folder, revision, config, vocabulary, tokenizer, chat)
+    encode = load_encoder(args.model, folder, args.chat_format)
+    tokenizer.chat_template = chat_template(encode.chat)
+    return Base(folder, revision, config, tokenizer, encode)
 
 
 def resolve_model(name: str) -> tuple[str, str | None]:
@@ -1554,15 +1553,16 @@ def explain(name: str, fix: str, *errors: type[Exception], problem: str = "{}"):
         raise InputError(f"--model {name}: {problem.format(first_line(error))}; {fix}") from None
 
 
-def load_vocabulary(name: str, folder: str) -> Vocabulary:
-    """The tokenizer of a local folder, without transformers."""
+def load_encoder(name: str, folder: str, format_name: str) -> Encoder:
+    """The encoder for this model's tokenizer and a chat format, without transformers."""
     from tokenizers import Tokenizer
 
     # The Rust side raises plain Exception.
     with explain(name, "complete the folder", Exception, problem="its tokenizer does not load ({})"):
         backend = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
         eos = json.loads(Path(folder, "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
-        return Vocabulary(backend, eos if isinstance(eos, str) else eos["content"])
+        vocabulary = Vocabulary(backend, eos if isinstance(eos, str) else eos["content"])
+    return Encoder(vocabulary, chat_format(format_name, vocabulary))
 
 
 def load_tokenizer(name: str, folder: str):
@@ -1617,7 +1617,7 @@ def check_targets(model, targets: list[str]) -> None:
             raise InputError(f"--lora-target-modules {name}: {problem}; {suggest(name, linear)}")
 
 
-def load_base(folder: str, device, bf16: bool, nf4: bool, nf4_dtype: str, shard: bool):
+def load_base(args: argparse.Namespace, folder: str, device: torch.device):
     """The frozen base model: NF4 with double quantization or plain, everything else in bfloat16 or float32.
 
     prepare_model_for_kbit_training would cast norms, embeddings and head to float32, and with them
@@ -1627,14 +1627,14 @@ def load_base(folder: str, device, bf16: bool, nf4: bool, nf4_dtype: str, shard:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, nf4_dtype),  # the default would be float32
-        bnb_4bit_quant_storage=torch.bfloat16 if shard else torch.uint8,  # FSDP shards only floats
+        bnb_4bit_compute_dtype=getattr(torch, args.bnb_dtype),  # the default would be float32
+        bnb_4bit_quant_storage=torch.bfloat16 if args.shard_base else torch.uint8,  # FSDP shards only floats
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
-        quantization_config=quantization if nf4 else None,
-        device_map={"": "cpu" if shard else device},
+        dtype=torch.bfloat16 if args.bf16 else torch.float32,
+        quantization_config=quantization if args.bnb_nf4 else None,
+        device_map={"": "cpu" if args.shard_base else device},
         attn_implementation=packed_attention(),
     )
     model.requires_grad_(False)
@@ -2207,7 +2207,7 @@ def run_record(args: argparse.Namespace, base: Base, inputs: Inputs, counts: dic
 
     libraries = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "safetensors", "tokenizers")
     return {
-        "chat_format": {"name": args.chat_format, **base.chat._asdict()},
+        "chat_format": {"name": args.chat_format, **base.encode.chat._asdict()},
         "base": {"model": args.model if base.revision else os.path.abspath(args.model), "revision": base.revision},
         "quantization": {"bnb_nf4": args.bnb_nf4, "bnb_dtype": args.bnb_dtype, "bnb_double_quant": args.bnb_nf4},
         "args": vars(args),

@@ -52,7 +52,7 @@ def train(name: str, folder: Path, options) -> dict:
     from transformers import set_seed
 
     sft, variant = sides.sft, VARIANTS[name]
-    sft.quiet()
+    sft.load_libraries()
     if options.tiny:
         torch.set_num_threads(1)  # two threads that wait for each other cost more than the tiny model's work
     cuda = torch.cuda.is_available()

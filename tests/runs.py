@@ -186,9 +186,7 @@ def assert_same_adapter(one: Path, other: Path, tolerance: float = 0):
 
 def arguments(*options):
     """Parsed flags, as one process has them."""
-    args = sft.parse_args([str(option) for option in options])
-    args.process, args.processes = 0, 1
-    return args
+    return sft.parse_args([str(option) for option in options])
 
 
 def error_of(call: Callable, *args, **kwargs) -> str:

@@ -10,6 +10,8 @@ from runs import ROOT
 
 import train_sft_dolores as sft
 
+sft.load_libraries()
+
 sys.path[:0] = [str(ROOT / "benchmarks")]
 import flops  # noqa: E402
 import llama  # noqa: E402

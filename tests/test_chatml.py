@@ -174,7 +174,7 @@ def test_several_files_and_globs():
 
     def asked(*patterns) -> list[str]:
         """What the user says in each conversation of the files that match."""
-        return [conversation[0][1] for conversation in read(*sft.expand(list(patterns)))[0]]
+        return [conversation[0][1] for conversation in read(*sft.find_files(list(patterns)))[0]]
 
     assert asked("b.chatml", "a.chatml") == ["1", "2"]
     assert asked("[ab].chatml", "b.chatml") == ["2", "1"]
@@ -185,7 +185,7 @@ def test_several_files_and_globs():
 def test_missing_and_empty_files():
     write("empty", b"")
     for name in ("nô.chatml", "*.chatml", ".", "empty"):
-        assert_says(error_of(sft.expand, [name]), name)
+        assert_says(error_of(sft.find_files, [name]), name)
 
 
 @contextlib.contextmanager
@@ -473,7 +473,7 @@ def test_work_grows_with_the_file(make):
 
         sys.setprofile(one)
         try:
-            sft.survey(sft.expand([file]), "chatml")
+            sft.survey(sft.find_files([file]), "chatml")
         finally:
             sys.setprofile(None)
         return count

@@ -27,7 +27,7 @@ def words(text: str) -> list[str]:
 
 
 def test_it_parses_without_a_warning():
-    assert sft.survey(sft.expand([CORPUS]), "chatml")["warnings"] == []
+    assert sft.survey(sft.find_files([CORPUS]), "chatml")["warnings"] == []
 
 
 def test_size(conversations, llama31_tokenizer):

@@ -16,6 +16,8 @@ from runs import arguments, assert_says, error_of
 import train_sft_dolores as sft
 from train_sft_dolores import IGNORE
 
+sft.load_libraries()
+
 property_test = settings(deadline=None, database=None, max_examples=150)
 
 
@@ -148,11 +150,17 @@ def expected_samples(file, encode) -> list[tuple]:
     ]
 
 
+def prepare(args, encode) -> sft.Data:
+    """The data of these flags, for one process; the training file is d unless they name another."""
+    train = args.train_files if args.train_files != ["train.chatml"] else ["d"]
+    return sft.prepare_data(args, sft.World(), sft.find_files(train), sft.find_files(args.eval_files), encode)
+
+
 @pytest.mark.parametrize("packing", ["--packing", "--no-packing"])
 def test_each_conversation_is_in_one_row(cache, encode, packing):
     Path("d").write_text(corpus())
     args = arguments("--max-length", "256", "--eval-fraction", "0.2", packing)
-    train, held_out, counts = sft.make_rows(sft.expand(["d"]), {}, args, encode)[:3]
+    train, held_out, _, counts, _ = prepare(args, encode)
     inside, outside = samples_of(train), samples_of(held_out)
     assert sorted(inside + outside) == sorted(expected_samples("d", encode))
     assert len(inside) + len(outside) == 50
@@ -173,7 +181,7 @@ def test_the_longest_row(cache, encode):
     """The memory probe takes it; without packing it may be any row."""
     Path("d").write_text(corpus() + dialogue("q", "long " * 200) + dialogue("r", "b"))
     args = arguments("--max-length", "256", "--eval-fraction", "0", "--no-packing")
-    train = sft.make_rows(sft.expand(["d"]), {}, args, encode)[0]
+    train = prepare(args, encode).train_rows
     sizes = [sum(map(len, train[i]["input_ids"])) for i in range(len(train))]
     assert sum(map(len, train.longest()["input_ids"])) == max(sizes) > sizes[-1]
 
@@ -182,11 +190,9 @@ def test_no_hold_out_and_eval_files(cache, encode):
     Path("d").write_text(corpus())
     Path("e").write_text(dialogue("q", "a"))
     whole = sorted(expected_samples("d", encode))
-    train, held_out, counts = sft.make_rows(sft.expand(["d"]), {}, arguments("--eval-fraction", "0"), encode)[:3]
+    train, held_out, _, counts, _ = prepare(arguments("--eval-fraction", "0"), encode)
     assert sorted(samples_of(train)) == whole and held_out is None and counts["held_out"] == 0
-    train, held_out, counts = sft.make_rows(
-        sft.expand(["d"]), sft.expand(["e"]), arguments("--eval-files", "e"), encode
-    )[:3]
+    train, held_out, _, _, _ = prepare(arguments("--eval-files", "e"), encode)
     assert sorted(samples_of(train)) == whole and samples_of(held_out) == expected_samples("e", encode)
 
 
@@ -194,14 +200,14 @@ def test_what_is_evaluated_is_not_trained_on(cache, encode):
     """A file in both sets, and a copy in another file: both are held out, with a warning."""
     Path("d").write_text(corpus() + dialogue("q", "a"))
     Path("e").write_text(dialogue("q", "a") + dialogue("r", "b"))
-    data, evaluation = sft.expand(["d", "e"]), sft.expand(["e"])
-    train, held_out, counts, _, warnings = sft.make_rows(data, evaluation, arguments("--eval-files", "e"), encode)
+    both = ("--train-files", "d", "e", "--eval-files")
+    train, held_out, _, counts, warnings = prepare(arguments(*both, "e"), encode)
     assert sorted(samples_of(held_out)) == sorted(expected_samples("e", encode))
     copies = {sample[2] for sample in expected_samples("e", encode)}
     assert sorted(samples_of(train)) == sorted(s for s in expected_samples("d", encode) if s[2] not in copies)
     assert counts["held_out"] == 2 and counts["conversations"] == 42
     assert [warning[0] for warning in warnings if warning[2] == "held out"] == ["d", "e", "e"]
-    error = error_of(sft.make_rows, evaluation, data, arguments("--eval-files", "d", "e"), encode)
+    error = error_of(prepare, arguments("--train-files", "e", "--eval-files", "d", "e"), encode)
     assert_says(error, "e", "--eval-files")
 
 
@@ -209,7 +215,7 @@ def test_parts_of_a_long_conversation_stay_on_one_side(cache, encode):
     long = [dialogue(*(f"{who}{i}.{j}" for j in range(30) for who in "qa")) for i in range(10)]
     Path("d").write_text("".join(long))
     args = arguments("--max-length", "64", "--eval-fraction", "0.3")
-    train, held_out = sft.make_rows(sft.expand(["d"]), {}, args, encode)[:2]
+    train, held_out = prepare(args, encode)[:2]
     inside, outside = samples_of(train), samples_of(held_out)
     assert len({s[2] for s in outside}) == 3 and len({s[2] for s in inside}) == 7 and len(inside) > 70
     assert not {s[2] for s in inside} & {s[2] for s in outside}
@@ -221,10 +227,9 @@ def test_a_run_that_would_train_on_nothing_stops(cache, encode):
     Path("d").write_text(dialogue("q", "long " * 100) + dialogue("r", "long " * 100))
     Path("e").write_text(dialogue("q", "a"))
     for options in ((), ("--overlong", "drop"), ("--no-packing",)):
-        error = error_of(sft.make_rows, sft.expand(["d"]), {}, arguments("--max-length", "64", *options), encode)
+        error = error_of(prepare, arguments("--max-length", "64", *options), encode)
         assert_says(error, "d", "--max-length 64")
-    args = arguments("--max-length", "64", "--eval-files", "d")
-    error = error_of(sft.make_rows, sft.expand(["e"]), sft.expand(["d"]), args, encode)
+    error = error_of(prepare, arguments("--max-length", "64", "--train-files", "e", "--eval-files", "d"), encode)
     assert_says(error, "d", "--max-length 64")
 
 
@@ -234,14 +239,14 @@ def test_a_run_that_would_train_on_nothing_stops(cache, encode):
 def test_prepare_finds_its_cache_again(cache, encode):
     Path("d").write_text(corpus() + dialogue("q", "a " * 300))
     args = arguments("--max-length", "256")
-    samples, warnings = sft.prepare(sft.expand(["d"]), args, encode)
+    samples, warnings = sft.encode_files(sft.find_files(["d"]), args, encode)
     (made,) = samples.cache_files
     before, encoded = os.stat(made["filename"]), encode.encoded
     assert encoded > 50 and Path(made["filename"]).is_relative_to(cache)
     assert [warning[1:3] for warning in warnings] == [[expected_samples("d", encode)[-1][3], "overlong"]]
 
     encode.encoded = 0
-    again, warned_again = sft.prepare(sft.expand(["d"]), args, encode)
+    again, warned_again = sft.encode_files(sft.find_files(["d"]), args, encode)
     after = os.stat(made["filename"])
     assert again.cache_files == [made] and encode.encoded == 0 and warned_again == warnings
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
@@ -255,7 +260,7 @@ def test_prepare_notices_every_change(cache, encode, smollm2_tokenizer):
 
     def prepared(args=plain, encode=encode):
         encode.encoded = 0
-        samples, _ = sft.prepare(sft.expand(["d"]), args, encode)
+        samples, _ = sft.encode_files(sft.find_files(["d"]), args, encode)
         assert encode.encoded and samples.cache_files[0]["filename"] not in seen, "not noticed"
         seen.add(samples.cache_files[0]["filename"])
         return samples
@@ -274,7 +279,7 @@ def test_prepare_notices_every_change(cache, encode, smollm2_tokenizer):
 
 def test_an_error_leaves_no_half_cache(cache, encode):
     Path("d").write_text(corpus() + "<|assistant|>\n")
-    error_of(sft.prepare, sft.expand(["d"]), arguments(), encode)
+    error_of(sft.encode_files, sft.find_files(["d"]), arguments(), encode)
     assert [path for path in cache.rglob("*") if path.suffix != ".lock"] == [cache / "dolores_sft"]
 
 
@@ -358,7 +363,7 @@ def test_the_loss_is_that_of_the_plain_model(tiny_llama31, documents, packed, nu
     ours, plain = load(tiny_llama31, sft.packed_attention()), load(tiny_llama31, "eager")
     ours.lm_head.requires_grad_(False)
     plain.lm_head.requires_grad_(False)
-    sft.lose_on_trained_tokens(ours)
+    sft.install_chunked_loss(ours)
     batch = sft.collate([row_of(*documents)])
     del batch["documents"]
     loss = ours(**batch, num_items_in_batch=None if num_items is None else torch.tensor(num_items)).loss
@@ -386,7 +391,7 @@ def test_the_loss_is_that_of_the_plain_model(tiny_llama31, documents, packed, nu
 
 def test_without_shift_labels_the_model_is_unchanged(tiny_llama31, documents):
     ours, plain = load(tiny_llama31, sft.packed_attention()), load(tiny_llama31, "sdpa")
-    sft.lose_on_trained_tokens(ours)
+    sft.install_chunked_loss(ours)
     ids = torch.tensor([documents[0][0][:8]])
     with torch.no_grad():
         torch.testing.assert_close(ours(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-5, atol=1e-5)

@@ -96,7 +96,7 @@ def test_errors(tmp_path, monkeypatch, capsys):
     lines = [error_of(chatml, text) for text, *_ in CHATML_ERRORS]
     lines += [error_of(messages, text) for text, *_ in MESSAGES_ERRORS]
     (tmp_path / "empty").touch()
-    lines += [error_of(sft.expand, [name]) for name in ("missing", "empty")]
+    lines += [error_of(sft.find_files, [name]) for name in ("missing", "empty")]
     for options in NONSENSE:
         with pytest.raises(SystemExit):
             sft.parse_args(options.split())

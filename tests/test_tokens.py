@@ -238,7 +238,7 @@ def test_padding_and_truncation_of_a_saved_tokenizer_are_off(small):
 
 def test_batches_are_the_conversations_in_order():
     data = [Conversation(turns_of("q" * n, "a"), "d", n) for n in range(1, 50)]
-    batches = list(sft.batches(iter(data), characters=100))
+    batches = list(sft.batch_conversations(iter(data), characters=100))
     assert list(chain(*batches)) == data and 10 < len(batches) < 20
     sizes = [sum(len(turn.content) for conversation in batch for turn in conversation.turns) for batch in batches]
     assert min(sizes[:-1]) >= 100

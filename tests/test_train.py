@@ -27,6 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_sft_dolores as sft
 
+sft.load_libraries()
+WORLD = sft.World()
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256,
             "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip
 FILES = {"adapter_model.safetensors", "adapter_config.json", "training_args.json", "tokenizer.json", "tokenizer_config.json",
@@ -54,7 +56,7 @@ def lora_model(folder, *options, precision=("--no-bf16", "--no-bnb-nf4")):
     """The model as the script trains it, from these flags."""
     args = arguments("--model", folder, "--lora-r", 4, *precision, *options)
     model = sft.load_base(args, str(folder), "cpu")
-    sft.lose_on_trained_tokens(model)
+    sft.install_chunked_loss(model)
     return sft.add_lora(model, args, None)
 
 
@@ -196,7 +198,7 @@ def allocator(*options, **environment) -> tuple[str, str]:
     """(the value that torch finds in its variable when it is imported, the output)."""
     code = (
         "import os, sys; sys.argv[0] = 'x'; import train_sft_dolores as sft; assert 'torch' not in sys.modules;"
-        "sft.set_allocator(sft.parse_args()); import torch; print('=', os.environ.get('PYTORCH_ALLOC_CONF'))"
+        "args = sft.parse_args(); sft.set_allocator(args.cuda_alloc_expandable, args.max_split_size_mb); import torch; print('=', os.environ.get('PYTORCH_ALLOC_CONF'))"
     )
     clean = {k: v for k, v in os.environ.items() if "ALLOC_CONF" not in k}
     out = subprocess.run(
@@ -237,18 +239,20 @@ def test_gradient_checkpointing_flag(short_smollm2, capsys):
 
 def test_free_layers_are_solved_from_measured_peaks():
     """Peaks as a formula gives them: 10 GB with all layers checkpointed, 0.4 GB more for each that is not."""
-    layers = [torch.nn.Identity() for _ in range(32)]
-    peak = lambda: 10e9 + 0.4e9 * sum(not layer.gradient_checkpointing for layer in layers)  # noqa: E731
-    assert sft.free_layers(layers, peak, 14.1e9) == 10
-    assert sft.free_layers(layers, peak, 9e9) == 0
-    assert sft.free_layers(layers, peak, 80e9) == 32
 
-    def too_much():
-        if all(layer.gradient_checkpointing for layer in layers):
-            return 10e9
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def peak(uncheckpointed: int) -> int:
+        return int(10e9 + 0.4e9 * uncheckpointed)
 
-    assert sft.free_layers(layers, too_much, 80e9) == 0
+    assert sft.uncheckpointed_layers_that_fit(32, peak, 14.1e9) == 10
+    assert sft.uncheckpointed_layers_that_fit(32, peak, 9e9) == 0
+    assert sft.uncheckpointed_layers_that_fit(32, peak, 80e9) == 32
+
+    def too_much(uncheckpointed: int) -> int:
+        if uncheckpointed:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return int(10e9)
+
+    assert sft.uncheckpointed_layers_that_fit(32, too_much, 80e9) == 0
 
 
 def test_packing_flag(trained, data_folder, short_smollm2):
@@ -270,7 +274,7 @@ def test_early_stopping(data_folder, short_smollm2, tmp_path_factory):
     killed = tmp_path_factory.mktemp("killed")
     (killed / "train.chatml").write_text(dialogues(24))
     options = ("--model", short_smollm2, "--output", "out", *TINY, *EARLY)
-    process = start(killed, *options, moment=("_save_checkpoint", steps // 2))
+    process = start(killed, *options, moment=("complete_checkpoint", steps // 2))
     wait_until((killed / "moment").exists, process, killed / "log.txt")
     process.kill()
     process.join()
@@ -423,9 +427,9 @@ def test_memory_fraction(short_smollm2, capsys):
     config, counts = json.loads((short_smollm2 / "config.json").read_text()), {"tokens": 100, "trained_tokens": 60}
     for fraction in (0.95, 0.5):
         args = arguments("--torch-memory-fraction", fraction)
-        assert sft.print_memory_plan(config, args, counts, 24, "a card")["limit"] == pytest.approx(24 * fraction)
+        assert sft.print_memory_plan(args, WORLD, config, counts, 24, "a card")["limit"] == pytest.approx(24 * fraction)
     args = arguments("--torch-memory-fraction", 0.01)
-    sft.print_memory_plan(config, args, counts, 24, "a card")
+    sft.print_memory_plan(args, WORLD, config, counts, 24, "a card")
     last = unwrapped(capsys.readouterr().out).splitlines()[-1]
     assert "not fit" in last and "--" not in last  # no flag would help
 
@@ -433,37 +437,52 @@ def test_memory_fraction(short_smollm2, capsys):
 @pytest.mark.parametrize(
     "options, flags",
     {
-        "--no-bnb-nf4": "--bnb-nf4 would",
-        "--train-batch-size 8 --gradient-checkpointing none": "--train-batch-size 1 --gradient-checkpointing all would",
-        "--max-length 65536 --train-batch-size 2": "--train-batch-size 1 --max-length 4096 would",
-        "--gradient-checkpointing 0": "--gradient-checkpointing all would",
-        "--no-bnb-nf4 --no-bf16": "--bnb-nf4 --bf16 would",
+        "--no-bnb-nf4": "--bnb-nf4",
+        "--train-batch-size 8 --gradient-checkpointing none": "--train-batch-size 1 --grad-accum 256 --gradient-checkpointing all",
+        "--max-length 65536 --train-batch-size 2": "--train-batch-size 1 --grad-accum 64 --max-length 4096",
+        "--gradient-checkpointing 0": "--gradient-checkpointing all",
+        "--no-bnb-nf4 --no-bf16": "--bnb-nf4 --bf16",
     }.items(),
 )
 def test_what_would_make_it_fit(options, flags):
     """On a card of 12 GiB; each answer is tried: with these flags the plan does fit."""
-    args, limit = arguments(*options.split()), 11.4
-    assert sum(sft.plan_of(LLAMA_8B, args, 0.67)[0].values()) > limit
-    assert sft.what_fits(LLAMA_8B, args, 0.67, limit) == flags
-    better = arguments(*options.replace("--no-bnb-nf4", "").replace("--no-bf16", "").split(), *flags.split()[:-1])
-    assert sum(sft.plan_of(LLAMA_8B, better, 0.67)[0].values()) <= limit
+
+    def fits(args) -> bool:
+        uncheckpointed = sft.uncheckpointed_layers(args.gradient_checkpointing, 32, auto=0)
+        tokens = args.max_length * args.train_batch_size
+        return sum(sft.memory_plan(args, WORLD, LLAMA_8B, tokens, 0.67, uncheckpointed).values()) <= 11.4
+
+    args = arguments(*options.split())
+    assert not fits(args)
+    assert sft.memory_advice(args, WORLD, fits) == flags
+    assert fits(arguments(*options.replace("--no-bnb-nf4", "").replace("--no-bf16", "").split(), *flags.split()))
+
+
+def test_advice_after_running_out_of_memory():
+    """The first saving of those not made yet; only several processes must be told to checkpoint."""
+    advice = [
+        sft.memory_advice(arguments(*options.split()), sft.World(size=size))
+        for options, size in (("", 1), ("", 2), ("--train-batch-size 2", 1), ("--gradient-checkpointing none", 1))
+    ]
+    assert advice == ["--max-length 1024", "--gradient-checkpointing all", "--train-batch-size 1 --grad-accum 64",
+                      "--gradient-checkpointing all"]  # fmt: skip
 
 
 def test_memory_plan_of_the_documented_run():
     """GiB for Llama-3.1-8B, by the arithmetic written out in the plan's comments."""
     config = LLAMA_8B
-    plan = sft.memory_plan(config, arguments(), 2048, 0.67)
+    plan = sft.memory_plan(arguments(), WORLD, config, 2048, 0.67)
     known = {
         "base weights": 3.35,
         "embedding and head": 1.96,
         "LoRA, float32": 0.3125,
-        "its gradients": 0.3125,
+        "LoRA gradients": 0.3125,
         "optimizer state": 0.16,
     }
     assert {name: plan[name] for name in known} == pytest.approx(known, abs=0.01)
     each = (
-        sft.memory_plan(config, arguments(), 2048, 0.67, 2)["activations"]
-        - sft.memory_plan(config, arguments(), 2048, 0.67, 1)["activations"]
+        sft.memory_plan(arguments(), WORLD, config, 2048, 0.67, 2)["activations"]
+        - sft.memory_plan(arguments(), WORLD, config, 2048, 0.67, 1)["activations"]
     )
     assert each == pytest.approx(0.49 - 0.0156, abs=0.01), "a layer that is not checkpointed, less its checkpoint"
     assert sum(plan.values()) == pytest.approx(8.72, abs=0.01), "what the README rounds to 9 GiB"
@@ -479,7 +498,7 @@ def test_memory_plan_against_what_a_layer_saves(options, smollm2):
     args = arguments("--no-bnb-nf4", "--lora-r", 4, "--lora-dropout", 0, *options)
     model = sft.load_base(args, str(smollm2), "cpu")
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
-    sft.lose_on_trained_tokens(model)
+    sft.install_chunked_loss(model)
     model, config, tokens = sft.add_lora(model, args, None).train(), model.config, 512
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 
@@ -503,6 +522,6 @@ def test_memory_plan_against_what_a_layer_saves(options, smollm2):
 
     h, f, size = config.hidden_size, config.intermediate_size, 2 if args.bf16 else 4
     kv = config.num_key_value_heads * config.head_dim
-    plan = sft.memory_plan(config.to_dict(), args, tokens, 0.5, 2)["activations"] * 2**30 - 2 * tokens * h * size
+    plan = sft.memory_plan(args, WORLD, config.to_dict(), tokens, 0.5, 2)["activations"] * 2**30 - 2 * tokens * h * size
     on_cpu = 2 * (h - kv) * size + ((6 * h + f) * (size - 1) if args.lora_dropout else 0)
     assert saved("none") - saved("all") == pytest.approx(plan + 2 * tokens * on_cpu, rel=0.02)
