@@ -297,7 +297,7 @@ def test_what_does_not_look_like_a_tag():
 def test_warnings():
     found, warnings = read(write("d", "<|system|>\n\n" + OK + U))
     assert found == [QA]
-    assert [warning[:2] for warning in warnings] == [(1, "empty system"), (7, "trailing turn")]
+    assert [warning[:2] for warning in warnings] == [(1, "empty system"), (7, "no answer")]
 
 
 # ---- messages ----

@@ -115,6 +115,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 @pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.safetensors", "complete.json"])
 def test_a_damaged_checkpoint_is_skipped(damage, name, uninterrupted, options, data_folder):

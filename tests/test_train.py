@@ -264,6 +264,7 @@ def test_packing_flag(trained, data_folder, short_smollm2):
 EARLY = ("--epochs", "30", "--learning-rate", "0.5", "--early-stopping", "3")
 
 
+@pytest.mark.slow
 def test_early_stopping(data_folder, short_smollm2, tmp_path_factory):
     """A learning rate that is far too high makes the held-out loss worse; after three such evaluations the run ends."""
     code, out = short_run(data_folder, short_smollm2, *EARLY)
@@ -283,6 +284,7 @@ def test_early_stopping(data_folder, short_smollm2, tmp_path_factory):
     assert record(killed)["results"]["steps"] == steps
 
 
+@pytest.mark.slow
 def test_the_best_step_is_saved_between_two_checkpoints(data_folder, short_smollm2):
     code, out = short_run(data_folder, short_smollm2, *EARLY, "--save-steps", "6")
     assert code == 0, out
@@ -297,6 +299,7 @@ def test_save_steps_must_fit_eval_steps(data_folder, short_smollm2):
     assert_says(out.splitlines()[-1], "--save-steps 3", "--eval-steps 2")
 
 
+@pytest.mark.slow
 def test_nf4_trains_on_a_cpu(data_folder, short_smollm2):
     """The precision and the optimizer of the documented command, NF4 and bfloat16, on this CPU."""
     options = [o for o in TINY if o not in ("--no-bf16", "--no-bnb-nf4", "--optim", "adamw_torch")]
@@ -488,6 +491,7 @@ def test_memory_plan_of_the_documented_run():
     assert sum(plan.values()) == pytest.approx(8.72, abs=0.01), "what the README rounds to 9 GiB"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--lora-dropout", 0.05), ("--no-bf16",)])
 def test_memory_plan_against_what_a_layer_saves(options, smollm2):
     """Bytes that autograd saves for a layer: its input if it is checkpointed, otherwise what the plan counts, within 2 %.
