@@ -243,14 +243,6 @@ def test_parameters_and_stops(tokenizers, name, base, stops):
     )
 
 
-@pytest.mark.parametrize(("positions", "num_ctx"), [(2048, 2048), (131072, 8192)])
-def test_num_ctx_is_limited_by_the_base(positions, num_ctx):
-    from transformers import LlamaConfig
-
-    plan = merge_lora.Plan(LlamaConfig(max_position_embeddings=positions), {}, {}, {})
-    assert merge_lora.num_ctx(plan) == num_ctx
-
-
 @pytest.mark.parametrize(("name", "base"), BASES.items())
 def test_no_begin_of_text_in_the_template(tokenizers, name, base):
     """Ollama's engine adds it; no training row has a second one."""
