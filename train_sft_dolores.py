@@ -104,7 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Every default is the documented run's."""
     parser = OneLineParser(
         usage="%(prog)s [options]",
-        description="Fine-tune Dolores v5: SFT on assistant tokens only, NF4 + LoRA, on one 24 GB GPU.",
+        description="Fine-tune Dolores v5 on assistant tokens only: NF4 + LoRA on one 24 GB GPU.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
