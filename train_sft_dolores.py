@@ -56,7 +56,7 @@ COMPLETE = "complete.json"  # written last into a checkpoint: its files and thei
 
 
 class InputError(Exception):
-    """An error the user can fix: one line `place: what is wrong; how to fix it`, exit status 2."""
+    """An error the user can fix: `place: what is wrong; how to fix it`, a line each, exit status 2."""
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
@@ -130,6 +130,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval-fraction", metavar="N", type=bounded(float, 0, 0.5), default=0.05, help="share of the data held out")
     add("--chat-format", choices=tuple(FORMATS), default="dolores", help="the text that wraps each turn")
     add("--overlong", choices=("split", "drop", "error"), default="split", help="conversations over --max-length")
+    add("--skip-bad", action="store_true", help="train without the conversations that have errors")
     add("--packing", action=switch, default=True, help="put several whole conversations into a row")
 
     add = parser.add_argument_group("training").add_argument
@@ -355,10 +356,10 @@ def train(args: argparse.Namespace, world: World) -> None:
 
 
 def read_inputs(args: argparse.Namespace) -> Inputs:
-    """Find and check all input files; InputError for the first that is wrong."""
+    """Find and check all input files; InputError that lists what is wrong in them."""
     train_files, eval_files = find_files(args.train_files), find_files(args.eval_files)
     prompts = read_prompts(args.sample_prompts)
-    return Inputs(train_files, eval_files, survey(train_files | eval_files, args.input_format), prompts)
+    return Inputs(train_files, eval_files, survey(train_files | eval_files, args.input_format, args.skip_bad), prompts)
 
 
 def prepare_data(
@@ -526,6 +527,7 @@ class Turn(NamedTuple):
     role: str
     content: str  # stripped: white space at its edges would merge with the format's own tokens
     line: int
+    trained: bool = True  # False: this answer is only context for the next ones
 
 
 class Conversation(NamedTuple):
@@ -537,6 +539,7 @@ class Conversation(NamedTuple):
 
 
 Warn = Callable[[str, int, str, str], None]  # (file, line, kind, text)
+Refuse = Callable[[str, list[tuple[int, str]]], None]  # (file, all (line, "what is wrong; fix") of a conversation)
 
 NAME = r"[^|<>\s]{1,40}"
 TAG = re.compile(rf"<\|{NAME}\|>")
@@ -546,7 +549,13 @@ ESCAPED_IM_START = re.compile(r"\\+<\|im_start\|>")
 IM_END = re.compile(r"(?<!\\)<\|im_end\|>")
 # A misspelled tag at the start of a line, such as `<| user|>` or `<|user>`.
 LIKE_TAG = re.compile(r"([<|｜/\s]*)(system|user|assistant|endoftext|im_start|im_end)(?!\w)([|｜>\s]*)", re.IGNORECASE)
-SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+# What a tag or message may name: the role, and whether its answers are trained.
+ROLE_NAMES = {"system": ("system", True), "developer": ("system", True), "user": ("user", True),
+              "assistant": ("assistant", True), "assistant:context": ("assistant", False)}  # fmt: skip
+SHAREGPT = {"human": "user", "gpt": "assistant"}
+TOOL_ROLES = {"tool", "function", "ipython", "observation", "tool_call", "tool_calls", "function_call", "tool_response"}
+NOT_CLOSED = "this turn is not closed; end it with <|im_end|>"
+NO_TOOLS = "tool turns cannot be trained on; delete them, or write the tool's result into a user turn"
 
 
 def find_files(patterns: list[str]) -> dict[str, str]:
@@ -574,33 +583,48 @@ def sha256(file: str | Path) -> str:
         return hashlib.file_digest(source, "sha256").hexdigest()
 
 
-def read_conversations(files: Iterable[str], input_format: str, warn: Warn = lambda *_: None) -> Iterator[Conversation]:
-    """Yield the conversations of all files, one at a time; only a JSON list is read as a whole."""
+def read_conversations(
+    files: Iterable[str], input_format: str, warn: Warn = lambda *_: None, refuse: Refuse | None = None
+) -> Iterator[Conversation]:
+    """Yield the conversations of all files, one at a time; only a JSON list is read as a whole.
+
+    A conversation with errors goes to `refuse`, by default as InputError. InputError too where the rest
+    of a file cannot be read.
+    """
     reader = {"chatml": read_chatml, "messages": read_messages}[input_format]
     for file in files:
         found = False
-        for conversation in reader(file, warn):
+        for turns in reader(file, warn):
             found = True
-            yield conversation
+            if problems := find_problems(turns):
+                (refuse or raise_first)(file, problems)
+            else:
+                yield build_conversation(turns, file, warn)
         if not found:
             raise InputError(f"{file}: no conversation in it; see the README on the data format")
 
 
-def read_chatml(file: str, warn: Warn) -> Iterator[Conversation]:
+def raise_first(file: str, problems: list[tuple[int, str]]) -> None:
+    """InputError for the first error of a conversation."""
+    line, text = problems[0]
+    raise InputError(f"{file}:{line}: {text}")
+
+
+def read_chatml(file: str, warn: Warn) -> Iterator[list[Turn]]:
     """Yield a ChatML file's conversations: each starts at its start, a system turn or a line `<|endoftext|>`."""
     turns: list[Turn] = []
     for turn in chatml_turns(file, warn):
         if turns and turn.role in ("system", "endoftext"):
-            yield build_conversation(turns, file, warn)
+            yield turns
             turns = []
         if turn.role != "endoftext":
             turns.append(turn)
     if turns:
-        yield build_conversation(turns, file, warn)
+        yield turns
 
 
 def chatml_turns(file: str, warn: Warn) -> Iterator[Turn]:
-    """Yield the turns of both dialects, and one with role `endoftext` for each such line.
+    """Yield the turns of both dialects, one with role `endoftext` for each such line, and `error` where text is wrong.
 
     Role tags at the start of a line (`<|user|>`, content on the same line or the next ones), or
     `<|im_start|>user` … `<|im_end|>`. A backslash before a tag makes it text.
@@ -609,12 +633,12 @@ def chatml_turns(file: str, warn: Warn) -> Iterator[Turn]:
     for line, tag, text in split_at_tags(file):
         if tag == "im_start":
             if opened:
-                break
-            role, _, text = text.partition("\n")
-            role = role.strip()
-            if role not in ROLES:
-                raise InputError(f"{file}:{line}: unknown role {shorten(role)}; {suggest(role, ROLES)}")
-            opened, parts, tag, line = Turn(role, "", line), [], None, line + 1
+                yield opened._replace(role="error", content=NOT_CLOSED)
+            name, _, text = text.partition("\n")
+            role, trained = ROLE_NAMES.get(name.strip(), ("error", False))
+            if role == "error":
+                yield Turn(role, unknown_role(name.strip()), line)
+            opened, parts, tag, line = Turn(role, "", line, trained), [], None, line + 1
         if opened:  # everything up to <|im_end|> is text
             part = f"<|{tag}|>{text}" if tag else text
             end = IM_END.search(part)
@@ -622,21 +646,23 @@ def chatml_turns(file: str, warn: Warn) -> Iterator[Turn]:
             text = text.replace("\\<|im_end|>", "<|im_end|>")
             parts.append(unescape_tags(text, line, ESCAPED_IM_START, file, warn))
             if end:
-                yield opened._replace(content="".join(parts).strip())
+                if opened.role != "error":
+                    yield opened._replace(content="".join(parts).strip())
                 opened = None
                 line += text.count("\n")
-                require_blank(part[end.end() :], line, file, "after <|im_end|>; put it inside a turn")
-        elif tag in ROLES:
-            yield Turn(tag, unescape_tags(text, line, ESCAPED_TAG, file, warn).strip(), line)
+                yield from stray_text(part[end.end() :], line, "after <|im_end|>; put it inside a turn")
+        elif tag in ROLE_NAMES:
+            role, trained = ROLE_NAMES[tag]
+            yield Turn(role, unescape_tags(text, line, ESCAPED_TAG, file, warn).strip(), line, trained)
         elif tag == "endoftext":
             yield Turn(tag, "", line)
-            require_blank(text, line, file, "after <|endoftext|>; put the separator alone on its line")
+            yield from stray_text(text, line, "after <|endoftext|>; put the separator alone on its line")
         elif tag:
-            raise InputError(f"{file}:{line}: unknown role tag <|{escape_controls(tag)[:60]}|>; {suggest_tag(tag)}")
+            yield Turn("error", NO_TOOLS if tag in TOOL_ROLES else unknown_tag(tag), line)
         else:
-            require_blank(text, line, file)
+            yield from stray_text(text, line)
     if opened:
-        raise InputError(f"{file}:{opened.line}: this turn is not closed; end it with <|im_end|>")
+        yield opened._replace(role="error", content=NOT_CLOSED)
 
 
 def split_at_tags(file: str) -> Iterator[tuple[int, str | None, str]]:
@@ -689,14 +715,12 @@ def show_progress() -> bool:
     return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
 
 
-def require_blank(text: str, line: int, file: str, where: str | None = None) -> None:
-    """Refuse text outside of turns; `where` describes it if it stands on the first of these lines."""
+def stray_text(text: str, line: int, where: str | None = None) -> Iterator[Turn]:
+    """An error for text outside of turns; `where` describes it if it stands on the first of these lines."""
     if text.strip():
         below = text[: -len(text.lstrip())].count("\n")
-        problem = (
-            f"text {where}" if where and not below else "text outside of a turn; start with a tag such as <|user|>"
-        )
-        raise InputError(f"{file}:{line + below}: {problem}")
+        outside = "text outside of a turn; start with a tag such as <|user|>"
+        yield Turn("error", f"text {where}" if where and not below else outside, line + below)
 
 
 def unescape_tags(text: str, line: int, escaped: re.Pattern, file: str, warn: Warn) -> str:
@@ -716,56 +740,86 @@ def unescape_tags(text: str, line: int, escaped: re.Pattern, file: str, warn: Wa
     return "\n".join(lines)
 
 
-def read_messages(file: str, warn: Warn) -> Iterator[Conversation]:
+def read_messages(file: str, warn: Warn) -> Iterator[list[Turn]]:
     """Yield the conversations of JSON or Parquet rows: OpenAI's `messages` or ShareGPT's `conversations`."""
     for row, record in read_records(file):
-        messages = isinstance(record, dict) and (record.get("messages") or record.get("conversations"))
-        if not isinstance(messages, list):
-            problem = "no list 'messages' (or 'conversations')"
-            raise InputError(f"{file}:{row}: {problem}; each row must be one conversation")
-        turns = [message_turn(message, f"{file}:{row}", row) for message in messages]
+        turns = record_turns(record, row)
         for turn in turns:
-            if found := TAG.search(turn.content):
+            if turn.role != "error" and (found := TAG.search(turn.content)):
                 warn(file, row, "tag", f"{escape_controls(found[0])[:60]} inside a turn is text, not a tag")
-        yield build_conversation(turns, file, warn, start=row)
+        if isinstance(record, dict) and (record.get("tools") or record.get("functions")):
+            warn(file, row, "tools", "the definitions of tools are ignored")
+        yield turns
 
 
-def message_turn(message: Any, place: str, row: int) -> Turn:
-    """The turn that one message holds, in OpenAI's keys or ShareGPT's."""
+def record_turns(record: Any, row: int) -> list[Turn]:
+    """The turns of one row; what is wrong in it has the role `error`."""
+    if isinstance(record, Turn):  # the row could not be read
+        return [record]
+    messages = isinstance(record, dict) and (record.get("messages") or record.get("conversations"))
+    if not isinstance(messages, list):
+        problem = "no list 'messages' (or 'conversations')"
+        return [Turn("error", f"{problem}; each row must be one conversation", row)]
+    if record.get("system"):  # ShareGPT's and Anthropic's place for the system turn
+        messages = [{"role": "system", "content": record["system"]}, *messages]
+    return [message_turn(message, row) for message in messages]
+
+
+def message_turn(message: Any, row: int) -> Turn:
+    """The turn that one message holds, in OpenAI's keys or ShareGPT's; what is wrong has the role `error`."""
     if not isinstance(message, dict):
-        raise InputError(f"{place}: a message must be an object; write {{'role': …, 'content': …}}")
-    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        return Turn("error", "a message must be an object; write {'role': …, 'content': …}", row)
+    name, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
-    if not isinstance(role, str) or role not in SHAREGPT:
-        raise InputError(f"{place}: unknown role {shorten(role)}; {suggest(str(role), ROLES)}")
+
+    def wrong(problem: str) -> Turn:
+        return Turn("error", problem, row)
+
+    weight = message.get("weight")  # OpenAI's: 0 for an answer that is only context
+    role, trained = ROLE_NAMES.get(SHAREGPT.get(name, name), ("", False)) if isinstance(name, str) else ("", False)
+    if message.get("tool_calls") or message.get("function_call"):
+        return wrong(NO_TOOLS)
+    if not role:
+        return wrong(unknown_role(name))
     if not isinstance(content, str):
-        raise InputError(f"{place}: the content of a {role} message is not text; only text can be trained on")
+        return wrong(f"the content of a {role} message is not text; only text can be trained on")
     if re.search("[\ud800-\udfff]", content):
-        raise InputError(f"{place}: a lone surrogate in a {role} message; repair the text's encoding")
-    return Turn(SHAREGPT[role], content.strip(), row)
+        return wrong(f"a lone surrogate in a {role} message; repair the text's encoding")
+    if weight not in (None, 0, 1):
+        return wrong(f"weight {shorten(weight)}; write 1 for a trained answer, 0 for one that is only context")
+    return Turn(role, content.strip(), row, trained and (role != "assistant" or weight != 0))
 
 
 def read_records(file: str) -> Iterator[tuple[int, Any]]:
-    """Yield (row number, record) of a JSON-lines, JSON or Parquet file."""
+    """Yield (row number, record) of a JSON-lines, JSON or Parquet file; a row that is not JSON is an error turn."""
     if file.endswith(".parquet"):
         yield from read_parquet(file)
         return
     lines = read_lines(file)
-    first = next(((number, line) for number, line in lines if line.strip()), (1, ""))
-    number, is_list = first[0], first[1].lstrip().startswith("[")
+    first, start = next(((number, line) for number, line in lines if line.strip()), (1, ""))
+    if start.lstrip().startswith("["):
+        records = parse_json("\n".join([start, *(line for _, line in lines)]), first)
+        if isinstance(records, Turn):
+            raise InputError(f"{file}:{records.line}: {records.content}")
+        yield from enumerate(records, 1)
+        return
+    for number, line in chain([(first, start)], lines):
+        if line.strip():
+            record = parse_json(line, number)
+            if isinstance(record, Turn) and number == first:  # not even the first line: another format
+                raise InputError(f"{file}:{number}: {record.content}")
+            yield number, record
+
+
+def parse_json(text: str, line: int) -> Any:
+    """The value of a JSON text that begins on this line, or an error turn."""
     try:
-        if is_list:
-            yield from enumerate(json.loads("\n".join([first[1], *(line for _, line in lines)])), 1)
-            return
-        for number, line in chain([first], lines):
-            if line.strip():
-                yield number, json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:  # the latter where it is nested too deeply
-        if is_list and isinstance(error, json.JSONDecodeError):
-            number = first[0] + error.lineno - 1
+        line += error.lineno - 1 if isinstance(error, json.JSONDecodeError) else 0
         problem = getattr(error, "msg", None) or first_line(error)
-        raise InputError(f"{file}:{number}: not JSON ({problem}); write one object per line, or one list") from None
+        return Turn("error", f"not JSON ({problem}); write one object per line, or one list", line)
 
 
 def read_parquet(file: str) -> Iterator[tuple[int, dict]]:
@@ -782,30 +836,44 @@ def read_parquet(file: str) -> Iterator[tuple[int, dict]]:
         raise InputError(f"{file}: not a Parquet file; give JSON lines, JSON or Parquet") from None
 
 
-def build_conversation(turns: list[Turn], file: str, warn: Warn, start: int | None = None) -> Conversation:
-    """Join neighboring turns of one role as Ollama does; InputError for a conversation that cannot be trained on."""
-    start = start or turns[0].line
+def find_problems(turns: list[Turn]) -> list[tuple[int, str]]:
+    """(line, what is wrong; fix) of all that keeps these turns from being trained on."""
+    if found := [(turn.line, turn.content) for turn in turns if turn.role == "error"]:
+        return found
+    if found := [(turn.line, f"empty {turn.role} turn; fill it or delete it")
+                 for turn in turns if not turn.content and turn.role != "system"]:  # fmt: skip
+        return found
+    start, answers = turns[0].line, [turn for turn in turns if turn.role == "assistant"]
+    if not answers:
+        return [(start, "a conversation without an assistant turn; add an answer or delete it")]
+    first = next(turn for turn in turns if turn.role != "system")
+    if first.role == "assistant":
+        return [(first.line, "the assistant speaks first; put a user turn before it")]
+    if not any(turn.trained for turn in answers):
+        return [(start, "every answer is only context; let one be trained, or delete the conversation")]
+    if all(turn.trained for turn in answers):
+        return []
+    problem = "neighboring answers, one trained and one only context; mark both alike or join them"
+    spoken = [turn for turn in turns if turn.content]
+    return [(b.line, problem) for a, b in pairwise(spoken) if a.role == b.role and a.trained != b.trained]
+
+
+def build_conversation(turns: list[Turn], file: str, warn: Warn) -> Conversation:
+    """Join neighboring turns of one role as Ollama does; warn about what is ignored."""
     groups: list[list[Turn]] = []
     for turn in turns:
         if not turn.content:
-            if turn.role != "system":
-                raise InputError(f"{file}:{turn.line}: empty {turn.role} turn; fill it or delete it")
             warn(file, turn.line, "empty system", "an empty system turn is ignored")
         elif groups and groups[-1][0].role == turn.role:
             groups[-1].append(turn)
         else:
             groups.append([turn])
     joined = [group[0]._replace(content="\n\n".join(turn.content for turn in group)) for group in groups]
-    if not any(turn.role == "assistant" for turn in joined):
-        raise InputError(f"{file}:{start}: a conversation without an assistant turn; add an answer or delete it")
-    first = next(turn for turn in joined if turn.role != "system")
-    if first.role == "assistant":
-        raise InputError(f"{file}:{first.line}: the assistant speaks first; put a user turn before it")
     if joined[-1].role != "assistant":
         warn(file, joined[-1].line, "no answer", f"the last {joined[-1].role} turn has no answer and is ignored")
         while joined[-1].role != "assistant":
             joined.pop()
-    return Conversation(joined, file, start)
+    return Conversation(joined, file, turns[0].line)
 
 
 def shorten(value: Any) -> str:
@@ -825,10 +893,18 @@ def suggest(name: str, choices: Iterable[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"use one of {', '.join(choices)}"
 
 
-def suggest_tag(name: str) -> str:
-    """What to write instead of a tag that isn't a known role."""
-    near = get_close_matches(name.lower(), ROLES, n=1, cutoff=0.6)
-    return f"did you mean <|{near[0]}|>?" if near else f"write \\<|{escape_controls(name)[:60]}|> if it is text"
+def unknown_role(name: Any) -> str:
+    """What is wrong with a role's name, and how to fix it."""
+    if isinstance(name, str) and name in TOOL_ROLES:
+        return NO_TOOLS
+    return f"unknown role {shorten(name)}; {suggest(str(name), ROLE_NAMES)}"
+
+
+def unknown_tag(name: str) -> str:
+    """What is wrong with a tag that isn't a known role, and how to fix it."""
+    near = get_close_matches(name.lower(), ROLE_NAMES, n=1, cutoff=0.6)
+    tag = f"<|{escape_controls(name)[:60]}|>"
+    return f"unknown role tag {tag}; " + (f"did you mean <|{near[0]}|>?" if near else f"write \\{tag} if it is text")
 
 
 # ---- Turns -> tokens -----------------------------------------------------------------------------
@@ -882,14 +958,14 @@ class Encoder:
         """Yield (text or a special token's id, whether it is trained) of a conversation."""
         yield from ((bos, False) for bos in self.start)
         text = ""  # untrained text since the last special token or answer
-        for role, content, _ in turns:
-            for piece, trained in (*self.before[role], (content, role == "assistant"), *self.after[role]):
-                if isinstance(piece, str) and not trained:
+        for role, content, _, trained in turns:
+            for piece, answer in (*self.before[role], (content, role == "assistant"), *self.after[role]):
+                if isinstance(piece, str) and not answer:
                     text += piece
                     continue
                 if text:
                     yield text, False
-                yield piece, trained
+                yield piece, answer and trained
                 text = ""
         if text:
             yield text, False
@@ -1006,7 +1082,8 @@ def split_conversation(turns: list[Turn], encode: Encoder, max_length: int) -> t
 
 def digest(turns: list[Turn]) -> int:
     """63 bits that identify a conversation by its content."""
-    text = "\0".join([part for role, content, _ in turns for part in (role, content)])
+    names = [turn.role if turn.trained else f"{turn.role}:context" for turn in turns]
+    text = "\0".join([part for name, turn in zip(names, turns, strict=True) for part in (name, turn.content)])
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
 
 
@@ -1023,13 +1100,21 @@ def encode_files(files: dict[str, str], args: argparse.Namespace, encode: Encode
 
     def make(folder: Path) -> None:
         found: list = []
-        conversations = read_conversations(files, args.input_format)
+        skip = lambda *_: None  # noqa: E731
+        conversations = read_conversations(files, args.input_format, refuse=skip if args.skip_bad else None)
         warn = lambda *warning: found.append(warning)  # noqa: E731
         samples = encode_conversations(conversations, encode, args.max_length, args.overlong, warn)
         write_arrow(samples, folder / "samples.arrow")
         write_json(folder / "warnings.json", found)
 
-    settings = [encode.tokenizer.to_str(), encode.chat, args.input_format, args.max_length, args.overlong]
+    settings = [
+        encode.tokenizer.to_str(),
+        encode.chat,
+        args.input_format,
+        args.skip_bad,
+        args.max_length,
+        args.overlong,
+    ]
     folder = cached_folder("samples", [*settings, *files.items()], make)
     return datasets.Dataset.from_file(str(folder / "samples.arrow")), read_json(folder / "warnings.json")
 
@@ -1198,31 +1283,64 @@ MOJIBAKE = re.compile("Ã[\u0080-\u00bf©¨ª«´§¹]|â€|Â[«»°\u00a0]|\u
 LONG_TURN = 20_000  # characters
 
 
-def survey(files: dict[str, str], input_format: str) -> dict[str, Any]:
-    """Counts and warnings (file, line, kind, text) of the data, cached; InputError for what is wrong in it."""
+def survey(files: dict[str, str], input_format: str, skip_bad: bool = False) -> dict[str, Any]:
+    """Counts and warnings (file, line, kind, text) of the data, cached; InputError that lists the errors in it.
+
+    With skip_bad, conversations with errors are counted as skipped, and each error is a warning.
+    """
 
     def make(folder: Path) -> None:
         write_json(folder / "survey.json", survey_conversations(files, input_format))
 
-    return read_json(cached_folder("survey", [input_format, *files.items()], make) / "survey.json")
+    found = read_json(cached_folder("survey", [input_format, *files.items()], make) / "survey.json")
+    errors, unreadable = found.pop("errors"), found.pop("unreadable")
+    if unreadable or (errors and not skip_bad):
+        raise InputError(list_errors([] if skip_bad else errors, unreadable))
+    if not found["conversations"]:
+        raise InputError(f"{', '.join(files)}: all conversations have errors; leave out --skip-bad to see them")
+    found["warnings"] += [(file, line, "skipped", text) for file, line, text in errors]
+    return found
+
+
+def list_errors(errors: list, unreadable: list[str], shown: int = 20) -> str:
+    """One line for each of the first errors: (file, line, text) of conversations, and of files that cannot be read."""
+    lines = unreadable + [f"{file}:{line}: {text}" for file, line, text in errors]
+    more = [f"and {len(lines) - shown:,} more"] if len(lines) > shown else []
+    if len(errors) > 1 and not unreadable:
+        more = [
+            f"{', '.join([*more, f'{len(errors):,} errors in all'])}; --skip-bad trains without these conversations"
+        ]
+    return "\n".join(lines[:shown] + more)
 
 
 def survey_conversations(files: Iterable[str], input_format: str) -> dict[str, Any]:
-    """Read and check all conversations; only counts and warnings are kept."""
-    turns, exchanges, seen, found = Counter(), Counter(), {}, []
-    conversations, characters = 0, 0
+    """Read and check all conversations; only counts, warnings and errors are kept."""
+    turns, exchanges, seen, found, errors, unreadable = Counter(), Counter(), {}, [], [], []
+    conversations, characters, skipped = 0, 0, 0
 
     def warn(*warning) -> None:
         found.append(warning)
 
-    for conversation in read_conversations(files, input_format, warn):
+    def refuse(file: str, problems: list[tuple[int, str]]) -> None:
+        nonlocal skipped
+        skipped += 1
+        errors.extend((file, line, text) for line, text in problems)
+
+    def readable() -> Iterator[Conversation]:
+        for file in files:
+            try:
+                yield from read_conversations([file], input_format, warn, refuse)
+            except InputError as error:
+                unreadable.append(str(error))
+
+    for conversation in readable():
         conversations += 1
         exchanges[sum(turn.role == "assistant" for turn in conversation.turns)] += 1
         place = f"{conversation.file}:{conversation.line}"
         first = seen.setdefault(digest(conversation.turns), place)
         if first != place:
             warn(conversation.file, conversation.line, "duplicate", f"the same conversation as {first}")
-        for role, content, line in conversation.turns:
+        for role, content, line, _ in conversation.turns:
             turns[role] += 1
             characters += len(content)
             if wrong := MOJIBAKE.search(content):
@@ -1232,10 +1350,13 @@ def survey_conversations(files: Iterable[str], input_format: str) -> dict[str, A
     return {
         "files": list(files),
         "conversations": conversations,
+        "skipped": skipped,
         "turns": dict(turns),
         "exchanges": dict(sorted(exchanges.items())),
         "characters": characters,
         "warnings": found,
+        "errors": errors,
+        "unreadable": unreadable,
     }
 
 

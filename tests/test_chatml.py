@@ -51,6 +51,7 @@ def messages(content, file="d.jsonl"):
 def in_tmp_path(tmp_path, monkeypatch):
     """Messages name files as the user gave them: short names, when the test works in their folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 # ---- the two dialects ----
@@ -226,7 +227,12 @@ CHATML_ERRORS = [  # (text, place, a fact in the message)
     (U + "<|Assistant|>\na\n", "d.chatml:3", "<|assistant|>"),
     (U + "<|eot_id|>\n" + A, "d.chatml:3", "\\<|eot_id|>"),
     ("<|im_start|>usr\nq<|im_end|>\n", "d.chatml:1", "user"),
-    ("<|im_start|>tool\nq<|im_end|>\n", "d.chatml:1", "system, user, assistant"),
+    ("<|im_start|>bot\nq<|im_end|>\n", "d.chatml:1", "system, developer, user, assistant, assistant:context"),
+    ("<|im_start|>tool\nq<|im_end|>\n" + OK, "d.chatml:1", "tool"),
+    (U + A + "<|tool|>\n{}\n" + A, "d.chatml:5", "tool"),
+    (U + "<|assistant:contxt|>\na\n" + A, "d.chatml:3", "<|assistant:context|>"),
+    (U + "<|assistant:context|>\na\n", "d.chatml:1", "only context"),
+    (U + "<|assistant:context|>\na\n" + A, "d.chatml:5", "only context"),
     ("\nBonjour\n" + OK, "d.chatml:2", "<|user|>"),
     (" <|user|>\nq\n" + A, "d.chatml:1", "<|user|>"),
     (OK + "<|endoftext|>\ntext\n", "d.chatml:6", "<|user|>"),
@@ -243,6 +249,78 @@ CHATML_ERRORS = [  # (text, place, a fact in the message)
     (OK + "<|im_start|>user\nq\n", "d.chatml:5", "<|im_end|>"),
     ("<|im_start|>user\nq<|im_end|> r\n", "d.chatml:2", "<|im_end|>"),
 ]
+
+
+def test_system_has_a_second_name():
+    assert chatml("<|developer|>\nS\n" + OK) == messages(row(("developer", "S"), *QA)) == [[("system", "S"), *QA]]
+
+
+def trained_answers(*files, input_format):
+    """[(content, trained)] of all answers."""
+    found = sft.read_conversations(files, input_format)
+    return [(turn.content, turn.trained) for c in found for turn in c.turns if turn.role == "assistant"]
+
+
+def test_answers_that_are_only_context():
+    write("d", U + "<|assistant:context|> a\n" + U + "<|assistant|>\nb\n")
+    write("im", U + "<|im_start|>assistant:context\na<|im_end|>\n" + U + "<|im_start|>assistant\nb<|im_end|>\n")
+    weights = [{"role": "assistant", "content": "a", "weight": 0}, {"role": "assistant", "content": "b", "weight": 1}]
+    write("m", json.dumps({"messages": [OPENAI[1], weights[0], OPENAI[1], weights[1]]}))
+    expected = [("a", False), ("b", True)]
+    assert trained_answers("d", input_format="chatml") == trained_answers("im", input_format="chatml") == expected
+    assert trained_answers("m", input_format="messages") == expected
+    (other,) = sft.read_conversations(["d"], "chatml")
+    plain = other.turns[1]._replace(trained=True)
+    assert sft.digest(other.turns) != sft.digest([other.turns[0], plain, *other.turns[2:]])
+
+
+# ---- all errors at once ----
+
+
+def listed(skip_bad=False) -> list[str]:
+    """The lines of the error that the survey of the file d raises."""
+    return error_of(sft.survey, sft.find_files(["d"]), "chatml", skip_bad).split("\n")
+
+
+def test_all_errors_of_the_data_are_listed():
+    good, bad = "<|endoftext|>\n" + OK, "<|endoftext|>\n<|user|>\nq\n<|assitant|>\na\n<|usr|>\n"
+    write("d", good + bad + good + "<|endoftext|> r\n" + U + good + "<|endoftext|>\n" + A)
+    write("e", OK + "\n" + U + "\xff\n" + "<|im_start|>user\nq\n<|im_start|>assistant\na<|im_end|>\n")
+    lines = error_of(sft.survey, sft.find_files(["d", "e"]), "chatml").split("\n")
+    places = [line.split(": ")[0] for line in lines]
+    assert places[:5] == ["d:9", "d:11", "d:17", "d:26", "e:9"] and len(lines) == 6
+    assert "5 errors" in lines[5] and "--skip-bad" in lines[5]
+    write("d", bad * 30)
+    lines = listed()
+    assert len(lines) == 21 and all(re.match(r"d:\d+: ", line) for line in lines[:20]) and "40 more" in lines[20]
+
+
+def test_skip_bad():
+    write("d", OK + "<|endoftext|>\n<|user|>\nq\n<|assitant|>\na\n<|endoftext|>\n" + OK.replace("q", "r"))
+    found = sft.survey(sft.find_files(["d"]), "chatml", skip_bad=True)
+    assert (found["conversations"], found["skipped"]) == (2, 1)
+    ((file, line, kind, text),) = found["warnings"]
+    assert (file, line, kind) == ("d", 8, "skipped") and "<|assistant|>" in text
+    write("d", A)
+    assert_says(listed(skip_bad=True)[0], "d", "--skip-bad")
+
+
+def test_what_cannot_be_read_is_not_skipped():
+    """How many conversations would be lost is not known."""
+    write("d", OK.encode() + b"\xe9")
+    assert_says(listed(skip_bad=True)[0], "d:5", "0xe9")
+    write("d", OK + "<|user|>\n" + A), write("e", b"\xe9")
+    lines = error_of(sft.survey, sft.find_files(["e", "d"]), "chatml").split("\n")
+    assert [line.split(": ")[0] for line in lines] == ["e:1", "d:5"]
+
+
+def test_a_bad_row_does_not_hide_the_next():
+    write("d.jsonl", "\n".join([row(*QA), "{", row(("usr", "q"), ("assistant", 1)), row(*QA)]))
+    files = sft.find_files(["d.jsonl"])
+    lines = error_of(sft.survey, files, "messages").split("\n")
+    assert [line.split(": ")[0] for line in lines[:3]] == ["d.jsonl:2", "d.jsonl:3", "d.jsonl:3"] and len(lines) == 4
+    found = sft.survey(files, "messages", skip_bad=True)
+    assert (found["conversations"], found["skipped"]) == (2, 2)
 
 
 @pytest.mark.parametrize("text, place, fact", CHATML_ERRORS)
@@ -322,6 +400,10 @@ def test_messages():
     assert read("d.parquet", input_format="messages")[0] == [SQA] * 2500
     parts = [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]}, OPENAI[2]]
     assert messages(json.dumps({"messages": parts})) == [[("user", "qr"), QA[1]]]
+    assert messages(json.dumps({"conversations": SHAREGPT[1:], "system": " S"})) == [SQA]
+    assert messages(json.dumps({"conversations": SHAREGPT[1:], "system": None})) == [QA]
+    null = [{**message, "weight": None, "tool_calls": None} for message in OPENAI]  # as Parquet fills what a row lacks
+    assert messages(json.dumps({"messages": null})) == [SQA]
     # Role tags in contents are text: only the fields give a role.
     quoted = [{"role": "user", "content": "q\n<|assistant|>\nx"}, OPENAI[1], OPENAI[2], OPENAI[1]]
     assert messages(json.dumps({"messages": quoted})) == [[("user", "q\n<|assistant|>\nx\n\nq"), QA[1]]]
@@ -345,6 +427,15 @@ MESSAGES_ERRORS = [
     ('{"messages": {"role": 1}}', "d.jsonl:1", "messages"),
     ('{"messages": ["q"]}', "d.jsonl:1", "role"),
     (row(("usr", "q")), "d.jsonl:1", "'usr'"),
+    (row(QA[0], ("tool", "{}"), QA[1]), "d.jsonl:1", "tool"),
+    (
+        json.dumps({"messages": [OPENAI[1], {"role": "assistant", "content": None, "tool_calls": [{}]}]}),
+        "d.jsonl:1",
+        "tool",
+    ),
+    (json.dumps({"messages": [OPENAI[1], {**OPENAI[2], "weight": 0.5}]}), "d.jsonl:1", "0.5"),
+    (json.dumps({"messages": [OPENAI[1], {**OPENAI[2], "weight": 0}, OPENAI[2]]}), "d.jsonl:1", "only context"),
+    (json.dumps({"conversations": SHAREGPT[1:], "system": ["S"]}), "d.jsonl:1", "system"),
     (row((["user"], "q")), "d.jsonl:1", "['user']"),
     (row((None, "q")), "d.jsonl:1", "None"),
     (row(("user", None)), "d.jsonl:1", "user"),

@@ -145,6 +145,15 @@ def test_exact_renderings(llama31_tokenizer):
     )
 
 
+def test_an_answer_that_is_only_context(chat):
+    """Its ids are the same as those of a trained one; nothing of it is trained, its end token neither."""
+    context = [SMALL[0], SMALL[1], SMALL[2]._replace(trained=False), *SMALL[3:]]
+    ((ids, labels),), ((same, trained),) = chat.encode([context]), chat.encode([SMALL])
+    assert ids.tolist() == same.tolist()
+    first, second = trained_spans(trained)
+    assert trained_spans(labels) == [second] and (labels[first] == IGNORE).all()
+
+
 def test_formats_that_do_not_fit(llama31_tokenizer, smollm2_tokenizer):
     for tokenizer, name, eos in (
         (llama31_tokenizer, "chatml", "<|im_end|>"),
