@@ -838,20 +838,27 @@ def read_parquet(file: str) -> Iterator[tuple[int, dict]]:
 
 def find_problems(turns: list[Turn]) -> list[tuple[int, str]]:
     """(line, what is wrong; fix) of all that keeps these turns from being trained on."""
-    if found := [(turn.line, turn.content) for turn in turns if turn.role == "error"]:
-        return found
-    if found := [(turn.line, f"empty {turn.role} turn; fill it or delete it")
-                 for turn in turns if not turn.content and turn.role != "system"]:  # fmt: skip
-        return found
-    start, answers = turns[0].line, [turn for turn in turns if turn.role == "assistant"]
+    wrong, empty, first, answers, context = [], [], "", 0, 0
+    for role, content, line, trained in turns:
+        if role == "error":
+            wrong.append((line, content))
+        elif role != "system":
+            first = first or role
+            if role == "assistant":
+                answers += 1
+                context += not trained
+            if not content:
+                empty.append((line, f"empty {role} turn; fill it or delete it"))
+    if wrong or empty:
+        return wrong or empty  # what an error hides would only look like another one
     if not answers:
-        return [(start, "a conversation without an assistant turn; add an answer or delete it")]
-    first = next(turn for turn in turns if turn.role != "system")
-    if first.role == "assistant":
-        return [(first.line, "the assistant speaks first; put a user turn before it")]
-    if not any(turn.trained for turn in answers):
-        return [(start, "every answer is only context; let one be trained, or delete the conversation")]
-    if all(turn.trained for turn in answers):
+        return [(turns[0].line, "a conversation without an assistant turn; add an answer or delete it")]
+    if first == "assistant":
+        line = next(turn.line for turn in turns if turn.role == "assistant")
+        return [(line, "the assistant speaks first; put a user turn before it")]
+    if context == answers:
+        return [(turns[0].line, "every answer is only context; let one be trained, or delete the conversation")]
+    if not context:
         return []
     problem = "neighboring answers, one trained and one only context; mark both alike or join them"
     spoken = [turn for turn in turns if turn.content]
@@ -1082,8 +1089,9 @@ def split_conversation(turns: list[Turn], encode: Encoder, max_length: int) -> t
 
 def digest(turns: list[Turn]) -> int:
     """63 bits that identify a conversation by its content."""
-    names = [turn.role if turn.trained else f"{turn.role}:context" for turn in turns]
-    text = "\0".join([part for name, turn in zip(names, turns, strict=True) for part in (name, turn.content)])
+    text = "\0".join(
+        [part for role, content, _, trained in turns for part in (role if trained else f"{role}:context", content)]
+    )
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
 
 
