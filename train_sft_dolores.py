@@ -16,7 +16,9 @@ model, speed, training, checkpoints, report.
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
+import csv
 import errno
 import glob
 import hashlib
@@ -114,7 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("most often changed").add_argument
     add("--model", metavar="NAME", default="meta-llama/Llama-3.1-8B-Instruct", help="Hub name or local folder")
-    add("--train-files", metavar="FILE", nargs="+", default=["train.chatml"], help="data files or globs")
+    add("--train-files", metavar="FILE", nargs="+", default=["train.chatml"], help="data files, folders or globs")
     add("--output", metavar="DIR", type=Path, default=DEFAULT_OUTPUT, help="folder for the adapter")
     add("--epochs", metavar="N", type=above_zero, default=1.0, help="passes over the data")
     add("--grad-accum", metavar="N", type=count, default=32, help="batches in an optimizer step")
@@ -125,7 +127,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="delete the contents of --output first")
 
     add = parser.add_argument_group("data").add_argument
-    add("--input-format", choices=("chatml", "messages"), default="chatml", help="role tags, or JSON and Parquet")
+    add("--input-format", choices=("auto", "chatml", "messages"), default="auto",
+        help="role tags, or rows of JSON, CSV or Parquet; auto: as each file looks")  # fmt: skip
     add("--eval-files", metavar="FILE", nargs="+", default=[], help="held-out data, instead of --eval-fraction")
     add("--eval-fraction", metavar="N", type=bounded(float, 0, 0.5), default=0.05, help="share of the data held out")
     add("--chat-format", choices=tuple(FORMATS), default="dolores", help="the text that wraps each turn")
@@ -549,11 +552,15 @@ ESCAPED_IM_START = re.compile(r"\\+<\|im_start\|>")
 IM_END = re.compile(r"(?<!\\)<\|im_end\|>")
 # A misspelled tag at the start of a line, such as `<| user|>` or `<|user>`.
 LIKE_TAG = re.compile(r"([<|｜/\s]*)(system|user|assistant|endoftext|im_start|im_end)(?!\w)([|｜>\s]*)", re.IGNORECASE)
+ROW_FILES = {".json": "JSON", ".jsonl": "JSON", ".ndjson": "JSON", ".csv": "CSV", ".tsv": "CSV", ".parquet": "Parquet"}
 # What a tag or message may name: the role, and whether its answers are trained.
 ROLE_NAMES = {"system": ("system", True), "developer": ("system", True), "user": ("user", True),
               "assistant": ("assistant", True), "assistant:context": ("assistant", False)}  # fmt: skip
 SHAREGPT = {"human": "user", "gpt": "assistant"}
 TOOL_ROLES = {"tool", "function", "ipython", "observation", "tool_call", "tool_calls", "function_call", "tool_response"}
+# Tokens with which other formats end a turn or a text.
+END_TOKENS = ("<|end|>", "<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|eom_id|>", "</s>", "<end_of_turn>", "<eos>")
+FENCE = re.compile(r"^ {0,3}```", re.MULTILINE)
 NOT_CLOSED = "this turn is not closed; end it with <|im_end|>"
 NO_TOOLS = "tool turns cannot be trained on; delete them, or write the tool's result into a user turn"
 
@@ -563,7 +570,8 @@ def find_files(patterns: list[str]) -> dict[str, str]:
     names = []
     for pattern in patterns:
         matches = [] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        names += matches or [pattern]
+        for name in matches or [pattern]:
+            names += files_in(name) if os.path.isdir(name) else [name]
     for name in names:
         if not os.path.isfile(name):
             raise InputError(f"{name}: no such file; give the path of a data file or a glob that matches one")
@@ -575,6 +583,19 @@ def find_files(patterns: list[str]) -> dict[str, str]:
         if empty:
             raise InputError(f"{name}: the file is empty; write dialogues into it (README, data format)")
     return {name: sha256(name) for name in dict.fromkeys(names)}
+
+
+def files_in(folder: str) -> list[str]:
+    """The data files in a folder, in alphabetical order."""
+    known = (".chatml", ".txt", *ROW_FILES)
+    try:
+        entries = sorted(name for name in os.listdir(folder) if name.lower().endswith(known) and name[0] != ".")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror}); make it readable") from None
+    found = [path for path in (os.path.join(folder, name) for name in entries) if os.path.isfile(path)]
+    if not found:
+        raise InputError(f"{folder}: no data file in this folder; their names end in {', '.join(known)}")
+    return found
 
 
 def sha256(file: str | Path) -> str:
@@ -591,9 +612,11 @@ def read_conversations(
     A conversation with errors goes to `refuse`, by default as InputError. InputError too where the rest
     of a file cannot be read.
     """
-    reader = {"chatml": read_chatml, "messages": read_messages}[input_format]
     for file in files:
-        found = False
+        found, detected = False, detect_format(file)
+        if input_format == "chatml" and detected != "chatml":
+            raise InputError(f"{file}: looks like {detected}; leave out --input-format chatml")
+        reader = read_chatml if "chatml" in (input_format, detected) and input_format != "messages" else read_messages
         for turns in reader(file, warn):
             found = True
             if problems := find_problems(turns):
@@ -602,6 +625,19 @@ def read_conversations(
                 yield build_conversation(turns, file, warn)
         if not found:
             raise InputError(f"{file}: no conversation in it; see the README on the data format")
+
+
+def detect_format(file: str) -> str:
+    """chatml, JSON, CSV or Parquet: by the first bytes where they are clear, otherwise by the extension."""
+    with open(file, "rb") as source:
+        start = source.read(1 << 12)
+    if start.startswith(b"PAR1"):
+        return "Parquet"
+    start = start.removeprefix(codecs.BOM_UTF8).lstrip()
+    if start.startswith(b"<|"):
+        return "chatml"
+    by_name = ROW_FILES.get(os.path.splitext(file)[1].lower())
+    return by_name or ("JSON" if re.match(rb'\{\s*["}]|\[\s*[{\]]', start) else "chatml")
 
 
 def raise_first(file: str, problems: list[tuple[int, str]]) -> None:
@@ -630,7 +666,12 @@ def chatml_turns(file: str, warn: Warn) -> Iterator[Turn]:
     `<|im_start|>user` … `<|im_end|>`. A backslash before a tag makes it text.
     """
     opened, parts = None, []  # a turn that <|im_end|> has not closed yet, and its content so far
+    fence = 0  # the line of the turn before, if a code block is still open at its end
     for line, tag, text in split_at_tags(file):
+        cut, fence = fence, 0
+        if cut and tag:
+            problem = f"this <|{escape_controls(tag)[:60]}|> stands in the code block (```) of the turn in line {cut}"
+            warn(file, line, "code block", f"{problem} and cuts it; write a backslash before it, or close the block")
         if tag == "im_start":
             if opened:
                 yield opened._replace(role="error", content=NOT_CLOSED)
@@ -654,6 +695,8 @@ def chatml_turns(file: str, warn: Warn) -> Iterator[Turn]:
         elif tag in ROLE_NAMES:
             role, trained = ROLE_NAMES[tag]
             yield Turn(role, unescape_tags(text, line, ESCAPED_TAG, file, warn).strip(), line, trained)
+            if "```" in text and not cut and len(FENCE.findall(text)) % 2:
+                fence = line
         elif tag == "endoftext":
             yield Turn(tag, "", line)
             yield from stray_text(text, line, "after <|endoftext|>; put the separator alone on its line")
@@ -697,11 +740,46 @@ def read_blocks(file: str) -> Iterator[tuple[int, str]]:
             except UnicodeDecodeError as error:
                 number += raw.count(b"\n", 0, error.start)
                 problem = f"not UTF-8 (byte 0x{raw[error.start]:02x})"
-                raise InputError(f"{file}:{number}: {problem}; save the file as UTF-8") from None
+                raise InputError(f"{file}:{number}: {problem}{conversion_hint(file)}") from None
+            if number == 1 and "\0" in text[:2] and "; convert" in (hint := conversion_hint(file)):
+                raise InputError(f"{file}:1: not UTF-8 (a zero byte in each character){hint}")
             if number == 1:
                 text = text.removeprefix("\ufeff")
             yield number, text.replace("\r\n", "\n")
             number += raw.count(b"\n")
+
+
+def conversion_hint(file: str) -> str:
+    """How to save a file as UTF-8, with its encoding and the command where its first 16 MiB show which it is."""
+    with open(file, "rb") as source:
+        raw = source.read(1 << 24)
+    encoding = None
+    if raw.startswith(codecs.BOM_UTF32_LE):
+        encoding = "UTF-32"
+    elif raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "UTF-16"
+    elif raw[:1] == raw[2:3] == b"\0" != raw[1:2]:
+        encoding = "UTF-16BE"
+    elif raw[1:2] == raw[3:4] == b"\0" != raw[:1]:
+        encoding = "UTF-16LE"
+    elif looks_like_windows_1252(raw):
+        encoding = "WINDOWS-1252"
+    if not encoding:
+        return "; save the file as UTF-8"
+    stem, suffix = os.path.splitext(file)
+    command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(file)} > {shlex.quote(f'{stem}.utf8{suffix}')}"
+    return f", it looks like {encoding.title() if 'W' in encoding else encoding}; convert it with {command}"
+
+
+def looks_like_windows_1252(raw: bytes) -> bool:
+    """More bytes that UTF-8 does not allow than characters that it does, and all of them have a meaning there."""
+    good = [character for character in raw.decode("utf-8", "ignore") if character > "\x7f"]
+    bad = len(raw.translate(None, bytes(range(128)))) - len("".join(good).encode())
+    try:
+        raw.decode("cp1252")
+    except UnicodeDecodeError:
+        return False
+    return bad > len(good) and not re.search(rb"\xed[\xa0-\xbf][\x80-\xbf]", raw)  # that is a surrogate
 
 
 def read_lines(file: str) -> Iterator[tuple[int, str]]:
@@ -732,7 +810,7 @@ def unescape_tags(text: str, line: int, escaped: re.Pattern, file: str, warn: Wa
         if escaped.match(text, at):
             lines[i] = content[1:]
         elif found := TAG.search(content):
-            warn(file, line + i, "tag", f"{escape_controls(found[0])[:60]} inside a turn is text, not a tag")
+            warn(file, line + i, *describe_tag(found[0]))
         elif (found := LIKE_TAG.match(content)) and set("<>") & set(found[0]) and set("|｜") & set(found[0]):
             tag = f"<|{found[2].lower()}|>"
             warn(file, line + i, "tag", f"{shorten(found[0].strip())} looks like a tag; write {tag} if it is one")
@@ -740,13 +818,28 @@ def unescape_tags(text: str, line: int, escaped: re.Pattern, file: str, warn: Wa
     return "\n".join(lines)
 
 
+def describe_tag(tag: str, by_row: bool = False) -> tuple[str, str]:
+    """(kind, text) of the warning about a tag inside a turn; by_row: no tag of this file separates conversations."""
+    shown = escape_controls(tag)[:60]
+    if tag in END_TOKENS or (tag == "<|endoftext|>" and by_row):
+        return "end token", f"{shown} is trained as text; delete it if it ends an answer: the chat format adds its own"
+    if tag == "<|endoftext|>":
+        return (
+            "separator",
+            f"{shown} inside a line is trained as text; put it alone on a line to separate conversations",
+        )
+    if tag[2:-2] in ROLE_NAMES and not by_row:
+        return "tag", f"{shown} inside a line is text; write it at the start of a line if it opens a turn"
+    return "tag", f"{shown} inside a turn is text, not a tag"
+
+
 def read_messages(file: str, warn: Warn) -> Iterator[list[Turn]]:
-    """Yield the conversations of JSON or Parquet rows: OpenAI's `messages` or ShareGPT's `conversations`."""
+    """Yield the conversations of JSON, CSV or Parquet rows."""
     for row, record in read_records(file):
         turns = record_turns(record, row)
         for turn in turns:
             if turn.role != "error" and (found := TAG.search(turn.content)):
-                warn(file, row, "tag", f"{escape_controls(found[0])[:60]} inside a turn is text, not a tag")
+                warn(file, row, *describe_tag(found[0], by_row=True))
         if isinstance(record, dict) and (record.get("tools") or record.get("functions")):
             warn(file, row, "tools", "the definitions of tools are ignored")
         yield turns
@@ -756,13 +849,32 @@ def record_turns(record: Any, row: int) -> list[Turn]:
     """The turns of one row; what is wrong in it has the role `error`."""
     if isinstance(record, Turn):  # the row could not be read
         return [record]
-    messages = isinstance(record, dict) and (record.get("messages") or record.get("conversations"))
+    messages = find_messages(record) if isinstance(record, dict) else None
     if not isinstance(messages, list):
-        problem = "no list 'messages' (or 'conversations')"
-        return [Turn("error", f"{problem}; each row must be one conversation", row)]
+        found = f" in {shorten(', '.join(map(str, record)))}" if isinstance(record, dict) else ""
+        problem = f"no 'messages', 'conversations', 'prompt' and 'completion', or 'instruction' and 'output'{found}"
+        return [Turn("error", f"{problem}; rename the columns, one conversation a row", row)]
+    if record.get("history"):
+        return [Turn("error", "'history' is not read; write its exchanges as 'messages'", row)]
     if record.get("system"):  # ShareGPT's and Anthropic's place for the system turn
         messages = [{"role": "system", "content": record["system"]}, *messages]
     return [message_turn(message, row) for message in messages]
+
+
+def find_messages(record: dict) -> Any:
+    """The messages of a row: OpenAI's, ShareGPT's, prompt and completion (texts or messages), or Alpaca's."""
+    if messages := record.get("messages") or record.get("conversations"):
+        return messages
+    if "prompt" in record and "completion" in record:
+        sides = (("user", record["prompt"]), ("assistant", record["completion"]))
+        return list(
+            chain(*(text if isinstance(text, list) else [{"role": role, "content": text}] for role, text in sides))
+        )
+    if "instruction" in record and "output" in record:
+        parts = [part for part in (record["instruction"], record.get("input")) if part]
+        question = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else None
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
+    return None
 
 
 def message_turn(message: Any, row: int) -> Turn:
@@ -792,10 +904,15 @@ def message_turn(message: Any, row: int) -> Turn:
 
 
 def read_records(file: str) -> Iterator[tuple[int, Any]]:
-    """Yield (row number, record) of a JSON-lines, JSON or Parquet file; a row that is not JSON is an error turn."""
-    if file.endswith(".parquet"):
-        yield from read_parquet(file)
-        return
+    """Yield (row number, record) of a file; a row that cannot be read is an error turn."""
+    detected = detect_format(file)
+    if detected == "chatml":  # --input-format says that it is not
+        detected = ROW_FILES.get(os.path.splitext(file)[1].lower(), "JSON")
+    yield from {"JSON": read_json_rows, "CSV": read_csv, "Parquet": read_parquet}[detected](file)
+
+
+def read_json_rows(file: str) -> Iterator[tuple[int, Any]]:
+    """Yield (line, record) of JSON lines, or (row, record) of a JSON list."""
     lines = read_lines(file)
     first, start = next(((number, line) for number, line in lines if line.strip()), (1, ""))
     if start.lstrip().startswith("["):
@@ -820,6 +937,34 @@ def parse_json(text: str, line: int) -> Any:
         line += error.lineno - 1 if isinstance(error, json.JSONDecodeError) else 0
         problem = getattr(error, "msg", None) or first_line(error)
         return Turn("error", f"not JSON ({problem}); write one object per line, or one list", line)
+
+
+def read_csv(file: str) -> Iterator[tuple[int, Any]]:
+    """Yield (line, record) of a CSV file with a header; the delimiter is a comma, semicolon or tab."""
+    lines = (line + "\n" for _, line in read_lines(file))
+    header = next(lines)
+    csv.field_size_limit(2**31 - 1)  # an answer may be longer than csv's 131,072 characters
+    reader = csv.reader(chain([header], lines), delimiter=max(",;\t", key=header.count), strict=True)
+    row = 1
+    try:
+        names = [name.strip().lower() for name in next(reader)]
+        if find_messages(dict.fromkeys(names, "x")) is None:
+            problem = (
+                f"no columns 'prompt' and 'completion', or 'instruction' and 'output' in {shorten(','.join(names))}"
+            )
+            raise InputError(f"{file}:1: {problem}; rename the columns in the first line")
+        row = reader.line_num + 1
+        for values in reader:
+            if values and len(values) != len(names):
+                problem = f"{len(values)} fields where the first line has {len(names)}"
+                yield row, Turn("error", f"{problem}; put quotes around texts that contain the delimiter", row)
+            elif values:
+                yield row, dict(zip(names, values, strict=True))
+            row = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(
+            f"{file}:{row}: not CSV ({error}); double each quote inside a quoted text, and close it"
+        ) from None
 
 
 def read_parquet(file: str) -> Iterator[tuple[int, dict]]:
@@ -869,6 +1014,8 @@ def build_conversation(turns: list[Turn], file: str, warn: Warn) -> Conversation
     """Join neighboring turns of one role as Ollama does; warn about what is ignored."""
     groups: list[list[Turn]] = []
     for turn in turns:
+        if turn.content.endswith(("</s>", "<end_of_turn>", "<eos>")):  # TAG has found those with bars
+            warn(file, turn.line, *describe_tag(turn.content[turn.content.rindex("<") :]))
         if not turn.content:
             warn(file, turn.line, "empty system", "an empty system turn is ignored")
         elif groups and groups[-1][0].role == turn.role:
@@ -911,7 +1058,10 @@ def unknown_tag(name: str) -> str:
     """What is wrong with a tag that isn't a known role, and how to fix it."""
     near = get_close_matches(name.lower(), ROLE_NAMES, n=1, cutoff=0.6)
     tag = f"<|{escape_controls(name)[:60]}|>"
-    return f"unknown role tag {tag}; " + (f"did you mean <|{near[0]}|>?" if near else f"write \\{tag} if it is text")
+    fix = f"did you mean <|{near[0]}|>?" if near else f"write \\{tag} if it is text"
+    if f"<|{name}|>" in END_TOKENS:
+        fix = f"delete it if it ends a turn (the chat format adds its own), or write \\{tag} if it is text"
+    return f"unknown role tag {tag}; {fix}"
 
 
 # ---- Turns -> tokens -----------------------------------------------------------------------------
@@ -1289,6 +1439,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 MOJIBAKE = re.compile("Ã[\u0080-\u00bf©¨ª«´§¹]|â€|Â[«»°\u00a0]|\ufffd")
 LONG_TURN = 20_000  # characters
+MANY_EXCHANGES = 30  # in one conversation: rather several that nothing separates
 
 
 def survey(files: dict[str, str], input_format: str, skip_bad: bool = False) -> dict[str, Any]:
@@ -1343,7 +1494,10 @@ def survey_conversations(files: Iterable[str], input_format: str) -> dict[str, A
 
     for conversation in readable():
         conversations += 1
-        exchanges[sum(turn.role == "assistant" for turn in conversation.turns)] += 1
+        count = sum(turn.role == "assistant" for turn in conversation.turns)
+        exchanges[count] += 1
+        if count >= MANY_EXCHANGES:
+            warn(conversation.file, conversation.line, "one conversation", separation_hint(conversation.file, count))
         place = f"{conversation.file}:{conversation.line}"
         first = seen.setdefault(digest(conversation.turns), place)
         if first != place:
@@ -1355,6 +1509,8 @@ def survey_conversations(files: Iterable[str], input_format: str) -> dict[str, A
                 warn(conversation.file, line, "encoding", f"{wrong[0]!r} looks like text decoded with a wrong encoding")
             if len(content) > LONG_TURN:
                 warn(conversation.file, line, "long", f"a turn of {len(content):,} characters")
+    if conversations == 1 and 1 < count < MANY_EXCHANGES:  # where nothing can be held out, two are enough
+        warn(conversation.file, conversation.line, "one conversation", separation_hint(conversation.file, count))
     return {
         "files": list(files),
         "conversations": conversations,
@@ -1366,6 +1522,12 @@ def survey_conversations(files: Iterable[str], input_format: str) -> dict[str, A
         "errors": errors,
         "unreadable": unreadable,
     }
+
+
+def separation_hint(file: str, exchanges: int) -> str:
+    """What to do about dialogues that were read as one conversation."""
+    fix = "put a line <|endoftext|> between them" if detect_format(file) == "chatml" else "give each a row of its own"
+    return f"all {exchanges} exchanges are one conversation; if they are {exchanges} separate dialogues, {fix}"
 
 
 def print_survey(found: dict[str, Any], shown: int = 5) -> None:
@@ -2235,7 +2397,7 @@ def format_duration(seconds: float) -> str:
 # ---- Checkpoints and the run's record ------------------------------------------------------------
 
 # These may differ when a run is resumed; batch size and accumulation may as long as their product does not.
-MAY_DIFFER = {"output", "resume", "force_resume", "overwrite", "dry_run", "preview", "json", "report_to", "sample_prompts",
+MAY_DIFFER = {"output", "input_format", "resume", "force_resume", "overwrite", "dry_run", "preview", "json", "report_to", "sample_prompts",
               "train_batch_size", "grad_accum", "eval_batch_size", "logging_steps", "save_steps", "save_total_limit",
               "gradient_checkpointing", "shard_base", "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb"}  # fmt: skip
 
