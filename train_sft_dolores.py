@@ -369,22 +369,26 @@ def prepare_data(
     args: argparse.Namespace, world: World, train_files: dict[str, str], eval_files: dict[str, str], encode: Encoder
 ) -> Data:
     """Encode, hold out and pack files {name: sha256}; InputError where nothing would be trained."""
-    samples, found = encode_files(train_files, args, encode)
-    digests, tokens, trained = measure(samples)
-    eval_samples, eval_tokens = samples, tokens
+    both = train_files.keys() & eval_files.keys()
+    samples, found, tally = encode_files({f: d for f, d in train_files.items() if f not in both}, args, encode)
+    digests, tokens, trained, part = measure(samples)
+    eval_samples, eval_tokens, eval_tally = samples, tokens, dict.fromkeys(tally, 0)
     if eval_files:
-        eval_samples, eval_found = encode_files(eval_files, args, encode)
-        eval_digests, eval_tokens, eval_trained = measure(eval_samples)
+        eval_samples, eval_found, eval_tally = encode_files(eval_files, args, encode)
+        eval_digests, eval_tokens, eval_trained, _ = measure(eval_samples)
         held_out, evaluated = np.isin(digests, eval_digests), np.arange(len(eval_tokens))
-        found = found + eval_found + warn_held_out(samples, held_out)
+        found = found + eval_found + [(file, 1, "held out", "also in --eval-files: not trained on") for file in both]
+        found += warn_held_out(samples, held_out)
     else:
         held_out = hold_out(digests, args.eval_fraction, args.seed)
-        evaluated, eval_digests = np.flatnonzero(held_out), digests[held_out]
+        evaluated = np.flatnonzero(held_out)
+        if args.eval_fraction and not len(evaluated):
+            found += [(next(iter(train_files)), 1, "held out", "nothing is: the data is one conversation")]
     chosen = np.flatnonzero(~held_out)
 
     too_long = f"no answer fits into --max-length {args.max_length}"
     if not trained[chosen].sum():
-        why = "all of it is in --eval-files" if len(digests) and held_out.all() else too_long
+        why = "all of it is in --eval-files" if both or (len(digests) and held_out.all()) else too_long
         raise InputError(f"{', '.join(train_files)}: nothing to train on; {why}")
     if eval_files and not eval_trained.sum():
         raise InputError(f"{', '.join(eval_files)}: nothing to evaluate; {too_long}")
@@ -393,9 +397,11 @@ def prepare_data(
     eval_rows = make_rows(eval_samples, evaluated, eval_tokens, args) if len(evaluated) else None
     rows_per_step = args.train_batch_size * args.grad_accum * world.size
     steps_per_epoch = -(-len(train_rows) // rows_per_step)
-    counts = {
-        "conversations": len(np.union1d(digests, eval_digests)),
-        "held_out": len(np.unique(eval_digests)),
+    tally = {name: count + eval_tally[name] for name, count in tally.items()}
+    trained_on = int(np.count_nonzero(part[chosen] == 0))
+    counts = tally | {
+        "trained_on": trained_on,
+        "held_out": tally["conversations"] - tally["dropped"] - trained_on,
         "tokens": int(tokens[chosen].sum()),
         "trained_tokens": int(trained[chosen].sum()),
         "rows": len(train_rows),
@@ -1083,6 +1089,7 @@ class Sample(NamedTuple):
     digest: int  # of the whole conversation
     file: str
     line: int
+    part: int  # 0 for a whole conversation or its first part
 
 
 class Encoder:
@@ -1150,24 +1157,45 @@ BLANKS = re.compile(r"(?<![^\S\r\n])[^\S\r\n]{1000000}")
 
 
 def encode_conversations(
-    conversations: Iterable[Conversation], encode: Encoder, max_length: int, overlong: str, warn: Warn
+    conversations: Iterable[Conversation],
+    encode: Encoder,
+    max_length: int,
+    overlong: str,
+    warn: Warn,
+    tally: Counter | None = None,
 ) -> Iterator[list[Sample]]:
-    """Yield batches of samples; none is longer than max_length."""
+    """Yield batches of samples; none is longer than max_length.
+
+    `tally` counts conversations, those split and dropped, dropped exchanges and the trained tokens lost with them.
+    InputError that lists the conversations over max_length if `overlong` is error.
+    """
+    tally, too_long = Counter() if tally is None else tally, []
     for batch in batch_conversations(conversations):
         for turns, file, _ in batch:
             for turn in turns:
                 if len(turn.content) > 1_000_000 and BLANKS.search(turn.content):
                     raise InputError(f"{file}:{turn.line}: a million blanks in a row; delete them")
         samples = []
+        tally["conversations"] += len(batch)
         for conversation, tokens in zip(batch, encode([c.turns for c in batch]), strict=True):
+            turns, file, line = conversation
             parts = [tokens]
-            if len(tokens.input_ids) > max_length:
-                parts = handle_overlong(conversation, len(tokens.input_ids), encode, max_length, overlong, warn)
-            key = digest(conversation.turns)
-            for ids, labels in parts:
-                trained = int(np.count_nonzero(labels != IGNORE))
-                samples.append(Sample(ids, labels, trained, key, conversation.file, conversation.line))
+            if len(tokens.input_ids) > max_length and overlong == "error":
+                problem = f"{len(tokens.input_ids)} tokens, above --max-length {max_length}"
+                too_long.append((file, line, f"{problem}; shorten it or use --overlong split"))
+            elif len(tokens.input_ids) > max_length:
+                parts = handle_overlong(conversation, tokens, encode, max_length, overlong, warn, tally)
+            key = digest(turns)
+            for part, (ids, labels) in enumerate(parts):
+                samples.append(Sample(ids, labels, count_trained(labels), key, file, line, part))
         yield samples
+    if too_long:
+        raise InputError(list_errors(too_long, []))
+
+
+def count_trained(labels: np.ndarray) -> int:
+    """How many labels are trained."""
+    return int(np.count_nonzero(labels != IGNORE))
 
 
 def batch_conversations(conversations: Iterable[Conversation], characters=1 << 21) -> Iterator[list[Conversation]]:
@@ -1184,21 +1212,32 @@ def batch_conversations(conversations: Iterable[Conversation], characters=1 << 2
 
 
 def handle_overlong(
-    conversation: Conversation, length: int, encode: Encoder, max_length: int, overlong: str, warn: Warn
+    conversation: Conversation,
+    tokens: Tokens,
+    encode: Encoder,
+    max_length: int,
+    overlong: str,
+    warn: Warn,
+    tally: Counter,
 ) -> list[Tokens]:
     """The parts of a conversation of more than max_length tokens that are kept, as --overlong says."""
     turns, file, line = conversation
-    if overlong == "error":
-        problem = f"{length} tokens, above --max-length {max_length}"
-        raise InputError(f"{file}:{line}: {problem}; shorten it or use --overlong split")
+    parts, lost = [], []
+    if overlong == "split":
+        parts, lost = split_conversation(turns, encode, max_length)
+        parts = [part for part in parts if count_trained(part.labels)]  # the others hold only context
+    size, kept = len(tokens.input_ids), sum(count_trained(part.labels) for part in parts)
+    tally["dropped"] += not parts
+    tally["split"] += len(parts) > 1
+    tally["dropped_exchanges"] += len(lost) if parts else 0
+    tally["lost_trained_tokens"] += count_trained(tokens.labels) - kept
     if overlong == "drop":
-        warn(file, line, "overlong", f"dropped: {length} tokens")
+        warn(file, line, "dropped", f"a conversation of {size:,} tokens")
         return []
-    parts, lost = split_conversation(turns, encode, max_length)
     if len(parts) > 1:
-        warn(file, line, "overlong", f"{length:,} tokens: split into {len(parts)}")
+        warn(file, line, "split", f"{size:,} tokens: split into {len(parts)}")
     for turn in lost:
-        warn(file, turn.line, "overlong", "dropped: this exchange alone is longer than a row")
+        warn(file, turn.line, "dropped", "this exchange alone is longer than a row")
     return parts
 
 
@@ -1248,22 +1287,36 @@ def digest(turns: list[Turn]) -> int:
 # ---- Tokens -> rows ------------------------------------------------------------------------------
 
 
-def encode_files(files: dict[str, str], args: argparse.Namespace, encode: Encoder):
-    """(samples, warnings) of these files {name: sha256}; samples is a memory-mapped datasets.Dataset.
+class Encoded(NamedTuple):
+    """The samples of some files, and what happened to their conversations."""
 
-    Its columns are the fields of Sample. A second start with the same files, tokenizer, format and
+    samples: Any  # a memory-mapped datasets.Dataset; its columns are the fields of Sample
+    warnings: list  # (file, line, kind, text)
+    tally: dict[str, int]  # of encode_conversations, and how many conversations --skip-bad has skipped
+
+
+def encode_files(files: dict[str, str], args: argparse.Namespace, encode: Encoder) -> Encoded:
+    """The samples of these files {name: sha256}.
+
+    A second start with the same files, tokenizer, format and
     length finds them in the cache.
     """
     import datasets
 
     def make(folder: Path) -> None:
         found: list = []
-        skip = lambda *_: None  # noqa: E731
+        tally = Counter(skipped=0, conversations=0, split=0, dropped=0, dropped_exchanges=0, lost_trained_tokens=0)
+
+        def warn(*warning) -> None:
+            found.append(warning)
+
+        def skip(*_) -> None:
+            tally["skipped"] += 1
+
         conversations = read_conversations(files, args.input_format, refuse=skip if args.skip_bad else None)
-        warn = lambda *warning: found.append(warning)  # noqa: E731
-        samples = encode_conversations(conversations, encode, args.max_length, args.overlong, warn)
+        samples = encode_conversations(conversations, encode, args.max_length, args.overlong, warn, tally)
         write_arrow(samples, folder / "samples.arrow")
-        write_json(folder / "warnings.json", found)
+        write_json(folder / "found.json", {"warnings": found, "tally": tally})
 
     settings = [
         encode.tokenizer.to_str(),
@@ -1274,7 +1327,7 @@ def encode_files(files: dict[str, str], args: argparse.Namespace, encode: Encode
         args.overlong,
     ]
     folder = cached_folder("samples", [*settings, *files.items()], make)
-    return datasets.Dataset.from_file(str(folder / "samples.arrow")), read_json(folder / "warnings.json")
+    return Encoded(datasets.Dataset.from_file(str(folder / "samples.arrow")), **read_json(folder / "found.json"))
 
 
 def cached_folder(name: str, depends_on: list, make: Callable[[Path], None]) -> Path:
@@ -1311,23 +1364,26 @@ def write_arrow(batches: Iterable[list[Sample]], file: Path) -> None:
     import pyarrow as pa
 
     ids = pa.large_list(pa.int32())
-    schema = pa.schema(zip(Sample._fields, (ids, ids, pa.int32(), pa.int64(), pa.string(), pa.int32()), strict=True))
+    schema = pa.schema(
+        zip(Sample._fields, (ids, ids, pa.int32(), pa.int64(), pa.string(), pa.int32(), pa.int32()), strict=True)
+    )
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
         for batch in filter(None, batches):
             columns = [pa.array([sample[i] for sample in batch], kind) for i, kind in enumerate(schema.types)]
             stream.write_batch(pa.record_batch(columns, schema))
 
 
-def measure(samples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(digest, tokens, trained tokens) of each sample, int64 [N] each; the tokens themselves are not read."""
+def measure(samples) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(digest, tokens, trained tokens, part) of each sample, int64 [N] each; the tokens themselves are not read."""
     from pyarrow.compute import list_value_length
 
-    columns = [(np.zeros(0, np.int64),) * 3]
+    columns = [(np.zeros(0, np.int64),) * 4]
     for batch in samples.with_format("arrow").iter(10_000):
         lengths = list_value_length(batch["input_ids"]).to_numpy()
-        columns.append((batch["digest"].to_numpy(), lengths, batch["trained"].to_numpy().astype(np.int64)))
-    digests, lengths, trained = (np.concatenate(column) for column in zip(*columns, strict=True))
-    return digests, lengths, trained
+        trained, part = (batch[name].to_numpy().astype(np.int64) for name in ("trained", "part"))
+        columns.append((batch["digest"].to_numpy(), lengths, trained, part))
+    digests, lengths, trained, part = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return digests, lengths, trained, part
 
 
 def hold_out(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -1568,8 +1624,12 @@ def print_data(args: argparse.Namespace, world: World, data: Data) -> None:
     """Tokens, lengths, rows and steps; and which settings to change if the steps are too few to learn from."""
     counts = data.counts
     share = counts["trained_tokens"] / counts["tokens"]
-    held_out = f"{counts['held_out']:,} conversations held out"
-    print_field("tokens", f"{counts['tokens']:,}, of which {share:.0%} trained; {held_out}")
+    print_field("used", describe_use(counts))
+    if counts["split"] or counts["dropped"] or counts["dropped_exchanges"]:
+        dropped = f"{counts['dropped']:,} conversations and {counts['dropped_exchanges']:,} exchanges of others dropped"
+        lost = f"{counts['lost_trained_tokens']:,} trained tokens lost"
+        print_field("overlong", f"{counts['split']:,} conversations split, {dropped}, {lost}")
+    print_field("tokens", f"{counts['tokens']:,}, of which {share:.0%} trained")
     sizes, edges = np.histogram(data.lengths, bins=8, range=(0, args.max_length))
     for size, (low, high) in zip(sizes, pairwise(edges), strict=True):
         print(f"  {low:>7.0f} to {high:<7.0f}{size:>7,}  {'█' * round(40 * size / max(sizes))}")
@@ -1583,6 +1643,16 @@ def print_data(args: argparse.Namespace, world: World, data: Data) -> None:
         more = int(rows * epochs / args.epochs // accum)
         print_field("warning", f"few steps: --grad-accum {accum} --epochs {epochs:g} would make {more}")
     print_warnings(data.warnings)
+
+
+def describe_use(counts: dict[str, Any]) -> str:
+    """Where all conversations went, for the screen and the model card."""
+    parts = {"trained on": "trained_on", "held out": "held_out", "dropped (--overlong)": "dropped",
+             "skipped (--skip-bad)": "skipped"}  # fmt: skip
+    shown = [
+        f"{counts[key]:,} {name}" for name, key in parts.items() if counts[key] or key in ("trained_on", "held_out")
+    ]
+    return f"{counts['conversations'] + counts['skipped']:,} conversations: {', '.join(shown)}"
 
 
 def print_rows(rows: Rows, count: int, tokenizer) -> None:
@@ -2658,7 +2728,7 @@ def card_rows(record: dict[str, Any]) -> dict[str, str]:
     """The card's table."""
     data, results = record["data"], record["results"]
     rows = {
-        "conversations": f"{data['conversations']:,}, of which {data['held_out']:,} held out",
+        "data": describe_use(data),
         "tokens per epoch": f"{data['tokens']:,}, of which {data['trained_tokens']:,} trained",
         "optimizer steps": f"{results['steps']:,}",
         "chat format": record["chat_format"]["name"],
