@@ -857,9 +857,12 @@ def record_turns(record: Any, row: int) -> list[Turn]:
         return [record]
     messages = find_messages(record) if isinstance(record, dict) else None
     if not isinstance(messages, list):
-        found = f" in {shorten(', '.join(map(str, record)))}" if isinstance(record, dict) else ""
-        problem = f"no 'messages', 'conversations', 'prompt' and 'completion', or 'instruction' and 'output'{found}"
-        return [Turn("error", f"{problem}; rename the columns, one conversation a row", row)]
+        problem = "no 'messages', 'conversations', 'prompt' and 'completion', or 'instruction' and 'output'"
+        if isinstance(record, dict) and (known := [key for key in ("messages", "conversations") if key in record]):
+            problem = f"{known[0]!r} is empty or not a list"
+        elif isinstance(record, dict) and record:
+            problem += f" in {shorten(', '.join(map(str, record)))}"
+        return [Turn("error", f"{problem}; write one conversation a row, its columns named so", row)]
     if record.get("history"):
         return [Turn("error", "'history' is not read; write its exchanges as 'messages'", row)]
     if record.get("system"):  # ShareGPT's and Anthropic's place for the system turn
@@ -905,7 +908,7 @@ def message_turn(message: Any, row: int) -> Turn:
     if re.search("[\ud800-\udfff]", content):
         return wrong(f"a lone surrogate in a {role} message; repair the text's encoding")
     if weight not in (None, 0, 1):
-        return wrong(f"weight {shorten(weight)}; write 1 for a trained answer, 0 for one that is only context")
+        return wrong(f"unknown weight {shorten(weight)}; write 1 for a trained answer, 0 for one that is only context")
     return Turn(role, content.strip(), row, trained and (role != "assistant" or weight != 0))
 
 
@@ -1597,6 +1600,8 @@ def print_survey(found: dict[str, Any], shown: int = 5) -> None:
     print_field("turns", ", ".join(f"{turns.get(role, 0):,} {role}" for role in ROLES))
     bins = ("1", "2", "3-8", "9+")
     print_field("exchanges", ", ".join(f"{grouped[bin]:,} with {bin}" for bin in bins if grouped[bin]))
+    if found["skipped"]:
+        print_field("skipped", f"{found['skipped']:,} conversations that have errors (--skip-bad)")
     print_warnings(found["warnings"], shown)
 
 

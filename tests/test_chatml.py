@@ -751,7 +751,28 @@ JSON = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["role", "content", "from", "value", "type", "text", "messages"]), inner, max_size=3
+            st.sampled_from(
+                [
+                    "role",
+                    "content",
+                    "from",
+                    "value",
+                    "type",
+                    "text",
+                    "messages",
+                    "weight",
+                    "system",
+                    "prompt",
+                    "completion",
+                    "instruction",
+                    "input",
+                    "output",
+                    "tools",
+                    "tool_calls",
+                ]
+            ),
+            inner,
+            max_size=3,
         )
     ),
     max_leaves=8,
