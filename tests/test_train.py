@@ -148,7 +148,6 @@ TRAINER_FLAGS = {
     ("--logging-steps", "4"): ("logging_steps", 4),
     ("--eval-steps", "5"): ("eval_steps", 5),
     ("--save-steps", "20"): ("save_steps", 20),
-    ("--save-total-limit", "2"): ("save_total_limit", 2),
     ("--report-to", "tensorboard"): ("report_to", ["tensorboard"]),
 }
 
