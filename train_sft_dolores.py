@@ -353,6 +353,7 @@ def train(args: argparse.Namespace, world: World) -> None:
 
     record = run_record(args, base, inputs, data.counts)
     checkpoint = None
+    check_weights(args.model, base.folder)  # before anything is deleted
     if not world.rank:
         if args.resume:
             checkpoint = resume_point(args.output, record, args.force_resume)
@@ -1517,7 +1518,6 @@ def find_base(args: argparse.Namespace) -> Base:
     """The base model, downloaded if necessary and checked as far as its weights need not be read."""
     folder, revision = resolve_model(args.model)
     config = load_config(args.model, folder)
-    check_weights(args.model, folder)
     tokenizer = load_tokenizer(args.model, folder)
     check_targets(empty_model(args.model, config), args.lora_target_modules)
     encode = load_encoder(args.model, folder, args.chat_format)
@@ -1600,7 +1600,7 @@ def load_config(name: str, folder: str):
 
 
 def check_weights(name: str, folder: str) -> None:
-    """Read the headers of the weights: a truncated file is found before anything is deleted."""
+    """Read the headers of the weights, to find truncated files."""
     from safetensors import SafetensorError, safe_open
 
     files = glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))
@@ -1901,7 +1901,7 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
             print_field("device", "this CPU has no bfloat16: --no-bf16 --bnb-dtype float32 is about ten times faster")
         if args.optim.startswith("paged_"):
             unpaged = optimizer_on(args.optim, "cpu")
-            print_field("device", f"paged optimizer state needs CUDA: {unpaged} does the same arithmetic unpaged")
+            print_field("device", f"{args.optim} needs CUDA: {unpaged} does the same arithmetic unpaged")
         return torch.device("cpu")
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
