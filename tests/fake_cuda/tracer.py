@@ -20,7 +20,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import warnings
 import weakref
 from collections import Counter
@@ -162,10 +161,6 @@ def nf4_matmul_workspace(x, data, shape, *args, **kwargs) -> int:
     return outs * ins * x.itemsize + 2 * outs * ins // 64 * 4 if x.numel() // ins > 512 else 0
 
 
-def dequantize_workspace(data, absmax, blocksize, *args, **kwargs) -> int:
-    return 0
-
-
 def attention_backward_workspace(grad, query, key, value, out, lse, ends, *args, **kwargs) -> int:
     """FlashAttention 2 sums dq in float32, padded by 128 rows a document, and has dk and dv for every query head."""
     tokens, heads, width = query.shape
@@ -174,6 +169,7 @@ def attention_backward_workspace(grad, query, key, value, out, lse, ends, *args,
     return padded * heads * (width + 1) * 4 + expanded
 
 
+CONTEXT = 0.7  # GiB that the driver takes for a process; a guess, no card has been asked
 WORKSPACE: dict[object, Callable[..., int]] = {
     torch.ops.bitsandbytes.gemm_4bit.default: nf4_matmul_workspace,
     torch.ops.torch_attn._varlen_attn_backward.default: attention_backward_workspace,
@@ -231,10 +227,10 @@ class Trace(TorchDispatchMode):
     def _sums_in_place(self, total, other) -> bool:
         """Whether autograd would add `other` to a gradient in place: it never does for fake tensors, only for real ones.
 
-        The condition is that of can_accumulate_inplace in torch/csrc/autograd/input_buffer.cpp. Autograd runs in
-        its own thread with gradients off; a layer that is recomputed there has them on.
+        The condition is that of can_accumulate_inplace in torch/csrc/autograd/input_buffer.cpp. Within backward
+        gradients are off, except where a layer is recomputed.
         """
-        if torch.is_grad_enabled() or threading.current_thread() is threading.main_thread():
+        if torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1:
             return False
         references = total._use_count(), torch._C._storage_Use_Count(total.untyped_storage()._cdata)
         if self._lone is None:
@@ -259,19 +255,27 @@ class Trace(TorchDispatchMode):
             self.kernels += KERNELS.get(name, 1)
 
 
-def declare_kernels() -> torch.library.Library:
-    """Tell the dispatcher of CUDA kernels that this torch build lacks.
+def declare_kernels() -> list[str]:
+    """Tell the dispatcher of the CUDA kernels that this torch build lacks; returns the operators' names.
 
-    An operator that has a formula for any device and a kernel for CUDA is taken apart where the kernel is missing:
-    SiLU's backward would make five tensors in place of one. Fake tensors never run the kernel.
+    An operator that has both a formula for any device and a kernel of its own is taken apart where the kernel is
+    missing: SiLU's backward would make five tensors in place of one. Fake tensors never run the kernel.
     """
-    library = torch.library.Library("aten", "IMPL")
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+
+    def lacking(name: str) -> bool:
+        return has_kernel(name, "CompositeImplicitAutograd") and has_kernel(name, "CPU") and not has_kernel(name, "CUDA")
 
     def kernel(*args):
         raise AssertionError("a kernel ran on a fake tensor")
 
-    library.impl("silu_backward", kernel, "CUDA")
-    return library
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::") and lacking(name)]
+    for name in names:
+        CUDA_KERNELS.impl(name.removeprefix("aten::"), kernel, "CUDA")
+    return names
+
+
+CUDA_KERNELS = torch.library.Library("aten", "IMPL")  # the declarations last as long as this
 
 
 # ---- The model ---------------------------------------------------------------------------------------
@@ -296,11 +300,53 @@ class Linear4bit(bnb.nn.Linear4bit):
         self.weight.compress_statistics = True
 
 
-def make_model(case: Case, trace: Trace, mode: FakeTensorMode):
+class Card:
+    """A fake card: its fake tensors (`mode`) and what is counted on them (`trace`)."""
+
+    def __init__(self):
+        self.mode, self.trace = FakeTensorMode(allow_non_fake_inputs=True), Trace()
+        declare_kernels()
+        with self.on():
+            self.trace.calibrate()
+
+    @contextlib.contextmanager
+    def on(self):
+        with self.mode, self.trace:
+            yield
+
+    def put(self, batch: dict) -> dict:
+        """The batch's tensors on the card; the copies are counted."""
+        with self.mode:
+            fake = {name: self.mode.from_tensor(x) if torch.is_tensor(x) else x for name, x in batch.items()}
+        with self.on():
+            return {name: x.to("cuda") if torch.is_tensor(x) else x for name, x in fake.items()}
+
+    @contextlib.contextmanager
+    def answering(self, gib: float):
+        """torch.cuda's questions about memory, answered for a card of this size by the trace."""
+        trace, total = self.trace, round(gib * GIB)
+        answers = {
+            "empty_cache": gc.collect,
+            "reset_peak_memory_stats": lambda *_: trace.start(),
+            "max_memory_reserved": lambda *_: trace.peak,
+            "max_memory_allocated": lambda *_: trace.peak,
+            "memory_reserved": lambda *_: trace.live,
+            "memory_allocated": lambda *_: trace.live,
+            "mem_get_info": lambda *_: (total - round(CONTEXT * GIB) - trace.live, total),
+            "get_device_properties": lambda *_: mock.Mock(total_memory=total),
+            "synchronize": lambda *_: None,
+        }
+        with contextlib.ExitStack() as stack:
+            for name, function in answers.items():
+                stack.enter_context(mock.patch.object(torch.cuda, name, function))
+            yield
+
+
+def make_model(case: Case, card: Card):
     """The trainer's model for this case on fake CUDA: frozen base, its loss, its adapters."""
     dtype = torch.bfloat16 if case.bf16 else torch.float32
     config = LlamaConfig(**LLAMA31_8B | {"num_hidden_layers": case.layers})
-    with mode, trace, torch.device("cuda"):
+    with card.on(), torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention_name())
         if case.nf4:
             for layer in model.model.layers:
@@ -332,8 +378,119 @@ def row_of(case: Case) -> dict:
 
 
 class LongestRow:
+    """What the trainer asks of its rows when it measures."""
+
     def __init__(self, case: Case):
         self.row = row_of(case)
 
     def longest(self) -> dict:
         return self.row
+
+
+# ---- What is traced ----------------------------------------------------------------------------------
+
+
+def trained_of(model) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def check_gradients(model) -> None:
+    """Each trained parameter has a gradient of its own shape and dtype on the card, and nothing else has one."""
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        assert (gradient is not None) == parameter.requires_grad, name
+        if gradient is not None:
+            assert gradient.shape == parameter.shape and gradient.dtype == parameter.dtype == torch.float32, name
+            assert gradient.device.type == parameter.device.type == "cuda", name
+
+
+def micro_step(card: Card, model, batch: dict) -> int:
+    """Forward and backward of one batch; returns the bytes that forward has left for backward."""
+    with card.on():
+        before = card.trace.live
+        loss = model.train()(**batch, num_items_in_batch=1000).loss
+        assert loss.shape == () and loss.dtype == torch.float32 and loss.device.type == "cuda"
+        kept = card.trace.live - before
+        loss.backward()
+    return kept
+
+
+def step(card: Card, model, case: Case) -> dict:
+    """The second of two micro-steps, when all gradients exist: bytes, operators, kernels."""
+    free = choose_checkpointing(model, case)
+    model.zero_grad()
+    batch = card.put(collate([row_of(case)] * case.rows))
+    micro_step(card, model, batch)
+    card.trace.start()
+    kept = micro_step(card, model, batch)
+    check_gradients(model)
+    return {
+        "free": free,
+        "peak": card.trace.peak,
+        "kept": kept,
+        "operators": sum(card.trace.operators.values()),
+        "kernels": card.trace.kernels,
+        "waits": card.trace.waits,
+    }
+
+
+def evaluation(card: Card, model, case: Case) -> dict:
+    """The held-out loss of one batch, without gradients."""
+    batch = card.put(collate([row_of(case)] * case.rows))
+    with card.on():
+        card.trace.start()
+        before = card.trace.live
+        with torch.no_grad():
+            loss = model.eval()(**batch, num_items_in_batch=1).loss
+        assert loss.shape == () and loss.dtype == torch.float32 and not loss.requires_grad
+        left = card.trace.live - before
+    return {"peak": card.trace.peak - before, "left": left, "waits": card.trace.waits}
+
+
+class Unread:
+    """A tokenizer whose answers are counted, not read: fake ids have no values."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.lengths = tokenizer, []
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, *args, **kwargs):
+        return self.tokenizer(*args, **kwargs)
+
+    def decode(self, ids, **kwargs) -> str:
+        assert ids.device.type == "cuda" and ids.dtype == torch.int64
+        self.lengths.append(len(ids))
+        return ""
+
+
+def generation(card: Card, model, tokens: int) -> dict:
+    """A greedy answer of so many tokens through the trainer's own function, with the key-value cache."""
+    import parts
+    from transformers import AutoTokenizer
+
+    tokenizer = Unread(AutoTokenizer.from_pretrained(parts.llama31_tokenizer()))
+    tokenizer.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    with card.on():
+        card.trace.start()
+        card.trace.scalars = iter([0] * (tokens - 1) + [1])  # "is every answer finished?", asked once a token
+        answer(model, tokenizer, "Qui es-tu ?", tokens)
+        card.trace.scalars = iter(())
+    return {"tokens": tokenizer.lengths, "operators": dict(card.trace.operators), "waits": card.trace.waits}
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    card, made, model = Card(), None, None
+    for text in sys.argv[1:]:
+        case = Case(**json.loads(text))
+        build = dataclasses.replace(case, tokens=0, rows=0, documents=0, trained=0, checkpointing="all")
+        if build != made:
+            model = None
+            model, made = make_model(case, card), build
+        print(json.dumps(dataclasses.asdict(case) | step(card, model, case)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
