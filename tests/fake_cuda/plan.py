@@ -82,30 +82,20 @@ def memory_plan(
     return {name: amount / GIB for name, amount in parts.items()}
 
 
-def uncheckpointed_layers_that_fit(
-    layers: int, peak: Callable[[int], int], limit: int, out_of_memory: Callable[[Exception], bool]
-) -> int:
+def uncheckpointed_layers_that_fit(layers: int, peak: Callable[[int], int], limit: int) -> int:
     """How many layers may keep their activations below `limit` bytes.
 
-    peak(n) does one step with n such layers and returns the bytes at its peak; it may run out of memory. With none
-    of them the peak is a recomputed layer's, which hides the first free one; from one on the peak is a line.
+    peak(n) does one step with n such layers and returns the bytes at its peak, sys.maxsize where it ran out of
+    memory. It is a line from n = 1 on; at 0 the recomputed layer's activations stand where the first free one's
+    would, so a slope measured from there is too small. The answer is measured too, and lowered until it fits.
     """
-
-    def measured(free: int) -> float:
-        try:
-            return peak(free)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            return float("inf")
-
-    measured(0)  # gradients, kernels and workspaces come with the first step
-    low, high = 1, min(3, layers)
-    at_low, at_high = measured(low), measured(high)
-    if at_high > limit:
-        return next((n for n, at in ((2, measured(2) if low < 2 < high and at_low <= limit else at_high), (1, at_low)) if at <= limit), 0)
-    slope = max(1.0, (at_high - at_low) / max(1, high - low))
-    free = min(layers, high + int((limit - at_high) // slope))
-    while free > high and (over := measured(free) - limit) > 0:
-        free = max(high, free - (max(1, round(over / slope + 0.5)) if over < float("inf") else 1))
+    peak(0)  # gradients, kernels and workspaces come with the first step
+    few = min(3, layers)
+    at_one, at_few = peak(1), peak(few)
+    if at_one > limit:
+        return 0
+    per_layer = max(1, (at_few - at_one) // max(1, few - 1))
+    free = min(layers, 1 + (limit - at_one) // per_layer)
+    while free > 1 and (over := peak(free) - limit) > 0:
+        free -= min(-(-over // per_layer), -(-free // 4))  # out of memory says nothing about how much
     return free

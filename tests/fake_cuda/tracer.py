@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Trace the trainer's CUDA path on fake CUDA tensors: every shape, dtype and device check of torch, no GPU, no weights.
 
-    python tests/fake_cuda/tracer.py '{"tokens": 4096, "checkpointing": "none"}' '{"nf4": false}'
+    echo '{"tokens": 4096, "checkpointing": "none"}' | python tests/fake_cuda/tracer.py
 
-Each argument is one case: fields of `Case`, as JSON. Each printed line is what one case found, as JSON (`step`).
+Each input line is one job, as JSON: fields of `Case`, and `job` where it is another than `step`. Each printed line is
+what it found, as JSON. One process does all jobs, because imports take longer than most of them.
 
 A trace counts what PyTorch's allocator would hand out: the bytes of all storages on the card that are alive, their
 peak, and the buffers that kernels take for themselves (`WORKSPACE`). It cannot show time, values, fragmentation, or
@@ -16,14 +17,16 @@ import dataclasses
 import gc
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
+import traceback
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
@@ -188,7 +191,7 @@ class Trace(TorchDispatchMode):
         self.live = self.peak = self.waits = 0
         self.operators: Counter[str] = Counter()
         self.kernels = 0
-        self.scalars: Iterator[float] = iter(())  # what the CPU reads from the card, in order; then zeros
+        self.scalar: Callable[[], float] = float  # what the CPU reads whenever it asks the card for a value
         self._known: weakref.WeakSet = weakref.WeakSet()
         self._lone: tuple[int, int] | None = None
 
@@ -207,7 +210,7 @@ class Trace(TorchDispatchMode):
         self._count(func, args)
         if func is aten._local_scalar_dense.default and args[0].device.type == "cuda":
             self.waits += 1
-            return next(self.scalars, 0)
+            return self.scalar()
         result = func(*args, **kwargs)
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda":
@@ -394,14 +397,15 @@ def trained_of(model) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def check_gradients(model) -> None:
-    """Each trained parameter has a gradient of its own shape and dtype on the card, and nothing else has one."""
+def check_gradients(model, sums: int) -> None:
+    """Each trained parameter has a gradient of its own shape and dtype on the card, the sum of so many; no other has."""
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
         assert (gradient is not None) == parameter.requires_grad, name
         if gradient is not None:
             assert gradient.shape == parameter.shape and gradient.dtype == parameter.dtype == torch.float32, name
             assert gradient.device.type == parameter.device.type == "cuda", name
+            assert gradient._version == sums - 1, f"{name}: {gradient._version + 1} gradients"
 
 
 def micro_step(card: Card, model, batch: dict) -> int:
@@ -423,7 +427,7 @@ def step(card: Card, model, case: Case) -> dict:
     micro_step(card, model, batch)
     card.trace.start()
     kept = micro_step(card, model, batch)
-    check_gradients(model)
+    check_gradients(model, sums=2)
     return {
         "free": free,
         "peak": card.trace.peak,
@@ -431,7 +435,34 @@ def step(card: Card, model, case: Case) -> dict:
         "operators": sum(card.trace.operators.values()),
         "kernels": card.trace.kernels,
         "waits": card.trace.waits,
+        "planned": planned(case, free),
     }
+
+
+def measured(card: Card, model, case: Case, gib: float) -> dict:
+    """How many layers the trainer leaves unrecomputed after measuring on a card of this size, and their peak there."""
+    with card.answering(gib):
+        free = choose_checkpointing(model, dataclasses.replace(case, checkpointing="auto"))
+    batch = card.put(collate([row_of(case)] * case.rows))
+    micro_step(card, model, batch)
+    card.trace.start()
+    micro_step(card, model, batch)
+    return {"free": free, "peak": card.trace.peak, "optimizer": planned(case, free)["optimizer state"]}
+
+
+def compiled(card: Card, model, case: Case) -> dict:
+    """Two batches of different lengths through layers compiled up to code generation; torch.compile refuses a trace."""
+    from torch._dynamo.utils import counters
+
+    choose_checkpointing(model, case)
+    model.zero_grad()
+    compile_layers(model, "aot_eager")
+    for count, batch_case in enumerate((case, dataclasses.replace(case, tokens=1000, documents=3)), 1):
+        batch = card.put(collate([row_of(batch_case)] * case.rows))
+        with card.mode:
+            model.train()(**batch, num_items_in_batch=1000).loss.backward()
+        check_gradients(model, sums=count)
+    return {"graphs": counters["stats"]["unique_graphs"], "breaks": dict(counters["graph_break"])}
 
 
 def evaluation(card: Card, model, case: Case) -> dict:
@@ -474,22 +505,34 @@ def generation(card: Card, model, tokens: int) -> dict:
     tokenizer.tokenizer.chat_template = "{{ messages[0]['content'] }}"
     with card.on():
         card.trace.start()
-        card.trace.scalars = iter([0] * (tokens - 1) + [1])  # "is every answer finished?", asked once a token
+        chosen = card.trace.operators
+        card.trace.scalar = lambda: float(chosen["aten::argmax"] >= tokens)  # "is the answer finished?"
         answer(model, tokenizer, "Qui es-tu ?", tokens)
-        card.trace.scalars = iter(())
+        card.trace.scalar = float
     return {"tokens": tokenizer.lengths, "operators": dict(card.trace.operators), "waits": card.trace.waits}
 
 
+JOBS = {"step": step, "evaluation": evaluation, "generation": generation, "measured": measured, "compiled": compiled}
+
+
 def main() -> None:
+    """Do the jobs that standard input names, one JSON object a line: `job`, `options`, and the fields of `Case`."""
     warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
     card, made, model = Card(), None, None
-    for text in sys.argv[1:]:
-        case = Case(**json.loads(text))
-        build = dataclasses.replace(case, tokens=0, rows=0, documents=0, trained=0, checkpointing="all")
-        if build != made:
-            model = None
-            model, made = make_model(case, card), build
-        print(json.dumps(dataclasses.asdict(case) | step(card, model, case)), flush=True)
+    for line in sys.stdin:
+        fields = json.loads(line)
+        job, options = JOBS[fields.pop("job", "step")], fields.pop("options", {})
+        case = Case(**fields)
+        build = case.nf4, case.bf16, case.dropout, case.r, case.layers
+        try:
+            if build != made:
+                model = None
+                model, made = make_model(case, card), build
+            result = job(card, model, case, **options)
+        except Exception:
+            result, made = {"error": traceback.format_exc()}, None
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
