@@ -1,9 +1,9 @@
-# make demo: see a real Llama become Dolores on this CPU.   make test: all tests.
+# make demo: see a real Llama become Dolores on this CPU.   make test: all tests.   make test-fast: without the slow ones.
 PYTHON ?= python3
 QUESTION ?= Comment distinguer ce que je sais de ce que je crois ?
 python = .venv/bin/python
 
-.PHONY: demo test lint bench test-ollama clean
+.PHONY: demo test test-fast lint bench test-ollama clean
 
 demo: .venv/demo
 	@rm -rf demo/adapter demo/merged
@@ -17,8 +17,13 @@ demo: .venv/demo
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile
 
+test-fast: .venv/dev
+	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile -m "not slow"
+
 lint: .venv/dev
-	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
 bench: .venv/dev
 	$(python) benchmarks/flops.py

@@ -31,10 +31,8 @@ def typical_row(length: int) -> tuple[dict, float, int]:
 
     args = sft.parse_args(["--model", str(parts.llama31_tokenizer()), "--max-length", str(length), "--eval-fraction", "0",
                            "--train-files", str(llama.ROOT / "train.chatml")])  # fmt: skip
-    args.processes = 1
-    rows, _, counts, _, _ = sft.make_rows(
-        sft.expand(args.train_files), {}, args, sft.Encoder(*sft.local_vocabulary(args, args.model))
-    )
+    encode = sft.load_encoder(args.model, args.model, args.chat_format)
+    rows, _, _, counts, _ = sft.prepare_data(args, sft.World(), sft.find_files(args.train_files), {}, encode)
     rows = [rows[i] for i in range(len(rows))]
     tokens = np.array([sum(map(len, row["input_ids"])) for row in rows])
     pairs = np.array([sum(len(ids) ** 2 for ids in row["input_ids"]) for row in rows])
@@ -105,7 +103,7 @@ def our_step(shape: dict, args, batch: dict, free: int):
     model = llama.nf4_llama(shape, "meta", "packed_on_cuda")
     # The head as a function: FlopCounterMode's hooks on modules cannot bear autograd.grad within a forward.
     model.get_output_embeddings = lambda: partial(torch.nn.functional.linear, weight=model.lm_head.weight)
-    sft.lose_on_trained_tokens(model)
+    sft.install_chunked_loss(model)
     model = sft.add_lora(model, args, None)
     drop_as_on_cuda(model)
     base = model.get_base_model()
@@ -217,7 +215,7 @@ def peer_on_cpu(shape: dict, args, batch: dict, which: str):
 def fitting(shape: dict, args, tokens: int, share: float, card: float) -> tuple[int, float, float]:
     """(free layers, GiB then needed, bytes per token and free layer) by the trainer's memory_plan for this card."""
     layers = shape["num_hidden_layers"]
-    need = [sum(sft.memory_plan(shape, args, tokens, share, free).values()) for free in range(layers + 1)]
+    need = [sum(sft.memory_plan(args, sft.World(), shape, tokens, share, free).values()) for free in range(layers + 1)]
     limit = 0.95 * args.torch_memory_fraction * card  # plan_checkpointing keeps the same margin
     free = max((free for free in range(layers + 1) if need[free] <= limit), default=0)
     return free, need[free], (need[-1] - need[1]) / max(1, layers - 1) * 2**30 / tokens
@@ -234,7 +232,7 @@ def main() -> None:
     shape = llama.LLAMA31_8B | {key: getattr(options, name) for name, key in keys.items()}
     shape["num_attention_heads"] = options.hidden // shape["head_dim"]
     shape["num_key_value_heads"] = max(1, shape["num_attention_heads"] // 4)
-    sft.quiet()
+    sft.load_libraries()
     warnings.filterwarnings("ignore", category=FutureWarning)
     row, share, rows = typical_row(options.length)
     batch = sft.collate([row])

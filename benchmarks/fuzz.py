@@ -110,8 +110,7 @@ def parquet(data) -> bytes:
 def encoders():
     folder = str(parts.smollm2())
     for name in ("dolores", "chatml"):
-        vocabulary, chat = sft.local_vocabulary(sft.parse_args(["--chat-format", name]), folder)
-        yield sft.Encoder(vocabulary, chat)
+        yield sft.load_encoder(folder, folder, name)
 
 
 ENCODERS = list(encoders())

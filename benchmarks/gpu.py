@@ -7,7 +7,7 @@
 
 Nothing is downloaded: the weights are random and are quantised on the card, the token ids are random too, in rows
 packed from documents as long as train.chatml's, two thirds of their tokens trained. Each variant is a process of its
-own on the same rows in the same order; whatever one dies of stands in its line. Speed is the median over the steps
+own on the same rows in the same order; if it fails, its line shows the error. Speed is the median over the steps
 after the first two; MFU counts 32.4 GFLOP a token, what forward and backward need without recomputation.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 import llama
 import sides
 
-VARIANTS = {  # what is done otherwise than in "ours"
+VARIANTS = {  # how each differs from "ours"
     "TRL": {"peer": "trl"},
     "plain Trainer": {"peer": "plain"},
     "ours": {},
@@ -52,7 +52,7 @@ def train(name: str, folder: Path, options) -> dict:
     from transformers import set_seed
 
     sft, variant = sides.sft, VARIANTS[name]
-    sft.quiet()
+    sft.load_libraries()
     if options.tiny:
         torch.set_num_threads(1)  # two threads that wait for each other cost more than the tiny model's work
     cuda = torch.cuda.is_available()
@@ -86,7 +86,7 @@ def train(name: str, folder: Path, options) -> dict:
 
 
 def some_tokenizer():
-    """SFTTrainer asks for one; it has nothing to do here."""
+    """SFTTrainer needs one; it is not used here."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -95,7 +95,7 @@ def some_tokenizer():
 
 
 def card(*_) -> dict:
-    """The device, and the bf16 matrix product it reaches."""
+    """The device, and its measured speed of a bf16 matrix product."""
     import torch
 
     if not torch.cuda.is_available():
@@ -115,7 +115,7 @@ def card(*_) -> dict:
 
 
 def child(task, name: str, folder: str, options) -> None:
-    """Do a task; what it returns, or what it died of, goes into result.json, what it prints into log."""
+    """Run a task: its result or its error goes into result.json, its output into log."""
     log = os.open(f"{folder}/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -131,18 +131,21 @@ def child(task, name: str, folder: str, options) -> None:
 # ---- All variants ----
 
 
-def run(server, task, name: str, folder: Path, options, timeout: float) -> dict:
-    """child's result; an error too where it ended without one or took too long."""
+def run(task, name: str, folder: Path, options, timeout: float) -> dict:
+    """The result of a task in a new process, or an error if it ended without one or took too long.
+
+    The process is spawned: bitsandbytes initialises CUDA on import, and a process forked after that could not use it.
+    """
     if timeout < 5:
-        return {"error": "left out: no time left"}
+        return {"error": "skipped: no time left"}
     (folder / "result.json").unlink(missing_ok=True)
-    process = server.Process(target=child, args=(task, name, str(folder), options))
+    process = multiprocessing.get_context("spawn").Process(target=child, args=(task, name, str(folder), options))
     process.start()
     process.join(timeout)
     if process.is_alive():
         process.kill()
         process.join()
-        return {"error": "ended: no time left"}
+        return {"error": "stopped: no time left"}
     if not (folder / "result.json").exists():
         return {"error": f"exit status {process.exitcode}"}
     return json.loads((folder / "result.json").read_text())
@@ -171,22 +174,20 @@ def main() -> None:
         "--cap", type=float, default=24, help="GiB of the card that may be used, 95 %% of them by torch"
     )
     parser.add_argument("--optim", default="adamw_8bit", help="optimizer of every variant")
-    parser.add_argument("--minutes", type=float, default=8.7, help="time for all; what is left out then says so")
+    parser.add_argument("--minutes", type=float, default=8.7, help="time for all; variants after that are left out")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, two short steps, also on a CPU")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
     options.shape = llama.LLAMA31_8B
     if options.tiny:
         options.shape, options.length, options.rows, options.steps = llama.LLAMA31_8B | TINY, 128, 2, 2
-    # On a CPU the compiler's minutes would be all that the tiny run measures.
+    # On a CPU, compiling would take most of the tiny run's time.
     options.variants = options.variants or [name for name in VARIANTS if not (options.tiny and "compiled" in name)]
-    # The same allocator for every side; torch reads this when it is imported. One import serves all processes.
+    # The same allocator for every side; each process reads this when it imports torch.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "gpu"])
     with tempfile.TemporaryDirectory(prefix="gpu-benchmark-") as name:
         folder = Path(name)
-        device = run(server, card, "card", folder, options, 120)
+        device = run(card, "card", folder, options, 120)
         if "error" in device:
             sys.exit(device["error"])
         peak = next((tera for key, tera in PEAKS.items() if key in device["name"] and not options.tiny), None)
@@ -199,7 +200,7 @@ def main() -> None:
         )
         baseline = None
         for variant in options.variants:
-            result = run(server, train, variant, folder, options, deadline - time.monotonic())
+            result = run(train, variant, folder, options, deadline - time.monotonic())
             if variant == "TRL":
                 baseline = result.get("tokens_per_second")
             print(line(variant, result, options.shape["num_hidden_layers"], peak, baseline), flush=True)

@@ -54,15 +54,14 @@ def seconds(work) -> float:
 
 def main(n=1_250_000):
     print(platform.platform(), platform.machine(), f"{os.cpu_count()} cores, Python {platform.python_version()}")
-    args = sft.parse_args([])
     encoders = [
-        sft.Encoder(*sft.local_vocabulary(args, str(folder))) for folder in (parts.smollm2(), parts.llama31_tokenizer())
+        sft.load_encoder(str(folder), str(folder), "dolores") for folder in (parts.smollm2(), parts.llama31_tokenizer())
     ]
     file = str(Path(tempfile.mkdtemp()) / "d")
 
     def measure(make, size):
         Path(file).write_text(make(size))
-        read = seconds(lambda: sft.survey(sft.expand([file]), "chatml"))
+        read = seconds(lambda: sft.survey(sft.find_files([file]), "chatml"))
         conversations = list(sft.read_conversations([file], "chatml"))
 
         def encode(encoder):

@@ -82,13 +82,12 @@ def ours(folder: Path, input_format: str) -> dict:
 
     file = str(folder / ("data.chatml" if input_format == "chatml" else "data.jsonl"))
     args = sft.parse_args(["--train-files", file, "--input-format", input_format, "--eval-fraction", "0"])
-    args.processes = 1
-    vocabulary = sft.local_vocabulary(args, str(parts.llama31_tokenizer()))
+    encode = sft.load_encoder("Llama 3.1", str(parts.llama31_tokenizer()), args.chat_format)
     start = time.monotonic()
-    files = sft.expand([file])
+    files = sft.find_files([file])
     sft.survey(files, input_format)
     surveyed = time.monotonic()
-    counts = sft.make_rows(files, {}, args, sft.Encoder(*vocabulary))[2]
+    counts = sft.prepare_data(args, sft.World(), files, {}, encode).counts
     end = time.monotonic()
     return {"seconds": end - start, "survey": surveyed - start, "tokens": counts["tokens"], "rows": counts["rows"],
             "trained": counts["trained_tokens"], "fill": counts["fill"]}  # fmt: skip

@@ -17,7 +17,6 @@ def arguments(output: Path, *options):
     """The trainer's arguments for a short run that keeps nothing."""
     fixed = ("--output", output, "--eval-fraction", 0, "--warmup-ratio", 0, "--sample-prompts", "none")
     args = sft.parse_args([str(option) for option in (*fixed, *options)])
-    args.process, args.processes = 0, 1
     args.output.mkdir(parents=True, exist_ok=True)
     return args
 
@@ -59,7 +58,7 @@ def ours(args, model, rows, trained_tokens_only=True, lean_lora=True, bf16_norms
 
     if not bf16_norms:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    (sft.lose_on_trained_tokens if trained_tokens_only else lose_on_all_tokens)(model)
+    (sft.install_chunked_loss if trained_tokens_only else lose_on_all_tokens)(model)
     if not bf16_norms:
         model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
     model = sft.add_lora(model, args, None)
@@ -69,7 +68,9 @@ def ours(args, model, rows, trained_tokens_only=True, lean_lora=True, bf16_norms
                 del module.forward  # the class's own, PEFT's
     sft.plan_checkpointing(model, rows, args)
     return in_order(
-        sft.make_trainer(args, model, None, rows, None, [], SimpleNamespace(signal=None, everywhere=lambda _: False))
+        sft.make_trainer(
+            args, sft.World(), model, None, rows, None, [], SimpleNamespace(any_rank_signaled=lambda _: False)
+        )
     )
 
 

@@ -41,9 +41,9 @@ def train(side: str, folder: Path, base: Path, steps: int, length: int) -> dict:
     args = sides.arguments(folder / "out", "--model", base, "--train-files", llama.ROOT / "train.chatml", "--no-bnb-nf4",
                            "--max-length", length, "--optim", "adamw_torch", "--lora-r", 16, "--lora-alpha", 32,
                            "--lora-dropout", 0, "--grad-accum", 1, "--lr-scheduler-type", "constant", *options)  # fmt: skip
-    sft.quiet()
-    encode = sft.Encoder(*sft.local_vocabulary(args, str(base)))
-    rows = sft.make_rows(sft.expand(args.train_files), {}, args, encode)[0]
+    sft.load_libraries()
+    encode = sft.load_encoder(str(base), str(base), args.chat_format)
+    rows = sft.prepare_data(args, sft.World(), sft.find_files(args.train_files), {}, encode).train_rows
     full = sorted(range(len(rows)), key=lambda i: -sum(map(len, rows[i]["input_ids"])))
     rows = sft.Rows(rows.samples, [rows.plan[i] for i in sorted(full[:steps])])
     tokens = sum(len(ids) for i in range(steps) for ids in rows[i]["input_ids"]) / steps

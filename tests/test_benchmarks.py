@@ -1,4 +1,4 @@
-"""The benchmarks run, at sizes that take seconds, and what they count is right. No times are asserted."""
+"""The benchmarks run, at sizes that take seconds, and count correctly. No times are asserted."""
 
 import re
 import subprocess
@@ -9,6 +9,8 @@ import torch
 from runs import ROOT
 
 import train_sft_dolores as sft
+
+sft.load_libraries()
 
 sys.path[:0] = [str(ROOT / "benchmarks")]
 import flops  # noqa: E402
@@ -23,7 +25,7 @@ def benchmark(name: str, *options) -> str:
 
 
 def table(out: str, width: int) -> dict[str, list[str]]:
-    """Lines by their first `width` characters, the rest in words."""
+    """The lines of a table: the first `width` characters as the key, the rest split into words."""
     return {line[:width].strip(): line[width:].split() for line in out.splitlines()}
 
 
@@ -47,12 +49,14 @@ def by_hand(who: str, free: int) -> int:
     tokens, trained = sum(DOCUMENTS), sum(n - n // 2 for n in DOCUMENTS)
     weights = 2 * H * H + 2 * H * KV + 3 * H * F
     lora = 32 * (2 * (H + H) + 2 * (H + KV) + 3 * (H + F))
-    # Ours multiplies each token with those before it in its document, the peers all with all.
+    # Ours multiplies each token with the earlier ones of its document, the others all with all.
     pairs = sum(n * (n + 1) // 2 for n in DOCUMENTS) if who == "ours" else tokens**2
     forward = 2 * tokens * (weights + lora) + 4 * pairs * H
     backward = 2 * tokens * weights + 4 * tokens * lora + 10 * pairs * H
     head = VOCABULARY * H * {"ours": 4 * trained, flops.TRL: 6 * trained, flops.PLAIN: 4 * tokens}[who]
-    again = forward - 2 * tokens * 32 * H  # torch stops at the last tensor it needs: before down_proj's lora_B
+    again = (
+        forward - 2 * tokens * 32 * H
+    )  # recomputation stops at the last tensor that is needed: before down_proj's lora_B
     return LAYERS * (forward + backward) + (LAYERS - free) * again + head
 
 
@@ -64,7 +68,7 @@ def test_flops_are_those_counted_by_hand(batch, who, free):
 
 
 def test_bytes_kept_by_a_layer(batch):
-    """A checkpointed layer keeps its input; dropout adds, in bf16, a dropped copy and a mask of a byte a number."""
+    """A checkpointed layer saves its input; dropout adds a copy in bf16 and a mask of one byte a number."""
     flops.attention_on_meta(DOCUMENTS)
     tokens, sizes = sum(DOCUMENTS), {}
     for dropout in (0, 0.05):
@@ -90,6 +94,7 @@ def test_flops_table(monkeypatch, capsys):
 # ---- prep.py, gpu.py ----
 
 
+@pytest.mark.slow
 def test_prep_makes_the_same_tokens_as_trl():
     out = benchmark("prep.py", "--conversations", 300, "--rounds", 1, "--sides", "TRL 1.16", "ours, ChatML", "ours, second start")  # fmt: skip
     rows = table(out, 20)
@@ -98,15 +103,16 @@ def test_prep_makes_the_same_tokens_as_trl():
     assert abs(int(rows["TRL 1.16"][5]) - int(packed)) <= 1 and float(fill.rstrip("%")) > 90
 
 
+@pytest.mark.slow
 def test_gpu_on_a_cpu():
-    """Every variant runs, from the same weights on the same rows: the first losses are one."""
+    """Every variant runs, from the same weights on the same rows: the first losses are equal."""
     out = benchmark("gpu.py", "--tiny")
     import gpu
     import sides
 
     assert (
         sum(map(len, sides.random_rows(2, 64, 100).longest()["input_ids"])) > 60
-    )  # what a GPU's memory probe asks for
+    )  # the memory probe on a GPU needs it
 
     rows = {name: words for name, words in table(out, 31).items() if name in gpu.VARIANTS}
     assert list(rows) == [name for name in gpu.VARIANTS if "compiled" not in name]

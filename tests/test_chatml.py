@@ -1,4 +1,4 @@
-"""Text -> turns: both ChatML dialects and `messages` data, each error's exact words, hostile data."""
+"""Text -> turns: both ChatML dialects and `messages` data, the place of each error, hostile data."""
 
 import contextlib
 import json
@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from runs import assert_says, error_of
 
 import train_sft_dolores as sft
 
@@ -27,11 +28,14 @@ def write(file: str, content) -> str:
 
 
 def read(*files: str, input_format="chatml"):
-    """[[(role, content)]] of each conversation, and the warnings as [(line, text)]."""
+    """[[(role, content)]] of each conversation, and the warnings as [(line, kind, text)]."""
     warned = []
-    found = sft.read_conversations(
-        list(files), input_format, lambda file, line, kind, text: warned.append((line, text))
-    )
+
+    def warn(file, *warning):
+        assert file in files
+        warned.append(warning)
+
+    found = sft.read_conversations(list(files), input_format, warn)
     return [[(turn.role, turn.content) for turn in conversation.turns] for conversation in found], warned
 
 
@@ -43,15 +47,9 @@ def messages(content, file="d.jsonl"):
     return read(write(file, content), input_format="messages")[0]
 
 
-def error_of(call, *args, **kwargs) -> str:
-    with pytest.raises(sft.InputError) as caught:
-        call(*args, **kwargs)
-    return str(caught.value)
-
-
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """File names in messages are as the user gave them: short, when the test works beside its files."""
+def in_tmp_path(tmp_path, monkeypatch):
+    """Messages name files as the user gave them: short names, when the test works in their folder."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -137,14 +135,14 @@ chats = st.tuples(contents | st.none(), st.lists(st.tuples(contents, contents), 
 
 def as_turns(chat) -> list[tuple[str, str]]:
     system, exchanges = chat
-    asked = [pair for q, a in exchanges for pair in (("user", q), ("assistant", a))]
-    return [("system", system), *asked] if system else asked
+    pairs = [pair for q, a in exchanges for pair in (("user", q), ("assistant", a))]
+    return [("system", system), *pairs] if system else pairs
 
 
 @fuzz
 @given(st.lists(chats, min_size=1, max_size=3), st.booleans(), st.booleans())
-def test_what_is_written_is_read(tmp_path_factory, data, im, crlf):
-    """Any contents can be written in either dialect: a backslash before what would be a tag is enough."""
+def test_any_contents_can_be_written_and_read(tmp_path_factory, data, im, crlf):
+    """In both dialects: a backslash before anything that would be a tag is enough."""
     lines = []
     for chat in data:
         lines.append("<|endoftext|>")
@@ -173,27 +171,26 @@ def test_several_files_and_globs():
     }.items():
         Path(name).parent.mkdir(exist_ok=True)
         write(name, OK.replace("q", q))
-    asked = lambda *patterns: [c[0][1] for c in read(*sft.expand(list(patterns)))[0]]  # noqa: E731
+
+    def asked(*patterns) -> list[str]:
+        """What the user says in each conversation of the files that match."""
+        return [conversation[0][1] for conversation in read(*sft.find_files(list(patterns)))[0]]
+
     assert asked("b.chatml", "a.chatml") == ["1", "2"]
     assert asked("[ab].chatml", "b.chatml") == ["2", "1"]
     assert asked("**/*.chatml") == ["2", "1", "3", "5", "4"]
-    assert asked("x [1].chatml") == ["4"], "a name that exists is itself, whatever glob makes of it"
+    assert asked("x [1].chatml") == ["4"], "the name of an existing file is not a glob"
 
 
 def test_missing_and_empty_files():
     write("empty", b"")
-    assert (
-        error_of(sft.expand, ["nô.chatml"])
-        == "nô.chatml: no such file; give the path of a data file or a glob that matches one"
-    )
-    assert error_of(sft.expand, ["*.chatml"]).startswith("*.chatml: no such file; ")
-    assert error_of(sft.expand, ["."]).startswith(".: no such file; ")
-    assert error_of(sft.expand, ["empty"]) == "empty: the file is empty; write dialogues into it (README, data format)"
+    for name in ("nô.chatml", "*.chatml", ".", "empty"):
+        assert_says(error_of(sft.find_files, [name]), name)
 
 
 @contextlib.contextmanager
 def as_nobody():
-    """Root may read everything: as somebody else, where these tests run as root."""
+    """Become another user where these tests run as root, who may read everything."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -205,7 +202,7 @@ def as_nobody():
 
 
 @pytest.mark.parametrize("name", ["d.chatml", "d.jsonl", "d.parquet"])
-def test_a_file_that_may_not_be_read(name, tmp_path, monkeypatch, capsys):
+def test_a_file_without_read_permission(name, tmp_path, monkeypatch, capsys):
     os.chmod(tmp_path, 0o755)
     write(name, OK)
     os.chmod(name, 0)
@@ -213,64 +210,67 @@ def test_a_file_that_may_not_be_read(name, tmp_path, monkeypatch, capsys):
     with as_nobody(), pytest.raises(SystemExit) as ended:
         sft.main()
     assert ended.value.code == 2
-    assert capsys.readouterr() == ("", f"{name}: cannot be read (Permission denied); make it readable\n")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert_says(err, name, "Permission denied")
 
 
-# ---- errors: `file:line: what; what to do` ----
+# ---- errors: place and fact here, the whole line in tests/screens/errors.txt ----
 
 U, A = "<|user|>\nq\n", "<|assistant|>\na\n"
+CHATML_ERRORS = [  # (text, place, a fact in the message)
+    (OK.encode() + b"<|user|>\ncaf\xe9\n", "d.chatml:6", "0xe9"),
+    (OK.encode("utf-16"), "d.chatml:1", "0xff"),
+    (U.encode() + b"\xed\xa0\x80", "d.chatml:3", "0xed"),
+    (U + "<|assitant|>\na\n", "d.chatml:3", "<|assistant|>"),
+    (U + "<|Assistant|>\na\n", "d.chatml:3", "<|assistant|>"),
+    (U + "<|eot_id|>\n" + A, "d.chatml:3", "\\<|eot_id|>"),
+    ("<|im_start|>usr\nq<|im_end|>\n", "d.chatml:1", "user"),
+    ("<|im_start|>tool\nq<|im_end|>\n", "d.chatml:1", "system, user, assistant"),
+    ("\nBonjour\n" + OK, "d.chatml:2", "<|user|>"),
+    (" <|user|>\nq\n" + A, "d.chatml:1", "<|user|>"),
+    (OK + "<|endoftext|>\ntext\n", "d.chatml:6", "<|user|>"),
+    (OK + "<|endoftext|> text\n", "d.chatml:5", "<|endoftext|>"),
+    (OK + "<|endoftext|>\n" + U, "d.chatml:6", "assistant"),
+    ("<|system|>\nS\n<|system|>\nS\n" + OK, "d.chatml:1", "assistant"),
+    (A, "d.chatml:1", "user"),
+    ("<|system|>\nS\n" + A + OK, "d.chatml:3", "user"),
+    (U + "<|assistant|>\n \n\t\n" + U + A, "d.chatml:3", "empty assistant"),
+    ("<|user|>\n\n" + A, "d.chatml:1", "empty user"),
+    ("\ufeff", "d.chatml", "README"),
+    ("\n \n<|endoftext|>\n\n", "d.chatml", "README"),
+    ("<|im_start|>user\nq\n<|im_start|>assistant\na<|im_end|>", "d.chatml:1", "<|im_end|>"),
+    (OK + "<|im_start|>user\nq\n", "d.chatml:5", "<|im_end|>"),
+    ("<|im_start|>user\nq<|im_end|> r\n", "d.chatml:2", "<|im_end|>"),
+]
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        (OK.encode() + b"<|user|>\ncaf\xe9\n", "d.chatml:6: not UTF-8 (byte 0xe9); save the file as UTF-8"),
-        (OK.encode("utf-16"), "d.chatml:1: not UTF-8 (byte 0xff); save the file as UTF-8"),
-        (U.encode() + b"\xed\xa0\x80", "d.chatml:3: not UTF-8 (byte 0xed); save the file as UTF-8"),
-        (U + "<|assitant|>\na\n", "d.chatml:3: unknown role tag <|assitant|>; did you mean <|assistant|>?"),
-        (U + "<|Assistant|>\na\n", "d.chatml:3: unknown role tag <|Assistant|>; did you mean <|assistant|>?"),
-        (U + "<|eot_id|>\n" + A, "d.chatml:3: unknown role tag <|eot_id|>; write \\<|eot_id|> if it is text"),
-        ("<|im_start|>usr\nq<|im_end|>\n", "d.chatml:1: unknown role 'usr'; did you mean user?"),
-        ("<|im_start|>tool\nq<|im_end|>\n", "d.chatml:1: unknown role 'tool'; use one of system, user, assistant"),
-        ("\nBonjour\n" + OK, "d.chatml:2: text outside of a turn; begin with a tag such as <|user|>"),
-        (" <|user|>\nq\n" + A, "d.chatml:1: text outside of a turn; begin with a tag such as <|user|>"),
-        (OK + "<|endoftext|>\ntext\n", "d.chatml:6: text outside of a turn; begin with a tag such as <|user|>"),
-        (OK + "<|endoftext|> text\n", "d.chatml:5: text after <|endoftext|>; put the separator alone on its line"),
-        (OK + "<|endoftext|>\n" + U, "d.chatml:6: a conversation without an assistant turn; nothing in it can be trained"),
-        ("<|system|>\nS\n<|system|>\nS\n" + OK, "d.chatml:1: a conversation without an assistant turn; nothing in it can be trained"),
-        (A, "d.chatml:1: the assistant speaks first; put a user turn before it"),
-        ("<|system|>\nS\n" + A + OK, "d.chatml:3: the assistant speaks first; put a user turn before it"),
-        (U + "<|assistant|>\n \n\t\n" + U + A, "d.chatml:3: empty assistant turn; fill it or delete it"),
-        ("<|user|>\n\n" + A, "d.chatml:1: empty user turn; fill it or delete it"),
-        ("\ufeff", "d.chatml: no conversation in it; see the README on the data format"),
-        ("\n \n<|endoftext|>\n\n", "d.chatml: no conversation in it; see the README on the data format"),
-        ("<|im_start|>user\nq\n<|im_start|>assistant\na<|im_end|>", "d.chatml:1: this turn is not closed; end it with <|im_end|>"),
-        (OK + "<|im_start|>user\nq\n", "d.chatml:5: this turn is not closed; end it with <|im_end|>"),
-        ("<|im_start|>user\nq<|im_end|> r\n", "d.chatml:2: text after <|im_end|>; put it inside a turn"),
-    ],
-)  # fmt: skip
-def test_chatml_errors(text, message):
-    assert error_of(chatml, text) == message
+@pytest.mark.parametrize("text, place, fact", CHATML_ERRORS)
+def test_chatml_errors(text, place, fact):
+    assert_says(error_of(chatml, text), place, fact)
 
 
-def test_the_second_file_is_named():
+def test_an_error_in_the_second_file():
     write("one", OK), write("two", A)
-    assert error_of(read, "one", "two") == "two:1: the assistant speaks first; put a user turn before it"
+    assert_says(error_of(read, "one", "two"), "two:1", "assistant")
 
 
 def test_errors_stay_short():
-    """A 10 MB line that should be a role is not thrown into the terminal."""
+    """A role of 10 MB is not printed in full."""
     for text in ("<|im_start|>user " + "x" * 10_000_000, "<|im_start|>" + "é" * 1000 + "\n"):
         assert len(error_of(chatml, text)) < 400
 
 
-def test_what_a_file_holds_never_steers_the_terminal():
-    """An escape sequence or a direction override in a tag's name is shown as an escape, not sent."""
+def test_no_text_of_a_file_controls_the_terminal():
+    """An escape sequence or a direction override in a tag's name is printed as visible text."""
     tag, shown = "<|\x1b[2Ja\u202e|>", "<|\\x1b[2Ja\\u202e|>"
-    assert error_of(chatml, U + tag) == f"d.chatml:3: unknown role tag {shown}; write \\{shown} if it is text"
-    assert read(write("d", f"<|user|>q {tag}\n" + A))[1] == [(1, f"{shown} inside a turn is text, no tag")]
-    write("d", row(("user", tag), QA[1]))
-    assert read("d", input_format="messages")[1] == [(1, f"{shown} inside a turn is text, no tag")]
+    error = error_of(chatml, U + tag)
+    assert_says(error, "d.chatml:3", shown, f"\\{shown}")
+    write("c", f"<|user|>q {tag}\n" + A)
+    write("m", row(("user", tag), QA[1]))
+    for warnings in (read("c")[1], read("m", input_format="messages")[1]):
+        ((line, kind, text),) = warnings
+        assert (line, kind) == (1, "tag") and shown in text and tag not in text
 
 
 @pytest.mark.parametrize(
@@ -278,12 +278,12 @@ def test_what_a_file_holds_never_steers_the_terminal():
              " <|user", "<user|", "|USER>", "<||user||>", "<｜user｜>"],
 )  # fmt: skip
 def test_what_looks_like_a_tag(line):
-    """A line that begins with a tag not quite written is text, but never in silence."""
-    found, ((number, warning),) = read(write("d", f"<|user|>\nq\n{line}\nr\n" + A))
+    """A line that begins with a misspelt tag is text, but never without a warning."""
+    found, ((number, kind, warning),) = read(write("d", f"<|user|>\nq\n{line}\nr\n" + A))
     assert found == [[("user", f"q\n{line}\nr"), QA[1]]]
-    assert number == 3 and re.fullmatch(r"'.+' looks like a tag; write <\|user\|> if it is one", warning)
+    assert (number, kind) == (3, "tag") and "<|user|>" in warning
     im = f"<|im_start|>user\nq\n{line}<|im_end|>\n" + A
-    assert [number for number, _ in read(write("d", im))[1]] == [3]
+    assert [warning[:2] for warning in read(write("d", im))[1]] == [(3, "tag")]
 
 
 def test_what_does_not_look_like_a_tag():
@@ -291,14 +291,13 @@ def test_what_does_not_look_like_a_tag():
              "L'user |> x", "system | user", "**user**", "a < user | b"]  # fmt: skip
     assert read(write("d", "<|user|>\n" + "\n".join(lines) + "\n" + A))[1] == []
     corpus = Path(sft.__file__).with_name("train.chatml").read_text(encoding="utf-8")
-    assert [text for _, text in read(write("d", corpus))[1] if "looks like" in text] == []
+    assert read(write("d", corpus))[1] == []
 
 
 def test_warnings():
-    assert read(write("d", "<|system|>\n\n" + OK + U)) == (
-        [QA],
-        [(1, "the empty system turn is left out"), (7, "the user turn at the end has no answer: left out")],
-    )
+    found, warnings = read(write("d", "<|system|>\n\n" + OK + U))
+    assert found == [QA]
+    assert [warning[:2] for warning in warnings] == [(1, "empty system"), (7, "no answer")]
 
 
 # ---- messages ----
@@ -323,12 +322,12 @@ def test_messages():
     assert read("d.parquet", input_format="messages")[0] == [SQA] * 2500
     parts = [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]}, OPENAI[2]]
     assert messages(json.dumps({"messages": parts})) == [[("user", "qr"), QA[1]]]
-    # Role tags in contents are text: only the fields say who speaks.
+    # Role tags in contents are text: only the fields give a role.
     quoted = [{"role": "user", "content": "q\n<|assistant|>\nx"}, OPENAI[1], OPENAI[2], OPENAI[1]]
     assert messages(json.dumps({"messages": quoted})) == [[("user", "q\n<|assistant|>\nx\n\nq"), QA[1]]]
 
 
-def test_messages_carry_their_row():
+def test_messages_have_the_number_of_their_row():
     write("d.jsonl", "\n" + json.dumps({"messages": OPENAI}) + "\n\n" + json.dumps({"messages": OPENAI}))
     assert [(c.line, c.turns[0].line) for c in sft.read_conversations(["d.jsonl"], "messages")] == [(2, 2), (4, 4)]
 
@@ -337,38 +336,38 @@ def row(*turns, **fields):
     return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns], **fields})
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        (row(*QA) + "\n{'messages': []}", "d.jsonl:2: not JSON (Expecting property name enclosed in double quotes); give one object a line, or one list"),
-        ("\n[\n" + row(*QA) + "\n" + row(*QA) + "]", "d.jsonl:4: not JSON (Expecting ',' delimiter); give one object a line, or one list"),
-        (OK, "d.jsonl:1: not JSON (Expecting value); give one object a line, or one list"),
-        ('"text"', "d.jsonl:1: no list 'messages' (or 'conversations'); each row is one conversation"),
-        ("{}", "d.jsonl:1: no list 'messages' (or 'conversations'); each row is one conversation"),
-        ('{"messages": {"role": 1}}', "d.jsonl:1: no list 'messages' (or 'conversations'); each row is one conversation"),
-        ('{"messages": ["q"]}', "d.jsonl:1: a message is no object; write {'role': …, 'content': …}"),
-        (row(("usr", "q")), "d.jsonl:1: unknown role 'usr'; did you mean user?"),
-        (row((["user"], "q")), "d.jsonl:1: unknown role ['user']; did you mean user?"),
-        (row((None, "q")), "d.jsonl:1: unknown role None; use one of system, user, assistant"),
-        (row(("user", None)), "d.jsonl:1: the content of a user message is no text; only text can be trained on"),
-        (row(("user", [{"type": "image"}])), "d.jsonl:1: the content of a user message is no text; only text can be trained on"),
-        (row(("user", "a\ud800b")), "d.jsonl:1: a lone surrogate in a user message; repair the text's encoding"),
-        (row(*QA) + "\n" + row(("user", " "), QA[1]), "d.jsonl:2: empty user turn; fill it or delete it"),
-        (row(QA[0]), "d.jsonl:1: a conversation without an assistant turn; nothing in it can be trained"),
-        (row(QA[1]), "d.jsonl:1: the assistant speaks first; put a user turn before it"),
-        ("\n\n", "d.jsonl: no conversation in it; see the README on the data format"),
-        ("[]", "d.jsonl: no conversation in it; see the README on the data format"),
-        (row(*QA).encode("latin-1") + b"\n\xe9", "d.jsonl:2: not UTF-8 (byte 0xe9); save the file as UTF-8"),
-    ],
-)  # fmt: skip
-def test_messages_errors(text, message):
-    assert error_of(messages, text) == message
+MESSAGES_ERRORS = [
+    (row(*QA) + "\n{'messages': []}", "d.jsonl:2", "property name enclosed in double quotes"),
+    ("\n[\n" + row(*QA) + "\n" + row(*QA) + "]", "d.jsonl:4", "',' delimiter"),
+    (OK, "d.jsonl:1", "JSON"),
+    ('"text"', "d.jsonl:1", "messages"),
+    ("{}", "d.jsonl:1", "messages"),
+    ('{"messages": {"role": 1}}', "d.jsonl:1", "messages"),
+    ('{"messages": ["q"]}', "d.jsonl:1", "role"),
+    (row(("usr", "q")), "d.jsonl:1", "'usr'"),
+    (row((["user"], "q")), "d.jsonl:1", "['user']"),
+    (row((None, "q")), "d.jsonl:1", "None"),
+    (row(("user", None)), "d.jsonl:1", "user"),
+    (row(("user", [{"type": "image"}])), "d.jsonl:1", "user"),
+    (row(("user", "a\ud800b")), "d.jsonl:1", "surrogate"),
+    (row(*QA) + "\n" + row(("user", " "), QA[1]), "d.jsonl:2", "empty user"),
+    (row(QA[0]), "d.jsonl:1", "assistant"),
+    (row(QA[1]), "d.jsonl:1", "user"),
+    ("\n\n", "d.jsonl", "README"),
+    ("[]", "d.jsonl", "README"),
+    (row(*QA).encode("latin-1") + b"\n\xe9", "d.jsonl:2", "0xe9"),
+]
+
+
+@pytest.mark.parametrize("text, place, fact", MESSAGES_ERRORS)
+def test_messages_errors(text, place, fact):
+    assert_says(error_of(messages, text), place, fact)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"messages": ' + "[" * 100_000, '{"messages": ' + "1" * 5000 + "}"])
 def test_json_that_python_refuses(text):
-    """Nested too deeply, or a number too long: no JSONDecodeError in Python, one line here."""
-    assert error_of(messages, text).startswith("d.jsonl:1: ")
+    """Nested too deeply, or a number too long: Python raises no JSONDecodeError, the script prints one line."""
+    assert_says(error_of(messages, text), "d.jsonl:1")
 
 
 def test_a_pair_of_surrogates_is_a_character():
@@ -378,33 +377,32 @@ def test_a_pair_of_surrogates_is_a_character():
 
 
 def test_damaged_parquet():
-    message = "d.parquet: not a Parquet file; give JSON lines, JSON or Parquet"
-    assert error_of(messages, OK, "d.parquet") == message
+    assert_says(error_of(messages, OK, "d.parquet"), "d.parquet", "Parquet")
     rows = [
         {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a" * i}]}
         for i in range(500)
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "d.parquet")
     whole = Path("d.parquet").read_bytes()
-    assert error_of(messages, whole[:-100], "d.parquet") == message
-    spoilt = whole[:500] + b"\xff" * 1500 + whole[2000:]  # the footer is whole, the pages are not
-    assert error_of(messages, spoilt, "d.parquet").startswith("d.parquet: ")
+    assert_says(error_of(messages, whole[:-100], "d.parquet"), "d.parquet", "Parquet")
+    damaged = whole[:500] + b"\xff" * 1500 + whole[2000:]  # the pages, not the footer
+    assert_says(error_of(messages, damaged, "d.parquet"), "d.parquet")
 
 
-def test_parquet_with_text_that_is_no_utf8():
+def test_parquet_with_text_that_is_not_utf8():
     strings = pyarrow.StringArray.from_buffers(
         2, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\3\0\0\0"), pyarrow.py_buffer(b"q\xed\xa0")
     )
     turn = pyarrow.StructArray.from_arrays([pyarrow.array(["user", "assistant"]), strings], ["role", "content"])
     table = pyarrow.table({"messages": pyarrow.ListArray.from_arrays(pyarrow.array([0, 2], pyarrow.int32()), turn)})
     pyarrow.parquet.write_table(table, "d.parquet")
-    assert re.fullmatch(r"d.parquet(:1)?: .*UTF-8.*; .+", error_of(read, "d.parquet", input_format="messages"))
+    assert_says(error_of(read, "d.parquet", input_format="messages"), "d.parquet", "UTF-8")
 
 
 # ---- hostile data ----
 
 
-def test_hostile_contents_come_through():
+def test_hostile_contents_are_unchanged():
     for hostile in (
         "\0",
         "x\0\0y",
@@ -431,7 +429,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_size(make):
-    """10 MB in one turn, a million empty lines: the text itself in either dialect; in square time it would take days."""
+    """10 MB in one turn, a million empty lines: read as they are in both dialects; quadratic time would take days."""
     text = make(10_000_000)
     assert chatml(f"<|im_start|>user\n{text}\n<|im_end|>\n{A}") == [[("user", text.replace("\\<", "<")), QA[1]]]
     assert chatml(f"<|user|>\n{text}\n{A}") == [[("user", re.sub(r"(?m)^\\<", "<", text)), QA[1]]]
@@ -440,16 +438,13 @@ def test_hostile_size(make):
 def test_a_million_empty_lines():
     empty = "\n" * 1_000_000
     assert chatml(empty + U + empty + A + empty) == [QA]
-    assert (
-        error_of(chatml, empty + "oops" + empty)
-        == "d.chatml:1000001: text outside of a turn; begin with a tag such as <|user|>"
-    )
-    assert error_of(chatml, empty).startswith("d.chatml: no conversation in it")
+    assert_says(error_of(chatml, empty + "oops" + empty), "d.chatml:1000001", "<|user|>")
+    assert_says(error_of(chatml, empty), "d.chatml", "README")
     assert messages(empty + row(*QA) + empty) == [QA]
 
 
 def test_many_neighbours_are_joined():
-    """A copy at each join would move terabytes, and not come back."""
+    """A copy at each join would move terabytes and never end."""
     ((user, _),) = chatml("<|user|>\nq q q q q\n" * 500_000 + A)
     assert user[1] == "\n\n".join(["q q q q q"] * 500_000)
 
@@ -467,7 +462,7 @@ MANY = {
 
 @pytest.mark.parametrize("make", MANY.values(), ids=MANY)
 def test_work_grows_with_the_file(make):
-    """Function calls, Python's and C's, of the survey: twice the file, twice the calls and no more."""
+    """Calls of Python and C functions in the survey: at most twice as many for twice the file."""
 
     def calls(n: int) -> int:
         count, file = 0, write("d", make(n))
@@ -478,18 +473,18 @@ def test_work_grows_with_the_file(make):
 
         sys.setprofile(one)
         try:
-            sft.survey(sft.expand([file]), "chatml")
+            sft.survey(sft.find_files([file]), "chatml")
         finally:
             sys.setprofile(None)
         return count
 
-    calls(1)  # regular expressions are compiled once
+    calls(1)  # compiles the regular expressions
     fewer, more, most = calls(500), calls(1000), calls(2000)
     assert most - more <= 2.01 * (more - fewer) + 10
 
 
 def assert_sound(conversations):
-    """What every reader promises of what it yields."""
+    """What every reader promises about the conversations it yields."""
     for turns in conversations:
         roles = [role for role, _ in turns]
         assert set(roles) <= set(sft.ROLES) and roles[-1] == "assistant"

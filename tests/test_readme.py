@@ -1,4 +1,4 @@
-"""The README says nothing that the program does not know."""
+"""Commands, flags and files in the README exist; the versions of the tools agree."""
 
 import re
 import shlex
@@ -21,7 +21,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_commands_are_understood(command):
+def test_commands_parse(command):
     script = next(word for word in command if word.endswith(".py"))
     parse = {"train_sft_dolores.py": sft.parse_args, "merge_lora.py": merge_lora.parse_args}[script]
     parse(command[command.index(script) + 1 :])
@@ -45,7 +45,7 @@ def test_accelerate_reads_its_configuration(tmp_path):
     assert config.distributed_type == "MULTI_GPU" and config.num_processes == 4 and config.mixed_precision == "no"
 
 
-def test_every_flag_it_names_exists():
+def test_every_flag_in_the_readme_exists():
     texts = [subprocess.run([sys.executable, ROOT / name, "--help"], capture_output=True, text=True, check=True).stdout
              for name in ("train_sft_dolores.py", "merge_lora.py")]  # fmt: skip
     others = {"--modelfile", "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port",
@@ -55,8 +55,17 @@ def test_every_flag_it_names_exists():
     )
 
 
-def test_files_it_names_exist():
+def test_files_and_targets_in_the_readme_exist():
     for name in ("train.chatml", "Modelfile", "requirements.txt", "LICENSE"):
         assert (ROOT / name).is_file()
     targets = set(re.findall(r"^make ([a-z-]+)", README, re.M))
     assert targets and all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M) for target in targets)
+
+
+def test_tools_have_one_version():
+    """pre-commit runs the ruff of requirements-dev.txt; the hosted workflow pins its actions by commit."""
+    (ruff,) = re.findall(r"^ruff==(.+)$", (ROOT / "requirements-dev.txt").read_text(), re.M)
+    (hook,) = re.findall(r"ruff-pre-commit\n +rev: v(.+)$", (ROOT / ".pre-commit-config.yaml").read_text(), re.M)
+    assert hook == ruff
+    used = re.findall(r"uses: (\S+)", (ROOT / ".github/workflows/tests.yml").read_text())
+    assert used and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action) for action in used)

@@ -1,4 +1,4 @@
-"""Tokens -> rows -> loss: nothing is lost in packing, nothing leaks between documents, the loss is the plain one."""
+"""Tokens -> rows -> loss: packing loses nothing, no document sees another, and the loss is the model's own."""
 
 import json
 import os
@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import arguments, assert_says, error_of
 
 import train_sft_dolores as sft
 from train_sft_dolores import IGNORE
+
+sft.load_libraries()
 
 property_test = settings(deadline=None, database=None, max_examples=150)
 
@@ -42,13 +45,13 @@ def test_pack_exact():
     assert sft.pack(np.array([], np.int64), 16, 0) == []
     rows = sft.pack(np.array([6, 3, 10, 7, 4]), 10, 0)
     assert sorted(sorted(row.tolist()) for row in rows) == [[0, 4], [1, 3], [2]]
-    # The 3 belongs beside the 7, where it fits best, and not into the room that the two 2s need.
+    # The 3 goes beside the 7, where it fits exactly, and not into the space that the two 2s need.
     rows = sft.pack(np.array([7, 6, 3, 2, 2]), 10, 0)
     assert sorted(sorted(row.tolist()) for row in rows) == [[0, 2], [1, 3, 4]]
 
 
 def test_rows_are_full():
-    """Within 1 % of the least possible number of rows, on lengths as conversations have them."""
+    """Within 1 % of the smallest possible number of rows, for typical lengths of conversations."""
     lengths = np.random.default_rng(0).lognormal(5.5, 0.8, 20_000).astype(np.int64).clip(1, 2048)
     assert len(sft.pack(lengths, 2048, 42)) <= 1.01 * np.ceil(lengths.sum() / 2048)
 
@@ -84,7 +87,7 @@ def test_hold_out(conversations, fraction, seed, random):
     assert set(np.unique(digests)[sft.hold_out(np.unique(digests), fraction, seed)].tolist()) == inside
 
 
-def test_another_seed_holds_out_others():
+def test_another_seed_holds_out_other_conversations():
     digests = np.arange(1000)
     one, two = (sft.hold_out(digests, 0.1, seed) for seed in (1, 2))
     assert one.sum() == two.sum() == 100 and (one & two).sum() < 50
@@ -101,7 +104,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 class Counting(sft.Encoder):
-    """The encoder, with the number of conversations that it was given."""
+    """The encoder; it counts the conversations that it is given."""
 
     encoded = 0
 
@@ -115,23 +118,17 @@ def encode(smollm2_tokenizer) -> Counting:
     return Counting(smollm2_tokenizer, sft.chat_format("dolores", smollm2_tokenizer))
 
 
-def arguments(*options):
-    args = sft.parse_args(list(options))
-    args.process, args.processes = 0, 1
-    return args
-
-
 def dialogue(*contents) -> str:
     return "<|endoftext|>\n" + "".join(f"<|{'assistant' if i % 2 else 'user'}|>\n{c}\n" for i, c in enumerate(contents))
 
 
 def corpus(conversations=40) -> str:
     """The i-th conversation has i % 5 + 1 exchanges and appears twice if i is a multiple of 4."""
-    said = [
+    texts = [
         dialogue(*(f"{who}{i} {j} " + "oui " * (i % 7) for j in range(i % 5 + 1) for who in "qa"))
         for i in range(conversations)
     ]
-    return "".join(text for i, text in enumerate(said) for _ in range(1 if i % 4 else 2))
+    return "".join(text for i, text in enumerate(texts) for _ in range(1 if i % 4 else 2))
 
 
 def samples_of(rows) -> list[tuple]:
@@ -153,11 +150,17 @@ def expected_samples(file, encode) -> list[tuple]:
     ]
 
 
+def prepare(args, encode) -> sft.Data:
+    """The data of these flags, for one process; the training file is d unless they name another."""
+    train = args.train_files if args.train_files != ["train.chatml"] else ["d"]
+    return sft.prepare_data(args, sft.World(), sft.find_files(train), sft.find_files(args.eval_files), encode)
+
+
 @pytest.mark.parametrize("packing", ["--packing", "--no-packing"])
 def test_each_conversation_is_in_one_row(cache, encode, packing):
     Path("d").write_text(corpus())
     args = arguments("--max-length", "256", "--eval-fraction", "0.2", packing)
-    train, held_out, counts = sft.make_rows(sft.expand(["d"]), {}, args, encode)[:3]
+    train, held_out, _, counts, _ = prepare(args, encode)
     inside, outside = samples_of(train), samples_of(held_out)
     assert sorted(inside + outside) == sorted(expected_samples("d", encode))
     assert len(inside) + len(outside) == 50
@@ -175,10 +178,10 @@ def test_each_conversation_is_in_one_row(cache, encode, packing):
 
 
 def test_the_longest_row(cache, encode):
-    """What the memory probe takes; without packing it may stand anywhere."""
+    """The memory probe takes it; without packing it may be any row."""
     Path("d").write_text(corpus() + dialogue("q", "long " * 200) + dialogue("r", "b"))
     args = arguments("--max-length", "256", "--eval-fraction", "0", "--no-packing")
-    train = sft.make_rows(sft.expand(["d"]), {}, args, encode)[0]
+    train = prepare(args, encode).train_rows
     sizes = [sum(map(len, train[i]["input_ids"])) for i in range(len(train))]
     assert sum(map(len, train.longest()["input_ids"])) == max(sizes) > sizes[-1]
 
@@ -187,34 +190,32 @@ def test_no_hold_out_and_eval_files(cache, encode):
     Path("d").write_text(corpus())
     Path("e").write_text(dialogue("q", "a"))
     whole = sorted(expected_samples("d", encode))
-    train, held_out, counts = sft.make_rows(sft.expand(["d"]), {}, arguments("--eval-fraction", "0"), encode)[:3]
+    train, held_out, _, counts, _ = prepare(arguments("--eval-fraction", "0"), encode)
     assert sorted(samples_of(train)) == whole and held_out is None and counts["held_out"] == 0
-    train, held_out, counts = sft.make_rows(
-        sft.expand(["d"]), sft.expand(["e"]), arguments("--eval-files", "e"), encode
-    )[:3]
+    train, held_out, _, _, _ = prepare(arguments("--eval-files", "e"), encode)
     assert sorted(samples_of(train)) == whole and samples_of(held_out) == expected_samples("e", encode)
 
 
 def test_what_is_evaluated_is_not_trained_on(cache, encode):
-    """A file of both sets, and a copy in another: held out, and told."""
+    """A file in both sets, and a copy in another file: both are held out, with a warning."""
     Path("d").write_text(corpus() + dialogue("q", "a"))
     Path("e").write_text(dialogue("q", "a") + dialogue("r", "b"))
-    data, evaluation = sft.expand(["d", "e"]), sft.expand(["e"])
-    train, held_out, counts, _, warnings = sft.make_rows(data, evaluation, arguments("--eval-files", "e"), encode)
+    both = ("--train-files", "d", "e", "--eval-files")
+    train, held_out, _, counts, warnings = prepare(arguments(*both, "e"), encode)
     assert sorted(samples_of(held_out)) == sorted(expected_samples("e", encode))
     copies = {sample[2] for sample in expected_samples("e", encode)}
     assert sorted(samples_of(train)) == sorted(s for s in expected_samples("d", encode) if s[2] not in copies)
     assert counts["held_out"] == 2 and counts["conversations"] == 42
     assert [warning[0] for warning in warnings if warning[2] == "held out"] == ["d", "e", "e"]
-    with pytest.raises(sft.InputError, match=r"^e: nothing to train on; all of it is in --eval-files$"):
-        sft.make_rows(evaluation, data, arguments("--eval-files", "d", "e"), encode)
+    error = error_of(prepare, arguments("--train-files", "e", "--eval-files", "d", "e"), encode)
+    assert_says(error, "e", "--eval-files")
 
 
 def test_parts_of_a_long_conversation_stay_on_one_side(cache, encode):
     long = [dialogue(*(f"{who}{i}.{j}" for j in range(30) for who in "qa")) for i in range(10)]
     Path("d").write_text("".join(long))
     args = arguments("--max-length", "64", "--eval-fraction", "0.3")
-    train, held_out = sft.make_rows(sft.expand(["d"]), {}, args, encode)[:2]
+    train, held_out = prepare(args, encode)[:2]
     inside, outside = samples_of(train), samples_of(held_out)
     assert len({s[2] for s in outside}) == 3 and len({s[2] for s in inside}) == 7 and len(inside) > 70
     assert not {s[2] for s in inside} & {s[2] for s in outside}
@@ -226,31 +227,26 @@ def test_a_run_that_would_train_on_nothing_stops(cache, encode):
     Path("d").write_text(dialogue("q", "long " * 100) + dialogue("r", "long " * 100))
     Path("e").write_text(dialogue("q", "a"))
     for options in ((), ("--overlong", "drop"), ("--no-packing",)):
-        with pytest.raises(sft.InputError) as caught:
-            sft.make_rows(sft.expand(["d"]), {}, arguments("--max-length", "64", *options), encode)
-        assert str(caught.value) == "d: nothing to train on; no answer fits into --max-length 64"
-    with pytest.raises(sft.InputError, match=r"^d: \S.*; \S.*--max-length 64"):
-        sft.make_rows(
-            sft.expand(["e"]), sft.expand(["d"]), arguments("--max-length", "64", "--eval-files", "d"), encode
-        )
+        error = error_of(prepare, arguments("--max-length", "64", *options), encode)
+        assert_says(error, "d", "--max-length 64")
+    error = error_of(prepare, arguments("--max-length", "64", "--train-files", "e", "--eval-files", "d"), encode)
+    assert_says(error, "d", "--max-length 64")
 
 
 # ---- the cache of tokens ----
 
 
-def test_prepare_finds_what_it_made(cache, encode):
+def test_prepare_finds_its_cache_again(cache, encode):
     Path("d").write_text(corpus() + dialogue("q", "a " * 300))
     args = arguments("--max-length", "256")
-    samples, warnings = sft.prepare(sft.expand(["d"]), args, encode)
+    samples, warnings = sft.encode_files(sft.find_files(["d"]), args, encode)
     (made,) = samples.cache_files
     before, encoded = os.stat(made["filename"]), encode.encoded
     assert encoded > 50 and Path(made["filename"]).is_relative_to(cache)
-    assert [warning[1:] for warning in warnings] == [
-        [expected_samples("d", encode)[-1][3], "overlong", "dropped: this exchange alone is longer than a row"]
-    ]
+    assert [warning[1:3] for warning in warnings] == [[expected_samples("d", encode)[-1][3], "overlong"]]
 
     encode.encoded = 0
-    again, warned_again = sft.prepare(sft.expand(["d"]), args, encode)
+    again, warned_again = sft.encode_files(sft.find_files(["d"]), args, encode)
     after = os.stat(made["filename"])
     assert again.cache_files == [made] and encode.encoded == 0 and warned_again == warnings
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
@@ -264,7 +260,7 @@ def test_prepare_notices_every_change(cache, encode, smollm2_tokenizer):
 
     def prepared(args=plain, encode=encode):
         encode.encoded = 0
-        samples, _ = sft.prepare(sft.expand(["d"]), args, encode)
+        samples, _ = sft.encode_files(sft.find_files(["d"]), args, encode)
         assert encode.encoded and samples.cache_files[0]["filename"] not in seen, "not noticed"
         seen.add(samples.cache_files[0]["filename"])
         return samples
@@ -283,8 +279,7 @@ def test_prepare_notices_every_change(cache, encode, smollm2_tokenizer):
 
 def test_an_error_leaves_no_half_cache(cache, encode):
     Path("d").write_text(corpus() + "<|assistant|>\n")
-    with pytest.raises(sft.InputError):
-        sft.prepare(sft.expand(["d"]), arguments(), encode)
+    error_of(sft.encode_files, sft.find_files(["d"]), arguments(), encode)
     assert [path for path in cache.rglob("*") if path.suffix != ".lock"] == [cache / "dolores_sft"]
 
 
@@ -292,7 +287,7 @@ def test_an_error_leaves_no_half_cache(cache, encode):
 
 
 def row_of(*samples) -> dict:
-    """A row as Rows gives it, of (ids, labels) written by hand."""
+    """A row as Rows returns it, from (ids, labels) written by hand."""
     ids, labels = ([np.array(sample[i], np.int32) for sample in samples] for i in (0, 1))
     return {
         "input_ids": ids,
@@ -322,7 +317,7 @@ def test_collate_exact():
         assert batch[name].dtype == tensor.dtype and torch.equal(batch[name], tensor), name
 
 
-# ---- what the model makes of it ----
+# ---- the model on packed rows ----
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +339,7 @@ def load(folder, attention):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
 
 
-def test_packed_logits_are_alone_logits(tiny_llama31, documents):
+def test_packed_logits_are_those_of_each_document_alone(tiny_llama31, documents):
     batch = sft.collate([row_of(*documents[:3]), row_of(*documents[3:])])
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "cu_seq_lens_q", "max_length_q")}
     packed, alone = load(tiny_llama31, sft.packed_attention()), load(tiny_llama31, "eager")
@@ -357,18 +352,18 @@ def test_packed_logits_are_alone_logits(tiny_llama31, documents):
             attention_mask=torch.ones_like(inputs["input_ids"]),
         ).logits[0]
     torch.testing.assert_close(together, torch.cat(apart), rtol=1e-5, atol=1e-5)
-    assert (joined - torch.cat(apart)).abs().max() > 0.01  # what a leak would look like
+    assert (joined - torch.cat(apart)).abs().max() > 0.01  # one long document: what a leak would look like
 
 
 @pytest.mark.parametrize("num_items", [None, 1000])
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
-def test_the_loss_is_the_plain_loss(tiny_llama31, documents, packed, num_items):
-    """And so are the gradients of all of the model's weights below the head."""
+def test_the_loss_is_that_of_the_plain_model(tiny_llama31, documents, packed, num_items):
+    """So are the gradients of all weights below the head."""
     documents = documents if packed else documents[:1]
     ours, plain = load(tiny_llama31, sft.packed_attention()), load(tiny_llama31, "eager")
     ours.lm_head.requires_grad_(False)
     plain.lm_head.requires_grad_(False)
-    sft.lose_on_trained_tokens(ours)
+    sft.install_chunked_loss(ours)
     batch = sft.collate([row_of(*documents)])
     del batch["documents"]
     loss = ours(**batch, num_items_in_batch=None if num_items is None else torch.tensor(num_items)).loss
@@ -394,9 +389,9 @@ def test_the_loss_is_the_plain_loss(tiny_llama31, documents, packed, num_items):
             torch.testing.assert_close(weight.grad, gradients[name], rtol=1e-4, atol=1e-6)
 
 
-def test_without_shift_labels_the_model_is_its_own(tiny_llama31, documents):
+def test_without_shift_labels_the_model_is_unchanged(tiny_llama31, documents):
     ours, plain = load(tiny_llama31, sft.packed_attention()), load(tiny_llama31, "sdpa")
-    sft.lose_on_trained_tokens(ours)
+    sft.install_chunked_loss(ours)
     ids = torch.tensor([documents[0][0][:8]])
     with torch.no_grad():
         torch.testing.assert_close(ours(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-5, atol=1e-5)

@@ -1,6 +1,6 @@
-"""What is printed, word for word, against tests/screens/*.txt, at 80 columns.
+"""Everything that is printed, word for word, compared with tests/screens/*.txt, at 80 columns.
 
-UPDATE_SCREENS=1 python -m pytest tests/test_screens.py      # writes them anew; look at the difference
+UPDATE_SCREENS=1 python -m pytest tests/test_screens.py      # writes the files; read the difference
 """
 
 import json
@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import TINY, dialogues, run
+from runs import NO_GPU, SCRIPT, TINY, dialogues, error_of, run
+from test_chatml import CHATML_ERRORS, MESSAGES_ERRORS, chatml, messages
+from test_cli import NONSENSE
 from test_train import LLAMA_8B
 
 import train_sft_dolores as sft
@@ -22,7 +24,7 @@ COLOUR = re.compile(r"\033\[[0-9;]*m")
 
 
 def check(name: str, shown: str, wide=()):
-    """The screen is the one that is kept; no line but those with one of `wide` is longer than 80 columns."""
+    """Equal to the file; no line is longer than 80 columns, except those that contain one of `wide`."""
     file = SCREENS / f"{name}.txt"
     if os.environ.get("UPDATE_SCREENS"):
         SCREENS.mkdir(exist_ok=True)
@@ -33,12 +35,12 @@ def check(name: str, shown: str, wide=()):
 
 
 def command(*options):
-    return [sys.executable, sft.__file__, *map(str, options)]
+    return [sys.executable, str(SCRIPT), *map(str, options)]
 
 
 def screen(folder: Path, *options, **environment) -> str:
     """What the script prints in this folder, to a pipe."""
-    env = {**os.environ, "COLUMNS": "80", **environment}
+    env = {**os.environ, "COLUMNS": "80", **NO_GPU, **environment}
     done = subprocess.run(command(*options), capture_output=True, text=True, cwd=folder, env=env, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
@@ -47,7 +49,7 @@ def screen(folder: Path, *options, **environment) -> str:
 def terminal(folder: Path, *options, **environment) -> str:
     """What it prints to a terminal."""
     ours, theirs = pty.openpty()
-    env = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | environment
+    env = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | NO_GPU | environment
     process = subprocess.Popen(command(*options), stdout=theirs, cwd=folder, env=env)
     os.close(theirs)
     shown = b""
@@ -65,7 +67,7 @@ def terminal(folder: Path, *options, **environment) -> str:
 
 
 @pytest.fixture
-def here(tmp_path, smollm2) -> Path:
+def folder(tmp_path, smollm2) -> Path:
     """A folder with a small corpus, and SmolLM2 as `base`."""
     (tmp_path / "train.chatml").write_text(dialogues(40))
     (tmp_path / "base").symlink_to(smollm2)
@@ -76,8 +78,8 @@ def test_help(tmp_path):
     check("help", screen(tmp_path, "--help"))
 
 
-def test_dry_run_without_the_model(here):
-    check("dry_run_without_model", screen(here, "--dry-run"))
+def test_dry_run_without_the_model(folder):
+    check("dry_run_without_model", screen(folder, "--dry-run"))
 
 
 def test_warnings(tmp_path):
@@ -88,54 +90,74 @@ def test_warnings(tmp_path):
     check("warnings", screen(tmp_path, "--dry-run", "--train-files", "d.chatml"))
 
 
-def test_dry_run(here):
-    """With the tokenizer: lengths, rows, steps and the plan; the advice on steps holds when it is followed."""
-    shown = screen(here, "--dry-run", "--model", "base", "--max-length", 128, "--grad-accum", 4)
+def unquoted_choices(line: str) -> str:
+    """Without quotes around the choices of a flag: Python's versions differ."""
+    return re.sub(r"\(choose from [^)]+\)", lambda choices: choices[0].replace("'", ""), line)
+
+
+def test_errors(tmp_path, monkeypatch, capsys):
+    """One line for each mistake in the data (inputs: test_chatml.py) or in the flags (inputs: test_cli.py)."""
+    monkeypatch.chdir(tmp_path)
+    lines = [error_of(chatml, text) for text, *_ in CHATML_ERRORS]
+    lines += [error_of(messages, text) for text, *_ in MESSAGES_ERRORS]
+    (tmp_path / "empty").touch()
+    lines += [error_of(sft.find_files, [name]) for name in ("missing", "empty")]
+    monkeypatch.setattr(sys, "argv", [SCRIPT.name])  # argparse begins its lines with it
+    for options in NONSENSE:
+        with pytest.raises(SystemExit):
+            sft.parse_args(options.split())
+        lines.append(unquoted_choices(capsys.readouterr().err.removesuffix("\n")))
+    check("errors", "\n".join(lines) + "\n", wide=[""])
+
+
+def test_dry_run(folder):
+    """With the tokenizer: lengths, rows, steps and the memory plan; the advice about steps is right when followed."""
+    shown = screen(folder, "--dry-run", "--model", "base", "--max-length", 128, "--grad-accum", 4)
     check("dry_run", shown)
     advice, steps = re.search(r"few steps: (.+) would make (\d+)", " ".join(shown.split())).groups()
-    followed = screen(here, "--dry-run", "--model", "base", "--max-length", 128, *advice.split(), "--json", "r.json")
-    assert "few steps" not in followed and json.loads((here / "r.json").read_text())["steps"] == int(steps)
+    followed = screen(folder, "--dry-run", "--model", "base", "--max-length", 128, *advice.split(), "--json", "r.json")
+    assert "few steps" not in followed and json.loads((folder / "r.json").read_text())["steps"] == int(steps)
 
 
-def test_a_plan_that_does_not_fit(here, llama31_tokenizer):
-    (here / "llama").mkdir()
-    llama31_tokenizer.save_pretrained(here / "llama")
-    (here / "llama/config.json").write_text(json.dumps(LLAMA_8B))
+def test_a_plan_that_does_not_fit(folder, llama31_tokenizer):
+    (folder / "llama").mkdir()
+    llama31_tokenizer.save_pretrained(folder / "llama")
+    (folder / "llama/config.json").write_text(json.dumps(LLAMA_8B))
     options = ("--no-bnb-nf4", "--gradient-checkpointing", "none", "--grad-accum", 1)
-    shown = screen(here, "--dry-run", "--model", "llama", *options)
+    shown = screen(folder, "--dry-run", "--model", "llama", *options)
     check("plan_does_not_fit", shown[shown.index("memory ") :])
 
 
-def test_preview(here):
-    """Trained tokens in colour on a terminal; between brackets in a pipe, or where NO_COLOR is set."""
-    (here / "train.chatml").write_text(
+def test_preview(folder):
+    """Trained tokens are coloured on a terminal, and between brackets in a pipe or if NO_COLOR is set."""
+    (folder / "train.chatml").write_text(
         "<|system|>\nTu es Dolores.\n<|user|>\nÇa va <|eot_id|> ?\x1b[2J\n<|assistant|>\nOui.\n<|user|>\nEt là ?\n"
         "<|assistant|>\nBien !\n<|endoftext|>\n<|user|>\nQui ?\n<|assistant|>\nMoi.\n"
     )
     options = ("--preview", 2, "--model", "base", "--eval-fraction", 0)
     preview = lambda shown: shown[shown.index("=== row") :]  # noqa: E731
-    plain, coloured = preview(screen(here, *options)), preview(terminal(here, *map(str, options)))
+    plain, coloured = preview(screen(folder, *options)), preview(terminal(folder, *map(str, options)))
     check("preview", plain)
     check("preview_colour", coloured)
     assert COLOUR.sub("", coloured) == re.sub("[⟦⟧]", "", plain)
-    assert preview(terminal(here, *map(str, options), NO_COLOR="1")) == plain
+    assert preview(terminal(folder, *map(str, options), NO_COLOR="1")) == plain
 
 
-def test_a_run(here, short_smollm2):
-    """All that a run prints; times, speeds and losses are not the same everywhere."""
+def test_a_run(folder, short_smollm2):
+    """The output of a whole run, without times, speeds and losses, which differ between machines."""
     code, shown = run(
-        here, "--model", short_smollm2, "--output", "out", *TINY, "--max-length", "256", "--epochs", "0.2"
+        folder, "--model", short_smollm2, "--output", "out", *TINY, "--max-length", "256", "--epochs", "0.2"
     )
     assert code == 0, shown
-    assert [line for line in (here / "log.txt").read_text().splitlines() if len(line) > 80] == []
+    assert [line for line in (folder / "log.txt").read_text().splitlines() if len(line) > 80] == []
     check("run", re.sub(r"\d+\.\d+(e[+-]\d+)?|[\d,]+ tok/s|\d+m\d\d", "#", shown), wide=[""])
 
 
-def test_json(here):
-    """The keys that machines may rely on."""
-    (here / "train.chatml").write_text(dialogues(40) + dialogues(1))
-    screen(here, "--json", "report.json", "--model", "base")
-    report = json.loads((here / "report.json").read_text())
+def test_json(folder):
+    """The keys that other programs may rely on."""
+    (folder / "train.chatml").write_text(dialogues(40) + dialogues(1))
+    screen(folder, "--json", "report.json", "--model", "base")
+    report = json.loads((folder / "report.json").read_text())
     keys = [f"{key}: {type(value).__name__}" for key, value in report.items()]
     keys += [f"warnings[0].{key}: {type(value).__name__}" for key, value in report["warnings"][0].items()]
     keys += [f"memory_gib.{key}: {type(value).__name__}" for key, value in report["memory_gib"].items()]
