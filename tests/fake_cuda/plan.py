@@ -1,101 +1,121 @@
-"""What one training step needs on a card, calculated; tests/test_cuda_path.py holds it against the trace."""
-
-from collections.abc import Callable
-
-GIB = 2**30
-CONTEXT = 0.7  # GiB that CUDA takes for a process and cuBLAS for its workspace; a guess, no card has been asked
+"""Functions for train_sft_dolores.py, run in its namespace by tracer.py until it has them itself."""
 
 
 def memory_plan(
-    shape: dict,
-    tokens: int,
-    trained_share: float,
-    free_layers: int,
-    *,
-    lora_r: int,
-    targets: list[str],
-    dropout: bool,
-    nf4: bool = True,
-    size: int = 2,
-    optimizer_bytes: int = 2,
-    chunk_rows: int,
-    world_size: int = 1,
-    sharded: bool = False,
+    args: argparse.Namespace, world: World, config: dict, tokens: int, trained_share: float, uncheckpointed: int = 0
 ) -> dict[str, float]:
-    """GiB by part: weights and what belongs to them, then what is alive at the worst moment of a micro-step.
+    """GiB that one step of `tokens` tokens needs on a GPU, from config.json alone.
 
-    `tokens` of a whole batch; `free_layers`, the last ones, keep their activations; `size` in bytes of an activation;
-    `optimizer_bytes` and `chunk_rows` as in the trainer. Of a step's moments these three can be the worst, for
-    everything else is smaller: the loss, the backward of the last norm (both while all free layers are full), and the
-    recomputation of a checkpointed layer (when the free ones are empty again).
+    uncheckpointed: how many layers, the last ones, keep their activations instead of recomputing them.
     """
     h, f, layers, vocabulary = (
-        shape[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+        config[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
     )
-    heads = shape["num_attention_heads"]
-    width = shape.get("head_dim") or h // heads
-    q, kv = heads * width, shape.get("num_key_value_heads", heads) * width
-    projections = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h),
-                   "gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}  # fmt: skip
-    adapted = [name for name in projections if name in targets]
-    lora_layer = lora_r * sum(sum(projections[name]) for name in adapted)
-    base, lora = layers * sum(i * o for i, o in projections.values()), layers * lora_layer
-    share = 1 / world_size + 2 / layers if sharded else 1  # a share of the layers, and two of them gathered
+    heads = config["num_attention_heads"]
+    width = config.get("head_dim") or h // heads
+    q, kv = heads * width, config.get("num_key_value_heads", heads) * width
+    shapes = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h),
+              "gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}  # fmt: skip
+    projections = layers * sum(rows * columns for rows, columns in shapes.values())
+    adapted = {name: shapes[name] for name in args.lora_target_modules if name in shapes}
+    lora_layer = args.lora_r * sum(rows + columns for rows, columns in adapted.values())
+    size = 2 if args.bf16 else 4  # bytes of a weight or activation
+    # NF4: 4 bits, and for each block of 64 an 8-bit scale, whose own blocks of 256 have a float32 scale.
+    weight_bytes = 0.5 + (1 + 4 / 256) / 64 if args.bnb_nf4 else size
+    share = 1 / world.size + 2 / layers if args.shard_base else 1  # with --shard-base two layers are gathered
+    lora = layers * lora_layer
+    kept = tokens * kept_bytes(h, f, q, kv, heads, size, args, adapted) + size * lora_layer  # A and B, cast
+    checkpoints = max(layers - uncheckpointed, 1) * tokens * h * size  # the inputs of the checkpointed layers
 
-    # What a layer keeps for its backward, in bytes a token.
-    norms = 2 * (4 * h + 4)  # their input in float32, and the inverse root
-    attention = size * (2 * q + 2 * kv) + 4 * heads  # q, k, v, output, and the softmax's float32 log-sum
-    mlp = size * 3 * f  # gate, silu(gate), up
-    inputs = (size + 1) * sum(projections[name][0] for name in adapted)  # each adapter's own dropped copy, and its mask
-    if not dropout:  # q, k and v share one, gate and up too; o's is the attention's output
-        shared = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"down_proj"})
-        inputs = size * sum(projections[min(group)][0] for group in shared if group & set(adapted))
-    ranks = size * lora_r * len(adapted)  # A x
-    kept = tokens * (norms + attention + mlp + inputs + ranks) + size * lora_layer  # A and B in the activations' dtype
-
-    # What a layer needs beside that while it is recomputed or goes backward.
-    weight = f * h * (size + 2 * 4 / 64) if nf4 else 0  # the largest weight restored to `size` bytes, its scales twice
-    if dropout:  # down_proj's input before dropout and five hidden states; or its weight, before its input is dropped
-        recomputed = tokens * size * (f + 5 * h) + max(0, weight - tokens * (size + 1) * f)
-    else:  # its weight and four hidden states; or three gradients of its input, which is gone by then
-        recomputed = max(weight + tokens * size * 4 * h, tokens * size * (2 * f + h))
-
-    checkpoints = max(layers - free_layers, 1) * tokens * h * size  # layers' inputs; the embedding's output always
+    # Three moments can be the worst. In the loss and in the backward of the last norm, all uncheckpointed layers are
+    # full; when a checkpointed layer is recomputed, they are empty again.
     trained = trained_share * tokens
-    head = 4 * tokens * h  # the last norm's input in float32
-    loss = 12 * min(trained, chunk_rows) * vocabulary + 2 * trained * h * size  # three float32 logits; states, gradients
-    norm = 5 * 4 * tokens * h  # float32 terms of the last norm's gradient
-    full = free_layers * kept
-    worst = max(full + head + max(loss, norm), kept + recomputed if free_layers < layers else 0)
-
+    loss = 12 * min(trained, logit_rows(vocabulary)) * vocabulary + 2 * trained * h * size
+    last_norm = 5 * 4 * tokens * h
+    full = uncheckpointed * kept + 4 * tokens * h + max(loss, last_norm)
+    # NF4: the largest weight in `size` bytes, and its scales in float32, twice.
+    dequantized = f * h * (size + 2 * 4 / 64) if args.bnb_nf4 else 0
+    if args.lora_dropout:
+        beside = tokens * size * (f + 5 * h) + max(0, dequantized - tokens * (size + 1) * f)
+    else:
+        beside = max(dequantized + tokens * size * 4 * h, tokens * size * (2 * f + h))
+    recomputed = kept + beside if uncheckpointed < layers else 0
+    activations = max(uncheckpointed, 1) * kept
     parts = {
-        "base weights": base * (0.5 * share + (1 + 4 / 256) / 64) if nf4 else base * size * share,
-        "embedding and head": vocabulary * h * size * (1 if shape.get("tie_word_embeddings") else 2),
+        "base weights": projections * weight_bytes * share,
+        "embedding and head": vocabulary * h * size * (1 if config.get("tie_word_embeddings") else 2),
         "LoRA, float32": lora * 4,
-        "its gradients": lora * 4 * (2 if world_size > 1 else 1),  # DDP keeps a second copy in its buckets
-        "optimizer state": lora * optimizer_bytes,
+        "LoRA gradients": lora * 4 * (2 if world.size > 1 else 1),  # DDP's buckets are a second copy
+        "optimizer state": lora * optimizer_bytes(args.optim),
         "checkpoints": checkpoints,
-        "activations": max(free_layers, 1) * kept,
-        "loss or backward": worst - max(free_layers, 1) * kept,
-        "CUDA context": CONTEXT * GIB,
+        "activations": activations,
+        "loss or backward": max(full, recomputed) - activations,
+        "CUDA context": 0.7 * 2**30,
     }
-    return {name: amount / GIB for name, amount in parts.items()}
+    return {name: amount / 2**30 for name, amount in parts.items()}
+
+
+def kept_bytes(h: int, f: int, q: int, kv: int, heads: int, size: int, args: argparse.Namespace, adapted: dict) -> int:
+    """Bytes that a layer keeps of each token for its backward: counted with tests/fake_cuda, tensor by tensor."""
+    kept = 2 * (4 * h + 4)  # two norms: the input in float32 and its inverse root
+    kept += size * (2 * q + 2 * kv) + 4 * heads  # q, k, v and output of the attention; its float32 log-sum
+    kept += size * 3 * f  # gate, silu(gate), up
+    kept += size * args.lora_r * len(adapted)  # A x
+    if args.lora_dropout:  # each adapter has its own dropped input, and a mask of one byte
+        return kept + (size + 1) * sum(rows for rows, _ in adapted.values())
+    kept += size * h * any(name in adapted for name in ("q_proj", "k_proj", "v_proj"))  # one input for all three
+    kept += size * h * any(name in adapted for name in ("gate_proj", "up_proj"))
+    return kept + size * f * ("down_proj" in adapted)  # o_proj's input is the attention's output
+
+
+def measure_uncheckpointed(model, rows: Rows, args: argparse.Namespace) -> int:
+    """How many layers can keep their activations on this GPU, from the measured peaks of real steps."""
+    batch = collate([rows.longest()] * args.train_batch_size)
+    del batch["documents"]
+    inputs = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+    layers = model.get_base_model().get_decoder().layers
+
+    def peak(uncheckpointed: int) -> int:
+        checkpoint_layers(layers, uncheckpointed)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            model.train()(**inputs).loss.backward()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            return sys.maxsize
+        return torch.cuda.max_memory_reserved()
+
+    peak(0)  # gradients, kernels and workspaces come with the first step
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(model.device)
+    # What this process has and what nobody else has, below the cap; a twentieth is left for fragmentation.
+    available = min(torch.cuda.memory_reserved() + free, args.torch_memory_fraction * total)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    buckets = 4 if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0  # DDP's copy of the gradients, not yet there
+    limit = int(0.95 * available) - trained * (optimizer_bytes(args.optim) + buckets)
+    uncheckpointed = uncheckpointed_layers_that_fit(len(layers), peak, limit)
+    model.zero_grad()
+    torch.cuda.empty_cache()
+    return uncheckpointed
 
 
 def uncheckpointed_layers_that_fit(layers: int, peak: Callable[[int], int], limit: int) -> int:
     """How many layers may keep their activations below `limit` bytes.
 
     peak(n) does one step with n such layers and returns the bytes at its peak, sys.maxsize where it ran out of
-    memory. It is a line from n = 1 on; at 0 the recomputed layer's activations stand where the first free one's
-    would, so a slope measured from there is too small. The answer is measured too, and lowered until it fits.
+    memory; one step has been done before. From n = 1 on it is a line. peak(0) is not on it: a recomputed layer's
+    activations are there where the first uncheckpointed layer's would be. The answer is measured, and lowered until
+    it fits.
     """
-    peak(0)  # gradients, kernels and workspaces come with the first step
     few = min(3, layers)
     at_one, at_few = peak(1), peak(few)
     if at_one > limit:
         return 0
     per_layer = max(1, (at_few - at_one) // max(1, few - 1))
-    free = min(layers, 1 + (limit - at_one) // per_layer)
-    while free > 1 and (over := peak(free) - limit) > 0:
-        free -= min(-(-over // per_layer), -(-free // 4))  # out of memory says nothing about how much
-    return free
+    uncheckpointed = min(layers, 1 + (limit - at_one) // per_layer)
+    while uncheckpointed > 1 and (over := peak(uncheckpointed) - limit) > 0:
+        # A step that ran out of memory does not say by how much.
+        uncheckpointed -= min(-(-over // per_layer), -(-uncheckpointed // 4))
+    return uncheckpointed

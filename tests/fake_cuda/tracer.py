@@ -50,7 +50,14 @@ def load_guard() -> None:
     def compile_into(folder: Path) -> None:
         library = folder / "guard.so"
         command = ["g++", "-O1", "-shared", "-fPIC", "-std=c++20", f"-I{torch_folder}/include", str(source)]
-        command += [f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_folder}/lib", "-o", str(library)]
+        command += [
+            f"-L{torch_folder}/lib",
+            "-lc10",
+            "-ltorch_cpu",
+            f"-Wl,-rpath,{torch_folder}/lib",
+            "-o",
+            str(library),
+        ]
         subprocess.run(command, check=True)
 
     folder = parts.made_once(parts.CACHE / f"fake_cuda_{key}", compile_into)
@@ -103,16 +110,20 @@ class Case:
 
 # ---- The trainer: all that is used of it -----------------------------------------------------------
 
+sft.load_libraries()
+# Until the trainer has these functions itself; then plan.py goes with this line.
+exec(compile((HERE / "plan.py").read_text(), str(HERE / "plan.py"), "exec"), vars(sft))
+
+WORLD = sft.World(0, 1)
+
 
 def flags_of(case: Case, *more: str):
     """The trainer's settings for this case."""
     switches = ["--bnb-nf4" if case.nf4 else "--no-bnb-nf4", "--bf16" if case.bf16 else "--no-bf16"]
-    args = sft.parse_args(
+    return sft.parse_args(
         ["--max-length", str(case.tokens), "--train-batch-size", str(case.rows), "--lora-r", str(case.r),
          "--lora-dropout", str(case.dropout), "--gradient-checkpointing", str(case.checkpointing), *switches, *more]
     )  # fmt: skip
-    args.process, args.processes = 0, 1
-    return args
 
 
 def attention_name() -> str:
@@ -120,18 +131,17 @@ def attention_name() -> str:
 
 
 def install_loss(model) -> None:
-    sft.lose_on_trained_tokens(model)
+    sft.install_chunked_loss(model)
 
 
 def add_adapters(model, case: Case):
     return sft.add_lora(model, flags_of(case), None)
 
 
-def choose_checkpointing(model, case: Case, *more: str) -> int:
+def choose_checkpointing(model, case: Case) -> int:
     """Let the trainer set the layers' checkpointing; returns how many layers keep their activations."""
-    rows = None if case.checkpointing != "auto" else LongestRow(case)
     with contextlib.redirect_stdout(sys.stderr):
-        sft.plan_checkpointing(model, rows, flags_of(case, *more))
+        sft.plan_checkpointing(model, LongestRow(case), flags_of(case))
     return sum(not layer.gradient_checkpointing for layer in layers_of(model))
 
 
@@ -148,11 +158,15 @@ def collate(rows: list[dict]) -> dict:
 def planned(case: Case, free: int) -> dict[str, float]:
     """GiB of each part, by the trainer's memory plan."""
     shape = LLAMA31_8B | {"num_hidden_layers": case.layers}
-    return sft.memory_plan(shape, flags_of(case), case.tokens * case.rows, case.trained, free)
+    return sft.memory_plan(flags_of(case), WORLD, shape, case.tokens * case.rows, case.trained, free)
+
+
+def layers_that_fit(layers: int, peak: Callable[[int], int], limit: int) -> int:
+    return sft.uncheckpointed_layers_that_fit(layers, peak, limit)
 
 
 def answer(model, tokenizer, prompt: str, tokens: int) -> str:
-    return sft.answers(model, tokenizer, [prompt], tokens)[prompt]
+    return sft.generate_answers(model, tokenizer, [prompt], tokens)[prompt]
 
 
 # ---- What a card would do that fake tensors do not ------------------------------------------------
@@ -267,7 +281,9 @@ def declare_kernels() -> list[str]:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 
     def lacking(name: str) -> bool:
-        return has_kernel(name, "CompositeImplicitAutograd") and has_kernel(name, "CPU") and not has_kernel(name, "CUDA")
+        return (
+            has_kernel(name, "CompositeImplicitAutograd") and has_kernel(name, "CPU") and not has_kernel(name, "CUDA")
+        )
 
     def kernel(*args):
         raise AssertionError("a kernel ran on a fake tensor")
@@ -356,7 +372,9 @@ def make_model(case: Case, card: Card):
                 for parent in (layer.self_attn, layer.mlp):
                     for name, linear in list(parent.named_children()):
                         if name in PROJECTIONS:
-                            setattr(parent, name, Linear4bit(linear.in_features, linear.out_features, dtype, torch.bfloat16))
+                            setattr(
+                                parent, name, Linear4bit(linear.in_features, linear.out_features, dtype, torch.bfloat16)
+                            )
             model.is_loaded_in_4bit = True  # PEFT asks
         model.requires_grad_(False)
         install_loss(model)
@@ -376,7 +394,9 @@ def row_of(case: Case) -> dict:
     length = case.tokens // case.documents
     lengths = [length] * (case.documents - 1) + [case.tokens - length * (case.documents - 1)]
     ids = [np.arange(n, dtype=np.int32) for n in lengths]
-    labels = [np.where(np.arange(n) < round(n * (1 - case.trained)), -100, np.arange(n)).astype(np.int32) for n in lengths]
+    labels = [
+        np.where(np.arange(n) < round(n * (1 - case.trained)), -100, np.arange(n)).astype(np.int32) for n in lengths
+    ]
     return {"input_ids": ids, "labels": labels, "file": ["data"] * len(ids), "line": list(range(len(ids)))}
 
 
@@ -440,14 +460,43 @@ def step(card: Card, model, case: Case) -> dict:
 
 
 def measured(card: Card, model, case: Case, gib: float) -> dict:
-    """How many layers the trainer leaves unrecomputed after measuring on a card of this size, and their peak there."""
-    with card.answering(gib):
+    """How many layers the trainer leaves uncheckpointed after measuring on a card of this size, and a step's peak."""
+    with card.answering(gib), card.on():
         free = choose_checkpointing(model, dataclasses.replace(case, checkpointing="auto"))
-    batch = card.put(collate([row_of(case)] * case.rows))
-    micro_step(card, model, batch)
-    card.trace.start()
-    micro_step(card, model, batch)
-    return {"free": free, "peak": card.trace.peak, "optimizer": planned(case, free)["optimizer state"]}
+    peaks = {}
+    for layers in (free, free + 1):
+        peaks[layers] = step(card, model, dataclasses.replace(case, checkpointing=case.layers - layers))["peak"]
+    return {"free": free, "peak": peaks[free], "next": peaks[free + 1]}
+
+
+def sums(card: Card, model, case: Case) -> dict:
+    """Additions of one small step, by real tensors on the CPU and by fake ones: those in place, and those with a copy.
+
+    Real ones are counted by the profiler, for autograd adds nothing in place where it sees a dispatch mode.
+    """
+    small = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
+             "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    batch = collate([row_of(dataclasses.replace(case, tokens=64))])
+    inputs = {name: x for name, x in batch.items() if name not in ("cu_seq_lens_q", "max_length_q")}
+
+    def small_model():
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA31_8B | small), attn_implementation="sdpa")
+        model.requires_grad_(False)
+        install_loss(model)
+        with mock.patch.object(torch.nn.Module, "to", lambda module, *args, **kwargs: module):
+            return add_adapters(model, case).train()
+
+    real = small_model()
+    with torch.autograd.profiler.profile() as profile:
+        real(**inputs).loss.backward()
+    counted = Counter(event.name for event in profile.function_events)
+    fake_inputs = {name: card.mode.from_tensor(x) if torch.is_tensor(x) else x for name, x in inputs.items()}
+    with card.on():
+        fake = small_model()
+        card.trace.start()
+        fake(**fake_inputs).loss.backward()
+    names = ("aten::add", "aten::add_")
+    return {"real": [counted[name] for name in names], "fake": [card.trace.operators[name] for name in names]}
 
 
 def compiled(card: Card, model, case: Case) -> dict:
@@ -482,7 +531,7 @@ class Unread:
     """A tokenizer whose answers are counted, not read: fake ids have no values."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.lengths = tokenizer, []
+        self.tokenizer, self.lengths = tokenizer, []  # of the answers, in tokens
 
     def __getattr__(self, name):
         return getattr(self.tokenizer, name)
@@ -496,7 +545,7 @@ class Unread:
         return ""
 
 
-def generation(card: Card, model, tokens: int) -> dict:
+def generation(card: Card, model, case: Case, tokens: int) -> dict:
     """A greedy answer of so many tokens through the trainer's own function, with the key-value cache."""
     import parts
     from transformers import AutoTokenizer
@@ -512,7 +561,8 @@ def generation(card: Card, model, tokens: int) -> dict:
     return {"tokens": tokenizer.lengths, "operators": dict(card.trace.operators), "waits": card.trace.waits}
 
 
-JOBS = {"step": step, "evaluation": evaluation, "generation": generation, "measured": measured, "compiled": compiled}
+JOBS = {"step": step, "evaluation": evaluation, "generation": generation, "measured": measured, "compiled": compiled,
+        "sums": sums}  # fmt: skip
 
 
 def main() -> None:
