@@ -1,3 +1,4 @@
+# ruff: noqa: F821 - the names are the trainer's
 """Functions for train_sft_dolores.py, run in its namespace by tracer.py until it has them itself."""
 
 

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# ruff: noqa: E402 - the device must be there before torch is imported
 """Trace the trainer's CUDA path on fake CUDA tensors: every shape, dtype and device check of torch, no GPU, no weights.
 
     echo '{"tokens": 4096, "checkpointing": "none"}' | python tests/fake_cuda/tracer.py
@@ -39,6 +40,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 def load_guard() -> None:
     """Compile guard.cpp for the installed torch, once per machine, and load it; torch must not be imported yet."""
+    assert "torch" not in sys.modules, "import this module before torch"
     if shutil.which("g++") is None:
         sys.exit("g++ is missing: it compiles guard.cpp")
     import parts
@@ -64,8 +66,7 @@ def load_guard() -> None:
     ctypes.CDLL(str(folder / "guard.so"), mode=ctypes.RTLD_GLOBAL)
 
 
-if __name__ == "__main__" or "torch" not in sys.modules:
-    load_guard()
+load_guard()
 
 import bitsandbytes as bnb
 import numpy as np
@@ -463,10 +464,10 @@ def measured(card: Card, model, case: Case, gib: float) -> dict:
     """How many layers the trainer leaves uncheckpointed after measuring on a card of this size, and a step's peak."""
     with card.answering(gib), card.on():
         free = choose_checkpointing(model, dataclasses.replace(case, checkpointing="auto"))
-    peaks = {}
-    for layers in (free, free + 1):
-        peaks[layers] = step(card, model, dataclasses.replace(case, checkpointing=case.layers - layers))["peak"]
-    return {"free": free, "peak": peaks[free], "next": peaks[free + 1]}
+    chosen, more = (
+        step(card, model, dataclasses.replace(case, checkpointing=case.layers - layers)) for layers in (free, free + 1)
+    )
+    return chosen | {"next": more["peak"]}
 
 
 def sums(card: Card, model, case: Case) -> dict:
