@@ -136,18 +136,10 @@ def test_measured_checkpointing(found):
 # ---- Choosing the layers, on the plan's peaks (held against the trace above) ------------------------
 
 
-@pytest.fixture
-def trainer() -> dict:
-    """The trainer's functions; plan.py's replace their namesakes until the trainer has them itself."""
-    functions = dict(vars(sft))
-    exec((TRACER.parent / "plan.py").read_text(), functions)
-    return functions
-
-
-def peaks(trainer: dict, length: int, rows: int, dropout: float, card: float) -> tuple[list[int], int]:
+def peaks(length: int, rows: int, dropout: float, card: float) -> tuple[list[int], int]:
     """(bytes at the peak of a step with 0, 1, 2 ... uncheckpointed layers, the limit on a card of so many GiB)."""
     args = sft.parse_args(["--lora-dropout", str(dropout)])
-    plans = [trainer["memory_plan"](args, sft.World(), LLAMA31_8B, length * rows, 0.68, layers) for layers in range(33)]
+    plans = [sft.memory_plan(args, sft.World(), LLAMA31_8B, length * rows, 0.68, layers) for layers in range(33)]
     outside = ("optimizer state", "CUDA context")
     limit = 0.95 * 0.95 * card - plans[0]["optimizer state"]
     return [round(GIB * sum(n for name, n in plan.items() if name not in outside)) for plan in plans], round(
@@ -158,8 +150,8 @@ def peaks(trainer: dict, length: int, rows: int, dropout: float, card: float) ->
 @pytest.mark.parametrize("dropout", [0, 0.05])
 @pytest.mark.parametrize(("length", "rows", "card"), [(2048, 1, 23.5), (4096, 1, 23.5), (8192, 1, 23.5), (2048, 2, 23.5),
                                                       (2048, 8, 79.2), (2048, 32, 79.2), (8192, 1, 8)])  # fmt: skip
-def test_as_many_layers_as_fit(trainer, length, rows, card, dropout):
-    at, limit = peaks(trainer, length, rows, dropout, card)
+def test_as_many_layers_as_fit(length, rows, card, dropout):
+    at, limit = peaks(length, rows, dropout, card)
     steps = []
 
     def peak(layers: int) -> int:
@@ -167,19 +159,19 @@ def test_as_many_layers_as_fit(trainer, length, rows, card, dropout):
         return at[layers] if at[layers] < card * GIB else sys.maxsize
 
     fitting = max((layers for layers in range(1, 33) if at[layers] <= limit), default=0)
-    assert trainer["uncheckpointed_layers_that_fit"](32, peak, limit) == fitting
+    assert sft.uncheckpointed_layers_that_fit(32, peak, limit) == fitting
     assert len(steps) <= 3
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 32])
-def test_layers_that_fit_at_the_edges(trainer, layers):
-    that_fit = trainer["uncheckpointed_layers_that_fit"]
+def test_layers_that_fit_at_the_edges(layers):
+    that_fit = sft.uncheckpointed_layers_that_fit
     assert that_fit(layers, lambda n: 10 + n, 10) == 0
     assert that_fit(layers, lambda n: 10 + n, 11) == 1
     assert that_fit(layers, lambda n: 10 + n, 1000) == layers
     assert that_fit(layers, lambda n: 10 + n if n < 2 else sys.maxsize, 1000) == 1
 
 
-def test_layers_are_lowered_until_they_fit(trainer):
+def test_layers_are_lowered_until_they_fit():
     """A fragmented allocator's peaks are no line."""
-    assert 8 <= trainer["uncheckpointed_layers_that_fit"](32, lambda n: n if n <= 4 else 3 * n, 30) <= 10
+    assert 8 <= sft.uncheckpointed_layers_that_fit(32, lambda n: n if n <= 4 else 3 * n, 30) <= 10

@@ -112,8 +112,6 @@ class Case:
 # ---- The trainer: all that is used of it -----------------------------------------------------------
 
 sft.load_libraries()
-# Until the trainer has these functions itself; then plan.py goes with this line.
-exec(compile((HERE / "plan.py").read_text(), str(HERE / "plan.py"), "exec"), vars(sft))
 
 WORLD = sft.World(0, 1)
 
