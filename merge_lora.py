@@ -667,7 +667,8 @@ def merge_shards(plan: Plan, folder: Path) -> int:
             buffer = buffers[number % 3][: piece.end - piece.start]
             return reader.submit(read_bytes, sources[piece.file], piece.start, buffer)
 
-        reading, writing = read(0), writer.submit(int)  # nothing is written yet
+        reading = read(0)
+        writing: Future[Any] = writer.submit(int)  # nothing is written yet
         for number, piece in enumerate(pieces):
             data = reading.result()
             if number + 1 < len(pieces):
