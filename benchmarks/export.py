@@ -6,7 +6,7 @@
 An adapter is trained on NF4 weights, merged into the original base and into the quantised-and-restored one,
 converted by llama.cpp's converter (f16, q8_0), quantised by llama.cpp's quantiser (q4_K_M, from f16), and run by
 llama.cpp. Loss is the mean over the trained tokens of 22 held-out conversations: by transformers in float32, and
-by llama.cpp itself from its logits. Then 20 questions: greedy answers of llama.cpp beside those of transformers.
+by llama.cpp itself from its logits. Then 20 questions: greedy answers of llama.cpp compared with those of transformers.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def loss_of_llama_cpp(gguf: Path, samples, vocabulary: int) -> float:
 
 
 def live(base: Path, adapter: Path):
-    """Base in NF4 as the trainer loads it, adapter beside it, in float32 arithmetic."""
+    """Base in NF4 as the trainer loads it, with the adapter, in float32 arithmetic."""
     from peft import PeftModel
 
     args = argparse.Namespace(bf16=False, bnb_nf4=True, bnb_dtype="float32")
@@ -124,7 +124,7 @@ def tensor_types(gguf: Path) -> str:
 
 
 def compare_answers(merged: Path, ggufs: dict[str, Path], longest: int) -> None:
-    """Greedy answers of llama.cpp beside transformers': how many are equal, where the others part, how many end."""
+    """Greedy answers of llama.cpp and of transformers': how many are equal, where the others part, how many end."""
     import torch
     from engine import answers_of_llama_cpp, answers_of_transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -169,8 +169,8 @@ def main() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     files, adapter = split(args.folder), args.folder / "adapter"
-    knobs = ["--bf16", "--bnb-nf4", "--grad-accum", "1", "--eval-steps", "35", "--save-steps", "35"]
-    record = train(adapter, files, "whole", *knobs, "--epochs", args.epochs)
+    settings = ["--bf16", "--bnb-nf4", "--grad-accum", "1", "--eval-steps", "35", "--save-steps", "35"]
+    record = train(adapter, files, "whole", *settings, "--epochs", args.epochs)
     results = record["results"]
     print(f"trained {results['steps']} steps; the adapter is from step {results['best_step']}")
     print(

@@ -101,7 +101,7 @@ def our_step(shape: dict, args, batch: dict, free: int):
     import torch
 
     model = llama.nf4_llama(shape, "meta", "packed_on_cuda")
-    # The head as a function: FlopCounterMode's hooks on modules cannot bear autograd.grad within a forward.
+    # The head as a function: FlopCounterMode's hooks on modules fail on autograd.grad inside a forward.
     model.get_output_embeddings = lambda: partial(torch.nn.functional.linear, weight=model.lm_head.weight)
     sft.install_chunked_loss(model)
     model = sft.add_lora(model, args, None)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Training speed and memory on a GPU: Llama-3.1-8B's shape in NF4 with LoRA, ours beside TRL and the plain Trainer.
+"""Training speed and memory on a GPU: Llama-3.1-8B's shape in NF4 with LoRA, ours, TRL and the plain Trainer.
 
     python benchmarks/gpu.py                        # all variants, a 24 GiB cap, under nine minutes
     python benchmarks/gpu.py --variants ours "TRL" --steps 20

@@ -3,7 +3,7 @@
 
     python benchmarks/learning.py                    # --steps for shorter or longer runs
 
-22 conversations of train.chatml are set aside; no run trains on them. Then, with the same knobs: the rest of
+22 conversations of train.chatml are set aside; no run trains on them. Then, with the same settings: the rest of
 the corpus; 60 conversations of it, one pass; those 60 for as many optimizer steps as the rest; and the rest in
 the base's own chat format, the same share of a pass (its headers are shorter: some steps fewer). Loss is the mean over the trained tokens of the held-out conversations (assistant
 text and end token, the same tokens in both formats), by the trainer's own evaluation. Differences come with
@@ -179,8 +179,8 @@ def main() -> None:
     files, options = split(args.folder), [args.precision, "--no-bnb-nf4"]
     whole, small = (steps_in_a_pass(files, part) for part in ("whole", "small"))
 
-    def run(name, part, *knobs):
-        return train(args.folder / name, files, part, *options, *knobs)
+    def run(name, part, *settings):
+        return train(args.folder / name, files, part, *options, *settings)
 
     runs = {
         "whole": run("whole", "whole", *length(args.steps, whole)),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time and memory of merge_lora.py beside a plain copy of the same shards, and beside the usual PEFT snippet.
+"""Time and memory of merge_lora.py, of a plain copy of the same shards, and of the usual PEFT snippet.
 
     python benchmarks/merge.py                 # Llama-3.1-8B's shape, 16 GB: needs 50 GB of disk
     python benchmarks/merge.py --layers 4      # a smaller model of the same width

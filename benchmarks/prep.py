@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time and memory of preparing data: ours beside TRL 1.16's own preparation, and the bare tokenizer's batch call.
+"""Time and memory of preparing data: ours, TRL 1.16, and the bare tokenizer's batch call.
 
     python benchmarks/prep.py                              # 10,000 conversations
     python benchmarks/prep.py --conversations 1000000      # TRL then gets --trl-conversations of them

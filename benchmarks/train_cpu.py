@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Training speed and memory on a CPU: SmolLM2-135M in bf16 with LoRA r=16, ours beside TRL 1.16's SFTTrainer.
+"""Training speed and memory on a CPU: SmolLM2-135M in bf16 with LoRA r=16, ours and TRL 1.16.
 
     python benchmarks/train_cpu.py                # two rounds, about seven minutes on two cores
     python benchmarks/train_cpu.py --sides ours "TRL 1.16" --rounds 1

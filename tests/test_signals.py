@@ -50,8 +50,8 @@ def interrupted(folder: Path, number, moment, *options) -> tuple[int, str]:
 
 IN_TRAINING = {
     "evaluation": (signal.SIGTERM, ("evaluation_loop", 2)),
-    "sampling": (signal.SIGINT, ("answers", 2)),
-    "saving": (signal.SIGTERM, ("_save_checkpoint", 1)),
+    "sampling": (signal.SIGINT, ("generate_answers", 2)),
+    "saving": (signal.SIGTERM, ("on_save", 1)),
 }
 
 
@@ -59,7 +59,7 @@ IN_TRAINING = {
 @pytest.mark.parametrize("number, moment", IN_TRAINING.values(), ids=IN_TRAINING)
 def test_in_training(number, moment, undisturbed, options, tmp_path):
     """The current work and one more step are finished, then a checkpoint is saved; --resume ends like a whole run."""
-    options += ("--sample-prompts", "prompts.txt") if moment[0] == "answers" else ()
+    options += ("--sample-prompts", "prompts.txt") if moment[0] == "generate_answers" else ()
     code, out = interrupted(write_data(tmp_path), number, moment, *options)
     assert code == STATUS[number], out
     assert "step 3 of 4" in out and "\n  python3 /" in out
@@ -75,7 +75,7 @@ def test_in_training(number, moment, undisturbed, options, tmp_path):
 BEFORE_TRAINING = {
     "preparing": (signal.SIGTERM, ("write_arrow", 1)),
     "evaluation": (signal.SIGINT, ("evaluation_loop", 1)),
-    "sampling": (signal.SIGTERM, ("answers", 1)),
+    "sampling": (signal.SIGTERM, ("generate_answers", 1)),
 }
 
 
@@ -84,7 +84,7 @@ BEFORE_TRAINING = {
 def test_before_training(number, moment, options, tmp_path):
     """There is nothing to save yet: it stops at once, and the same command can start over."""
     write_data(tmp_path)
-    options += ("--sample-prompts", "prompts.txt") if moment[0] == "answers" else ()
+    options += ("--sample-prompts", "prompts.txt") if moment[0] == "generate_answers" else ()
     if moment[0] == "write_arrow":
         text = dialogues(3_000) + f"<|endoftext|>\n<|user|>\n{tmp_path}\n<|assistant|>\nNever prepared before.\n"
         (tmp_path / "train.chatml").write_text(text)

@@ -148,7 +148,6 @@ TRAINER_FLAGS = {
     ("--logging-steps", "4"): ("logging_steps", 4),
     ("--eval-steps", "5"): ("eval_steps", 5),
     ("--save-steps", "20"): ("save_steps", 20),
-    ("--save-total-limit", "2"): ("save_total_limit", 2),
     ("--report-to", "tensorboard"): ("report_to", ["tensorboard"]),
 }
 
@@ -235,24 +234,6 @@ def test_gradient_checkpointing_flag(short_smollm2, capsys):
         sft.plan_checkpointing(model, [], arguments("--gradient-checkpointing", option))
         assert [layer.gradient_checkpointing for layer in model.get_base_model().model.layers] == recomputed
         assert f"{sum(recomputed)} of 2 layers" in unwrapped(capsys.readouterr().out)
-
-
-def test_free_layers_are_solved_from_measured_peaks():
-    """Peaks as a formula gives them: 10 GB with all layers checkpointed, 0.4 GB more for each that is not."""
-
-    def peak(uncheckpointed: int) -> int:
-        return int(10e9 + 0.4e9 * uncheckpointed)
-
-    assert sft.uncheckpointed_layers_that_fit(32, peak, 14.1e9) == 10
-    assert sft.uncheckpointed_layers_that_fit(32, peak, 9e9) == 0
-    assert sft.uncheckpointed_layers_that_fit(32, peak, 80e9) == 32
-
-    def too_much(uncheckpointed: int) -> int:
-        if uncheckpointed:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return int(10e9)
-
-    assert sft.uncheckpointed_layers_that_fit(32, too_much, 80e9) == 0
 
 
 def test_packing_flag(trained, data_folder, short_smollm2):

@@ -1,0 +1,192 @@
+"""Branches that only a machine with GPUs takes, forced on a CPU: real libraries, and a stand-in for the card alone.
+
+What a stand-in cannot show (kernels, real memory, NCCL) is what `benchmarks/gpu.py` is for.
+"""
+
+import os
+import re
+import sys
+
+import bitsandbytes
+import pytest
+import torch
+import transformers
+from runs import ROOT, TINY, arguments, assert_same_adapter, assert_says, dialogues, error_of, launch, run
+from torch import nn
+
+import train_sft_dolores as sft
+
+sft.load_libraries()
+WORLD = sft.World()
+
+
+# ---- one process, several GPUs ----
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """TrainingArguments count two GPUs, as they do for one process on a machine with two."""
+    setup = transformers.TrainingArguments.__post_init__
+
+    def post_init(self):
+        setup(self)
+        self._n_gpu = 2
+
+    monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", post_init)
+
+
+def test_one_process_uses_one_gpu(two_gpus, tmp_path):
+    """Trainer would wrap the model in DataParallel, halve the steps and add up the losses."""
+    assert transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True).n_gpu == 2
+    assert sft.training_arguments(arguments(), evaluating=False).n_gpu == 1
+
+
+def test_torch_for_cuda_without_a_gpu_is_not_a_cpu_run(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert_says(error_of(sft.choose_device, arguments(), WORLD), "GPU", "13.0", "580", "CUDA_VISIBLE_DEVICES=")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the CPU was asked for
+    assert sft.choose_device(arguments(), WORLD).type == "cpu"
+
+
+def test_no_expandable_segments_on_wsl(monkeypatch):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.setattr(sft.platform, "release", lambda: "6.6.87.2-microsoft-standard-WSL2")
+    sft.set_allocator(True, 128)
+    assert os.environ.pop("PYTORCH_ALLOC_CONF") == "max_split_size_mb:128"
+
+
+def test_float16_is_not_offered(capsys):
+    """It would train with wrong gradients: there is no loss scaling."""
+    with pytest.raises(SystemExit):
+        sft.parse_args(["--bnb-dtype", "float16"])
+    assert "--bnb-dtype" in capsys.readouterr().err
+
+
+# ---- out of memory, however it is said ----
+
+SAID = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA driver error: out of memory"),
+    RuntimeError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", SAID, ids=lambda error: str(error)[:40])
+def test_out_of_memory_is_recognized(error):
+    assert sft.out_of_memory(error)
+
+
+def test_other_errors_are_not_out_of_memory():
+    assert not sft.out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not sft.out_of_memory(ValueError("out of memory"))
+
+
+def test_out_of_memory_in_an_evaluation_names_the_flag():
+    """A restart that checkpoints more layers would only run out of memory in the same evaluation again."""
+
+    def evaluate(batch_size: int):
+        with sft.explain_memory(batch_size):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert_says(error_of(evaluate, 4), "--eval-batch-size 4", "--eval-batch-size 1")
+    assert_says(error_of(evaluate, 1), "--eval-batch-size 1", "--max-length")
+
+
+# ---- the paged optimizer's state ----
+
+
+class Managed(bitsandbytes.optim.PagedAdamW8bit):
+    """A paged optimizer whose managed memory is ordinary memory with bitsandbytes' mark: the real one needs CUDA."""
+
+    def get_state_buffer(self, p, dtype=torch.float32):
+        buffer = torch.zeros_like(p, dtype=dtype)
+        buffer.is_paged, buffer.managed = True, True
+        return buffer
+
+
+@pytest.mark.parametrize("mark_survives", [False, True], ids=["one process", "several processes"])
+def test_a_loaded_optimizer_state_is_paged_again(mark_survives):
+    parameter = nn.Parameter(torch.randn(512, 256))
+    saved = {}
+    for name in ("state1", "state2"):
+        saved[name] = torch.randint(0, 255, (512, 256), dtype=torch.uint8)
+        if mark_survives:
+            saved[name].is_paged = True
+    optimizer = Managed([parameter])
+    optimizer.state[parameter] = {"step": 3, **saved}
+    sft.restore_paging(optimizer)
+    for name, value in saved.items():
+        state = optimizer.state[parameter][name]
+        assert state.managed and state.is_paged and torch.equal(state, value) and state is not value
+    assert optimizer.state[parameter]["step"] == 3
+
+
+def test_other_optimizers_keep_their_state():
+    parameter = nn.Parameter(torch.zeros(4))
+    optimizer = bitsandbytes.optim.AdamW8bit([parameter])
+    state = optimizer.state[parameter] = {"state1": torch.ones(4)}
+    sft.restore_paging(optimizer)
+    assert optimizer.state[parameter] is state and torch.equal(state["state1"], torch.ones(4))
+
+
+# ---- several processes ----
+
+
+def test_adapters_are_loaded_onto_the_process_s_own_device(short_smollm2, monkeypatch, tmp_path):
+    """PEFT would take cuda:0 in every process: forced here by letting it find a GPU that is not there."""
+    args = arguments("--model", short_smollm2, "--no-bf16", "--no-bnb-nf4", "--lora-r", 4)
+    tokenizer = sft.load_tokenizer("base", str(short_smollm2))
+    config = sft.load_config("base", str(short_smollm2))
+    encode = sft.load_encoder("base", str(short_smollm2), "dolores")
+    base = sft.Base(str(short_smollm2), None, config, tokenizer, encode)
+    model = sft.load_model(args, WORLD, base, None, torch.device("cpu"))
+    model.save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: "cuda:0")
+    model.load_adapter(str(tmp_path / "adapter"), "default")
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+FORCED = """
+import sys
+import accelerate
+accelerate.Accelerator.multi_device = property(lambda self: True)  # what MULTI_GPU makes true
+import train_sft_dolores
+sys.argv[0] = train_sft_dolores.__file__
+train_sft_dolores.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_shared_base_passes_accelerate_s_gpu_branch(tmp_path, short_smollm2):
+    """On CUDA accelerate refuses sharded weights under DDP; the gradients must be averaged without it."""
+    (tmp_path / "d.chatml").write_text(dialogues(80))
+    (tmp_path / "forced.py").write_text(FORCED)
+    options = ("--model", short_smollm2, "--train-files", "d.chatml", "--lora-dropout", "0", "--output", "out", *TINY,
+               "--epochs", "0.3")  # fmt: skip
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "d.chatml").write_text(dialogues(80))
+    assert run(alone, *options, "--grad-accum", "4")[0] == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "forced.py",
+               *options, "--grad-accum", "2", "--shard-base"]  # fmt: skip
+    process = launch(command, tmp_path, "torchrun.txt", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    assert process.wait(240) == 0, (tmp_path / "torchrun.txt").read_text()[-3000:]
+    assert re.search(r"each process holds ", (tmp_path / "torchrun.txt").read_text())
+    assert_same_adapter(tmp_path / "out", alone / "out", tolerance=1e-4)
+
+
+# ---- evaluations ----
+
+
+def test_what_is_held_out_does_not_grow_without_bound():
+    import numpy as np
+
+    digests = np.arange(100_000)
+    assert sft.hold_out(digests, 0.05, seed=0).sum() == 500
+    assert sft.hold_out(digests[:1000], 0.05, seed=0).sum() == 50
