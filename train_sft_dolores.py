@@ -16,7 +16,9 @@ model, speed, training, checkpoints, report.
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
+import csv
 import errno
 import functools
 import glob
@@ -62,7 +64,7 @@ COMPLETE = "complete.json"  # written last into a checkpoint: its files and thei
 
 
 class InputError(Exception):
-    """An error the user can fix: one line `place: what is wrong; how to fix it`, exit status 2."""
+    """An error the user can fix: `place: what is wrong; how to fix it`, a line each, exit status 2."""
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
@@ -120,7 +122,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("most often changed").add_argument
     add("--model", metavar="NAME", default="meta-llama/Llama-3.1-8B-Instruct", help="Hub name or local folder")
-    add("--train-files", metavar="FILE", nargs="+", default=["train.chatml"], help="data files or globs")
+    add("--train-files", metavar="FILE", nargs="+", default=["train.chatml"], help="data files, folders or globs")
     add("--output", metavar="DIR", type=Path, default=DEFAULT_OUTPUT, help="folder for the adapter")
     add("--epochs", metavar="N", type=above_zero, default=1.0, help="passes over the data")
     add("--grad-accum", metavar="N", type=count, default=32, help="batches in an optimizer step")
@@ -131,7 +133,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="delete the contents of --output first")
 
     add = parser.add_argument_group("data").add_argument
-    add("--input-format", choices=("chatml", "messages"), default="chatml", help="role tags, or JSON and Parquet")
+    add("--input-format", choices=("auto", "chatml", "messages"), default="auto",
+        help="role tags, or rows of JSON, CSV or Parquet; auto: as each file looks")  # fmt: skip
     add("--eval-files", metavar="FILE", nargs="+", default=[], help="held-out data, instead of --eval-fraction")
     add(
         "--eval-fraction",
@@ -142,6 +145,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--chat-format", choices=tuple(FORMATS), default="dolores", help="the text that wraps each turn")
     add("--overlong", choices=("split", "drop", "error"), default="split", help="conversations over --max-length")
+    add("--skip-bad", action="store_true", help="train without the conversations that have errors")
     add("--packing", action=switch, default=True, help="put several whole conversations into a row")
 
     add = parser.add_argument_group("training").add_argument
@@ -368,32 +372,36 @@ def train(args: argparse.Namespace, world: World) -> None:
 
 
 def read_inputs(args: argparse.Namespace) -> Inputs:
-    """Find and check all input files; InputError for the first that is wrong."""
+    """Find and check all input files; InputError that lists what is wrong in them."""
     train_files, eval_files = find_files(args.train_files), find_files(args.eval_files)
     prompts = read_prompts(args.sample_prompts)
-    return Inputs(train_files, eval_files, survey(train_files | eval_files, args.input_format), prompts)
+    return Inputs(train_files, eval_files, survey(train_files | eval_files, args.input_format, args.skip_bad), prompts)
 
 
 def prepare_data(
     args: argparse.Namespace, world: World, train_files: dict[str, str], eval_files: dict[str, str], encode: Encoder
 ) -> Data:
     """Encode, hold out and pack files {name: sha256}; InputError where nothing would be trained."""
-    samples, found = encode_files(train_files, args, encode)
-    digests, tokens, trained = measure(samples)
-    eval_samples, eval_tokens = samples, tokens
+    both = train_files.keys() & eval_files.keys()
+    samples, found, tally = encode_files({f: d for f, d in train_files.items() if f not in both}, args, encode)
+    digests, tokens, trained, part = measure(samples)
+    eval_samples, eval_tokens, eval_tally = samples, tokens, dict.fromkeys(tally, 0)
     if eval_files:
-        eval_samples, eval_found = encode_files(eval_files, args, encode)
-        eval_digests, eval_tokens, eval_trained = measure(eval_samples)
+        eval_samples, eval_found, eval_tally = encode_files(eval_files, args, encode)
+        eval_digests, eval_tokens, eval_trained, _ = measure(eval_samples)
         held_out, evaluated = np.isin(digests, eval_digests), np.arange(len(eval_tokens))
-        found = found + eval_found + warn_held_out(samples, held_out)
+        found = found + eval_found + [(file, 1, "held out", "also in --eval-files: not trained on") for file in both]
+        found += warn_held_out(samples, held_out)
     else:
         held_out = hold_out(digests, args.eval_fraction, args.seed)
-        evaluated, eval_digests = np.flatnonzero(held_out), digests[held_out]
+        evaluated = np.flatnonzero(held_out)
+        if args.eval_fraction and not len(evaluated):
+            found += [(next(iter(train_files)), 1, "held out", "nothing is: the data is one conversation")]
     chosen = np.flatnonzero(~held_out)
 
     too_long = f"no answer fits into --max-length {args.max_length}"
     if not trained[chosen].sum():
-        why = "all of it is in --eval-files" if len(digests) and held_out.all() else too_long
+        why = "all of it is in --eval-files" if both or (len(digests) and held_out.all()) else too_long
         raise InputError(f"{', '.join(train_files)}: nothing to train on; {why}")
     if eval_files and not eval_trained.sum():
         raise InputError(f"{', '.join(eval_files)}: nothing to evaluate; {too_long}")
@@ -402,9 +410,11 @@ def prepare_data(
     eval_rows = make_rows(eval_samples, evaluated, eval_tokens, args) if len(evaluated) else None
     rows_per_step = args.train_batch_size * args.grad_accum * world.size
     steps_per_epoch = -(-len(train_rows) // rows_per_step)
-    counts = {
-        "conversations": len(np.union1d(digests, eval_digests)),
-        "held_out": len(np.unique(eval_digests)),
+    tally = {name: count + eval_tally[name] for name, count in tally.items()}
+    trained_on = int(np.count_nonzero(part[chosen] == 0))
+    counts = tally | {
+        "trained_on": trained_on,
+        "held_out": tally["conversations"] - tally["dropped"] - trained_on,
         "tokens": int(tokens[chosen].sum()),
         "trained_tokens": int(trained[chosen].sum()),
         "rows": len(train_rows),
@@ -539,6 +549,7 @@ class Turn(NamedTuple):
     role: str
     content: str  # stripped: white space at its edges would merge with the format's own tokens
     line: int
+    trained: bool = True  # False: this answer is only context for the next ones
 
 
 class Conversation(NamedTuple):
@@ -550,6 +561,7 @@ class Conversation(NamedTuple):
 
 
 Warn = Callable[[str, int, str, str], None]  # (file, line, kind, text)
+Refuse = Callable[[str, list[tuple[int, str]]], None]  # (file, all (line, "what is wrong; fix") of a conversation)
 
 NAME = r"[^|<>\s]{1,40}"
 TAG = re.compile(rf"<\|{NAME}\|>")
@@ -559,7 +571,17 @@ ESCAPED_IM_START = re.compile(r"\\+<\|im_start\|>")
 IM_END = re.compile(r"(?<!\\)<\|im_end\|>")
 # A misspelled tag at the start of a line, such as `<| user|>` or `<|user>`.
 LIKE_TAG = re.compile(r"([<|｜/\s]*)(system|user|assistant|endoftext|im_start|im_end)(?!\w)([|｜>\s]*)", re.IGNORECASE)
-SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROW_FILES = {".json": "JSON", ".jsonl": "JSON", ".ndjson": "JSON", ".csv": "CSV", ".tsv": "CSV", ".parquet": "Parquet"}
+# What a tag or message may name: the role, and whether its answers are trained.
+ROLE_NAMES = {"system": ("system", True), "developer": ("system", True), "user": ("user", True),
+              "assistant": ("assistant", True), "assistant:context": ("assistant", False)}  # fmt: skip
+SHAREGPT = {"human": "user", "gpt": "assistant"}
+TOOL_ROLES = {"tool", "function", "ipython", "observation", "tool_call", "tool_calls", "function_call", "tool_response"}
+# Tokens with which other formats end a turn or a text.
+END_TOKENS = ("<|end|>", "<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|eom_id|>", "</s>", "<end_of_turn>", "<eos>")
+FENCE = re.compile(r"^ {0,3}```", re.MULTILINE)
+NOT_CLOSED = "this turn is not closed; end it with <|im_end|>"
+NO_TOOLS = "tool turns cannot be trained on; delete them, or write the tool's result into a user turn"
 
 
 def find_files(patterns: list[str]) -> dict[str, str]:
@@ -567,7 +589,8 @@ def find_files(patterns: list[str]) -> dict[str, str]:
     names = []
     for pattern in patterns:
         matches = [] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        names += matches or [pattern]
+        for name in matches or [pattern]:
+            names += files_in(name) if os.path.isdir(name) else [name]
     for name in names:
         if not os.path.isfile(name):
             raise InputError(f"{name}: no such file; give the path of a data file or a glob that matches one")
@@ -581,53 +604,101 @@ def find_files(patterns: list[str]) -> dict[str, str]:
     return {name: sha256(name) for name in dict.fromkeys(names)}
 
 
+def files_in(folder: str) -> list[str]:
+    """The data files in a folder, in alphabetical order."""
+    known = (".chatml", ".txt", *ROW_FILES)
+    try:
+        entries = sorted(name for name in os.listdir(folder) if name.lower().endswith(known) and name[0] != ".")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror}); make it readable") from None
+    found = [path for path in (os.path.join(folder, name) for name in entries) if os.path.isfile(path)]
+    if not found:
+        raise InputError(f"{folder}: no data file in this folder; their names end in {', '.join(known)}")
+    return found
+
+
 def sha256(file: str | Path) -> str:
     """The file's SHA-256 in hexadecimal."""
     with open(file, "rb") as source:
         return hashlib.file_digest(source, "sha256").hexdigest()
 
 
-def read_conversations(files: Iterable[str], input_format: str, warn: Warn = lambda *_: None) -> Iterator[Conversation]:
-    """Yield the conversations of all files, one at a time; only a JSON list is read as a whole."""
-    reader = {"chatml": read_chatml, "messages": read_messages}[input_format]
+def read_conversations(
+    files: Iterable[str], input_format: str, warn: Warn = lambda *_: None, refuse: Refuse | None = None
+) -> Iterator[Conversation]:
+    """Yield the conversations of all files, one at a time; only a JSON list is read as a whole.
+
+    A conversation with errors goes to `refuse`, by default as InputError. InputError too where the rest
+    of a file cannot be read.
+    """
     for file in files:
-        found = False
-        for conversation in reader(file, warn):
+        found, detected = False, detect_format(file)
+        if input_format == "chatml" and detected != "chatml":
+            raise InputError(f"{file}: looks like {detected}; leave out --input-format chatml")
+        reader = read_chatml if "chatml" in (input_format, detected) and input_format != "messages" else read_messages
+        for turns in reader(file, warn):
             found = True
-            yield conversation
+            if problems := find_problems(turns):
+                (refuse or raise_first)(file, problems)
+            else:
+                yield build_conversation(turns, file, warn)
         if not found:
             raise InputError(f"{file}: no conversation in it; see the README on the data format")
 
 
-def read_chatml(file: str, warn: Warn) -> Iterator[Conversation]:
+def detect_format(file: str) -> str:
+    """chatml, JSON, CSV or Parquet: by the first bytes where they are clear, otherwise by the extension."""
+    with open(file, "rb") as source:
+        start = source.read(1 << 12)
+    if start.startswith(b"PAR1"):
+        return "Parquet"
+    start = start.removeprefix(codecs.BOM_UTF8).lstrip()
+    if start.startswith(b"<|"):
+        return "chatml"
+    by_name = ROW_FILES.get(os.path.splitext(file)[1].lower())
+    return by_name or ("JSON" if re.match(rb'\{\s*["}]|\[\s*[{\]]', start) else "chatml")
+
+
+def raise_first(file: str, problems: list[tuple[int, str]]) -> None:
+    """InputError for the first error of a conversation."""
+    line, text = problems[0]
+    raise InputError(f"{file}:{line}: {text}")
+
+
+def read_chatml(file: str, warn: Warn) -> Iterator[list[Turn]]:
     """Yield a ChatML file's conversations: each starts at its start, a system turn or a line `<|endoftext|>`."""
     turns: list[Turn] = []
     for turn in chatml_turns(file, warn):
         if turns and turn.role in ("system", "endoftext"):
-            yield build_conversation(turns, file, warn)
+            yield turns
             turns = []
         if turn.role != "endoftext":
             turns.append(turn)
     if turns:
-        yield build_conversation(turns, file, warn)
+        yield turns
 
 
 def chatml_turns(file: str, warn: Warn) -> Iterator[Turn]:
-    """Yield the turns of both dialects, and one with role `endoftext` for each such line.
+    """Yield the turns of both dialects, one with role `endoftext` for each such line, and `error` where text is wrong.
 
     Role tags at the start of a line (`<|user|>`, content on the same line or the next ones), or
     `<|im_start|>user` … `<|im_end|>`. A backslash before a tag makes it text.
     """
     opened, parts = None, []  # a turn that <|im_end|> has not closed yet, and its content so far
+    fence = 0  # the line of the turn before, if a code block is still open at its end
     for line, tag, text in split_at_tags(file):
+        cut, fence = fence, 0
+        if cut and tag:
+            problem = f"this <|{escape_controls(tag)[:60]}|> stands in the code block (```) of the turn in line {cut}"
+            warn(file, line, "code block", f"{problem} and cuts it; write a backslash before it, or close the block")
         if tag == "im_start":
             if opened:
-                break
-            role, _, text = text.partition("\n")
-            role = role.strip()
-            if role not in ROLES:
-                raise InputError(f"{file}:{line}: unknown role {shorten(role)}; {suggest(role, ROLES)}")
-            opened, parts, tag, line = Turn(role, "", line), [], None, line + 1
+                yield opened._replace(role="error", content=NOT_CLOSED)
+            name, _, text = text.partition("\n")
+            role, trained = ROLE_NAMES.get(name.strip(), ("error", False))
+            if role == "error":
+                yield Turn(role, unknown_role(name.strip()), line)
+            opened, parts, tag, line = Turn(role, "", line, trained), [], None, line + 1
         if opened:  # everything up to <|im_end|> is text
             part = f"<|{tag}|>{text}" if tag else text
             end = IM_END.search(part)
@@ -635,21 +706,25 @@ def chatml_turns(file: str, warn: Warn) -> Iterator[Turn]:
             text = text.replace("\\<|im_end|>", "<|im_end|>")
             parts.append(unescape_tags(text, line, ESCAPED_IM_START, file, warn))
             if end:
-                yield opened._replace(content="".join(parts).strip())
+                if opened.role != "error":
+                    yield opened._replace(content="".join(parts).strip())
                 opened = None
                 line += text.count("\n")
-                require_blank(part[end.end() :], line, file, "after <|im_end|>; put it inside a turn")
-        elif tag in ROLES:
-            yield Turn(tag, unescape_tags(text, line, ESCAPED_TAG, file, warn).strip(), line)
+                yield from stray_text(part[end.end() :], line, "after <|im_end|>; put it inside a turn")
+        elif tag in ROLE_NAMES:
+            role, trained = ROLE_NAMES[tag]
+            yield Turn(role, unescape_tags(text, line, ESCAPED_TAG, file, warn).strip(), line, trained)
+            if "```" in text and not cut and len(FENCE.findall(text)) % 2:
+                fence = line
         elif tag == "endoftext":
             yield Turn(tag, "", line)
-            require_blank(text, line, file, "after <|endoftext|>; put the separator alone on its line")
+            yield from stray_text(text, line, "after <|endoftext|>; put the separator alone on its line")
         elif tag:
-            raise InputError(f"{file}:{line}: unknown role tag <|{escape_controls(tag)[:60]}|>; {suggest_tag(tag)}")
+            yield Turn("error", NO_TOOLS if tag in TOOL_ROLES else unknown_tag(tag), line)
         else:
-            require_blank(text, line, file)
+            yield from stray_text(text, line)
     if opened:
-        raise InputError(f"{file}:{opened.line}: this turn is not closed; end it with <|im_end|>")
+        yield opened._replace(role="error", content=NOT_CLOSED)
 
 
 def split_at_tags(file: str) -> Iterator[tuple[int, str | None, str]]:
@@ -684,11 +759,46 @@ def read_blocks(file: str) -> Iterator[tuple[int, str]]:
             except UnicodeDecodeError as error:
                 number += raw.count(b"\n", 0, error.start)
                 problem = f"not UTF-8 (byte 0x{raw[error.start]:02x})"
-                raise InputError(f"{file}:{number}: {problem}; save the file as UTF-8") from None
+                raise InputError(f"{file}:{number}: {problem}{conversion_hint(file)}") from None
+            if number == 1 and "\0" in text[:2] and "; convert" in (hint := conversion_hint(file)):
+                raise InputError(f"{file}:1: not UTF-8 (a zero byte in each character){hint}")
             if number == 1:
                 text = text.removeprefix("\ufeff")
             yield number, text.replace("\r\n", "\n")
             number += raw.count(b"\n")
+
+
+def conversion_hint(file: str) -> str:
+    """How to save a file as UTF-8, with its encoding and the command where its first 16 MiB show which it is."""
+    with open(file, "rb") as source:
+        raw = source.read(1 << 24)
+    encoding = None
+    if raw.startswith(codecs.BOM_UTF32_LE):
+        encoding = "UTF-32"
+    elif raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "UTF-16"
+    elif raw[:1] == raw[2:3] == b"\0" != raw[1:2]:
+        encoding = "UTF-16BE"
+    elif raw[1:2] == raw[3:4] == b"\0" != raw[:1]:
+        encoding = "UTF-16LE"
+    elif looks_like_windows_1252(raw):
+        encoding = "WINDOWS-1252"
+    if not encoding:
+        return "; save the file as UTF-8"
+    stem, suffix = os.path.splitext(file)
+    command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(file)} > {shlex.quote(f'{stem}.utf8{suffix}')}"
+    return f", it looks like {encoding.title() if 'W' in encoding else encoding}; convert it with {command}"
+
+
+def looks_like_windows_1252(raw: bytes) -> bool:
+    """More bytes that UTF-8 does not allow than characters that it does, and all of them have a meaning there."""
+    good = [character for character in raw.decode("utf-8", "ignore") if character > "\x7f"]
+    bad = len(raw.translate(None, bytes(range(128)))) - len("".join(good).encode())
+    try:
+        raw.decode("cp1252")
+    except UnicodeDecodeError:
+        return False
+    return bad > len(good) and not re.search(rb"\xed[\xa0-\xbf][\x80-\xbf]", raw)  # that is a surrogate
 
 
 def read_lines(file: str) -> Iterator[tuple[int, str]]:
@@ -702,14 +812,12 @@ def show_progress() -> bool:
     return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
 
 
-def require_blank(text: str, line: int, file: str, where: str | None = None) -> None:
-    """Refuse text outside of turns; `where` describes it if it stands on the first of these lines."""
+def stray_text(text: str, line: int, where: str | None = None) -> Iterator[Turn]:
+    """An error for text outside of turns; `where` describes it if it stands on the first of these lines."""
     if text.strip():
         below = text[: -len(text.lstrip())].count("\n")
-        problem = (
-            f"text {where}" if where and not below else "text outside of a turn; start with a tag such as <|user|>"
-        )
-        raise InputError(f"{file}:{line + below}: {problem}")
+        outside = "text outside of a turn; start with a tag such as <|user|>"
+        yield Turn("error", f"text {where}" if where and not below else outside, line + below)
 
 
 def unescape_tags(text: str, line: int, escaped: re.Pattern, file: str, warn: Warn) -> str:
@@ -721,7 +829,7 @@ def unescape_tags(text: str, line: int, escaped: re.Pattern, file: str, warn: Wa
         if escaped.match(text, at):
             lines[i] = content[1:]
         elif found := TAG.search(content):
-            warn(file, line + i, "tag", f"{escape_controls(found[0])[:60]} inside a turn is text, not a tag")
+            warn(file, line + i, *describe_tag(found[0]))
         elif (found := LIKE_TAG.match(content)) and set("<>") & set(found[0]) and set("|｜") & set(found[0]):
             tag = f"<|{found[2].lower()}|>"
             warn(file, line + i, "tag", f"{shorten(found[0].strip())} looks like a tag; write {tag} if it is one")
@@ -729,56 +837,156 @@ def unescape_tags(text: str, line: int, escaped: re.Pattern, file: str, warn: Wa
     return "\n".join(lines)
 
 
-def read_messages(file: str, warn: Warn) -> Iterator[Conversation]:
-    """Yield the conversations of JSON or Parquet rows: OpenAI's `messages` or ShareGPT's `conversations`."""
+def describe_tag(tag: str, by_row: bool = False) -> tuple[str, str]:
+    """(kind, text) of the warning about a tag inside a turn; by_row: no tag of this file separates conversations."""
+    shown = escape_controls(tag)[:60]
+    if tag in END_TOKENS or (tag == "<|endoftext|>" and by_row):
+        return "end token", f"{shown} is trained as text; delete it if it ends an answer: the chat format adds its own"
+    if tag == "<|endoftext|>":
+        return (
+            "separator",
+            f"{shown} inside a line is trained as text; put it alone on a line to separate conversations",
+        )
+    if tag[2:-2] in ROLE_NAMES and not by_row:
+        return "tag", f"{shown} inside a line is text; write it at the start of a line if it opens a turn"
+    return "tag", f"{shown} inside a turn is text, not a tag"
+
+
+def read_messages(file: str, warn: Warn) -> Iterator[list[Turn]]:
+    """Yield the conversations of JSON, CSV or Parquet rows."""
     for row, record in read_records(file):
-        messages = isinstance(record, dict) and (record.get("messages") or record.get("conversations"))
-        if not isinstance(messages, list):
-            problem = "no list 'messages' (or 'conversations')"
-            raise InputError(f"{file}:{row}: {problem}; each row must be one conversation")
-        turns = [message_turn(message, f"{file}:{row}", row) for message in messages]
+        turns = record_turns(record, row)
         for turn in turns:
-            if found := TAG.search(turn.content):
-                warn(file, row, "tag", f"{escape_controls(found[0])[:60]} inside a turn is text, not a tag")
-        yield build_conversation(turns, file, warn, start=row)
+            if turn.role != "error" and (found := TAG.search(turn.content)):
+                warn(file, row, *describe_tag(found[0], by_row=True))
+        if isinstance(record, dict) and (record.get("tools") or record.get("functions")):
+            warn(file, row, "tools", "the definitions of tools are ignored")
+        yield turns
 
 
-def message_turn(message: Any, place: str, row: int) -> Turn:
-    """The turn that one message holds, in OpenAI's keys or ShareGPT's."""
+def record_turns(record: Any, row: int) -> list[Turn]:
+    """The turns of one row; what is wrong in it has the role `error`."""
+    if isinstance(record, Turn):  # the row could not be read
+        return [record]
+    messages = find_messages(record) if isinstance(record, dict) else None
+    if not isinstance(messages, list):
+        problem = "no 'messages', 'conversations', 'prompt' and 'completion', or 'instruction' and 'output'"
+        if isinstance(record, dict) and (known := [key for key in ("messages", "conversations") if key in record]):
+            problem = f"{known[0]!r} is empty or not a list"
+        elif isinstance(record, dict) and record:
+            problem += f" in {shorten(', '.join(map(str, record)))}"
+        return [Turn("error", f"{problem}; write one conversation a row, its columns named so", row)]
+    if record.get("history"):
+        return [Turn("error", "'history' is not read; write its exchanges as 'messages'", row)]
+    if record.get("system"):  # ShareGPT's and Anthropic's place for the system turn
+        messages = [{"role": "system", "content": record["system"]}, *messages]
+    return [message_turn(message, row) for message in messages]
+
+
+def find_messages(record: dict) -> Any:
+    """The messages of a row: OpenAI's, ShareGPT's, prompt and completion (texts or messages), or Alpaca's."""
+    if messages := record.get("messages") or record.get("conversations"):
+        return messages
+    if "prompt" in record and "completion" in record:
+        sides = (("user", record["prompt"]), ("assistant", record["completion"]))
+        return list(
+            chain(*(text if isinstance(text, list) else [{"role": role, "content": text}] for role, text in sides))
+        )
+    if "instruction" in record and "output" in record:
+        parts = [part for part in (record["instruction"], record.get("input")) if part]
+        question = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else None
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
+    return None
+
+
+def message_turn(message: Any, row: int) -> Turn:
+    """The turn that one message holds, in OpenAI's keys or ShareGPT's; what is wrong has the role `error`."""
     if not isinstance(message, dict):
-        raise InputError(f"{place}: a message must be an object; write {{'role': …, 'content': …}}")
-    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        return Turn("error", "a message must be an object; write {'role': …, 'content': …}", row)
+    name, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
-    if not isinstance(role, str) or role not in SHAREGPT:
-        raise InputError(f"{place}: unknown role {shorten(role)}; {suggest(str(role), ROLES)}")
+
+    def wrong(problem: str) -> Turn:
+        return Turn("error", problem, row)
+
+    weight = message.get("weight")  # OpenAI's: 0 for an answer that is only context
+    role, trained = ROLE_NAMES.get(SHAREGPT.get(name, name), ("", False)) if isinstance(name, str) else ("", False)
+    if message.get("tool_calls") or message.get("function_call"):
+        return wrong(NO_TOOLS)
+    if not role:
+        return wrong(unknown_role(name))
     if not isinstance(content, str):
-        raise InputError(f"{place}: the content of a {role} message is not text; only text can be trained on")
+        return wrong(f"the content of a {role} message is not text; only text can be trained on")
     if re.search("[\ud800-\udfff]", content):
-        raise InputError(f"{place}: a lone surrogate in a {role} message; repair the text's encoding")
-    return Turn(SHAREGPT[role], content.strip(), row)
+        return wrong(f"a lone surrogate in a {role} message; repair the text's encoding")
+    if weight not in (None, 0, 1):
+        return wrong(f"unknown weight {shorten(weight)}; write 1 for a trained answer, 0 for one that is only context")
+    return Turn(role, content.strip(), row, trained and (role != "assistant" or weight != 0))
 
 
 def read_records(file: str) -> Iterator[tuple[int, Any]]:
-    """Yield (row number, record) of a JSON-lines, JSON or Parquet file."""
-    if file.endswith(".parquet"):
-        yield from read_parquet(file)
-        return
+    """Yield (row number, record) of a file; a row that cannot be read is an error turn."""
+    detected = detect_format(file)
+    if detected == "chatml":  # --input-format says that it is not
+        detected = ROW_FILES.get(os.path.splitext(file)[1].lower(), "JSON")
+    yield from {"JSON": read_json_rows, "CSV": read_csv, "Parquet": read_parquet}[detected](file)
+
+
+def read_json_rows(file: str) -> Iterator[tuple[int, Any]]:
+    """Yield (line, record) of JSON lines, or (row, record) of a JSON list."""
     lines = read_lines(file)
-    first = next(((number, line) for number, line in lines if line.strip()), (1, ""))
-    number, is_list = first[0], first[1].lstrip().startswith("[")
+    first, start = next(((number, line) for number, line in lines if line.strip()), (1, ""))
+    if start.lstrip().startswith("["):
+        records = parse_json("\n".join([start, *(line for _, line in lines)]), first)
+        if isinstance(records, Turn):
+            raise InputError(f"{file}:{records.line}: {records.content}")
+        yield from enumerate(records, 1)
+        return
+    for number, line in chain([(first, start)], lines):
+        if line.strip():
+            record = parse_json(line, number)
+            if isinstance(record, Turn) and number == first:  # not even the first line: another format
+                raise InputError(f"{file}:{number}: {record.content}")
+            yield number, record
+
+
+def parse_json(text: str, line: int) -> Any:
+    """The value of a JSON text that begins on this line, or an error turn."""
     try:
-        if is_list:
-            yield from enumerate(json.loads("\n".join([first[1], *(line for _, line in lines)])), 1)
-            return
-        for number, line in chain([first], lines):
-            if line.strip():
-                yield number, json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:  # the latter where it is nested too deeply
-        if is_list and isinstance(error, json.JSONDecodeError):
-            number = first[0] + error.lineno - 1
+        line += error.lineno - 1 if isinstance(error, json.JSONDecodeError) else 0
         problem = getattr(error, "msg", None) or first_line(error)
-        raise InputError(f"{file}:{number}: not JSON ({problem}); write one object per line, or one list") from None
+        return Turn("error", f"not JSON ({problem}); write one object per line, or one list", line)
+
+
+def read_csv(file: str) -> Iterator[tuple[int, Any]]:
+    """Yield (line, record) of a CSV file with a header; the delimiter is a comma, semicolon or tab."""
+    lines = (line + "\n" for _, line in read_lines(file))
+    header = next(lines)
+    csv.field_size_limit(2**31 - 1)  # an answer may be longer than csv's 131,072 characters
+    reader = csv.reader(chain([header], lines), delimiter=max(",;\t", key=header.count), strict=True)
+    row = 1
+    try:
+        names = [name.strip().lower() for name in next(reader)]
+        if find_messages(dict.fromkeys(names, "x")) is None:
+            problem = (
+                f"no columns 'prompt' and 'completion', or 'instruction' and 'output' in {shorten(','.join(names))}"
+            )
+            raise InputError(f"{file}:1: {problem}; rename the columns in the first line")
+        row = reader.line_num + 1
+        for values in reader:
+            if values and len(values) != len(names):
+                problem = f"{len(values)} fields where the first line has {len(names)}"
+                yield row, Turn("error", f"{problem}; put quotes around texts that contain the delimiter", row)
+            elif values:
+                yield row, dict(zip(names, values, strict=True))
+            row = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(
+            f"{file}:{row}: not CSV ({error}); double each quote inside a quoted text, and close it"
+        ) from None
 
 
 def read_parquet(file: str) -> Iterator[tuple[int, dict]]:
@@ -795,30 +1003,53 @@ def read_parquet(file: str) -> Iterator[tuple[int, dict]]:
         raise InputError(f"{file}: not a Parquet file; give JSON lines, JSON or Parquet") from None
 
 
-def build_conversation(turns: list[Turn], file: str, warn: Warn, start: int | None = None) -> Conversation:
-    """Join neighboring turns of one role as Ollama does; InputError for a conversation that cannot be trained on."""
-    start = start or turns[0].line
+def find_problems(turns: list[Turn]) -> list[tuple[int, str]]:
+    """(line, what is wrong; fix) of all that keeps these turns from being trained on."""
+    wrong, empty, first, answers, context = [], [], "", 0, 0
+    for role, content, line, trained in turns:
+        if role == "error":
+            wrong.append((line, content))
+        elif role != "system":
+            first = first or role
+            if role == "assistant":
+                answers += 1
+                context += not trained
+            if not content:
+                empty.append((line, f"empty {role} turn; fill it or delete it"))
+    if wrong or empty:
+        return wrong or empty  # what an error hides would only look like another one
+    if not answers:
+        return [(turns[0].line, "a conversation without an assistant turn; add an answer or delete it")]
+    if first == "assistant":
+        line = next(turn.line for turn in turns if turn.role == "assistant")
+        return [(line, "the assistant speaks first; put a user turn before it")]
+    if context == answers:
+        return [(turns[0].line, "every answer is only context; let one be trained, or delete the conversation")]
+    if not context:
+        return []
+    problem = "neighboring answers, one trained and one only context; mark both alike or join them"
+    spoken = [turn for turn in turns if turn.content]
+    return [(b.line, problem) for a, b in pairwise(spoken) if a.role == b.role and a.trained != b.trained]
+
+
+def build_conversation(turns: list[Turn], file: str, warn: Warn) -> Conversation:
+    """Join neighboring turns of one role as Ollama does; warn about what is ignored."""
     groups: list[list[Turn]] = []
     for turn in turns:
+        if turn.content.endswith(("</s>", "<end_of_turn>", "<eos>")):  # TAG has found those with bars
+            warn(file, turn.line, *describe_tag(turn.content[turn.content.rindex("<") :]))
         if not turn.content:
-            if turn.role != "system":
-                raise InputError(f"{file}:{turn.line}: empty {turn.role} turn; fill it or delete it")
             warn(file, turn.line, "empty system", "an empty system turn is ignored")
         elif groups and groups[-1][0].role == turn.role:
             groups[-1].append(turn)
         else:
             groups.append([turn])
     joined = [group[0]._replace(content="\n\n".join(turn.content for turn in group)) for group in groups]
-    if not any(turn.role == "assistant" for turn in joined):
-        raise InputError(f"{file}:{start}: a conversation without an assistant turn; add an answer or delete it")
-    first = next(turn for turn in joined if turn.role != "system")
-    if first.role == "assistant":
-        raise InputError(f"{file}:{first.line}: the assistant speaks first; put a user turn before it")
     if joined[-1].role != "assistant":
         warn(file, joined[-1].line, "no answer", f"the last {joined[-1].role} turn has no answer and is ignored")
         while joined[-1].role != "assistant":
             joined.pop()
-    return Conversation(joined, file, start)
+    return Conversation(joined, file, turns[0].line)
 
 
 def shorten(value: Any) -> str:
@@ -838,10 +1069,21 @@ def suggest(name: str, choices: Iterable[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"use one of {', '.join(choices)}"
 
 
-def suggest_tag(name: str) -> str:
-    """What to write instead of a tag that isn't a known role."""
-    near = get_close_matches(name.lower(), ROLES, n=1, cutoff=0.6)
-    return f"did you mean <|{near[0]}|>?" if near else f"write \\<|{escape_controls(name)[:60]}|> if it is text"
+def unknown_role(name: Any) -> str:
+    """What is wrong with a role's name, and how to fix it."""
+    if isinstance(name, str) and name in TOOL_ROLES:
+        return NO_TOOLS
+    return f"unknown role {shorten(name)}; {suggest(str(name), ROLE_NAMES)}"
+
+
+def unknown_tag(name: str) -> str:
+    """What is wrong with a tag that isn't a known role, and how to fix it."""
+    near = get_close_matches(name.lower(), ROLE_NAMES, n=1, cutoff=0.6)
+    tag = f"<|{escape_controls(name)[:60]}|>"
+    fix = f"did you mean <|{near[0]}|>?" if near else f"write \\{tag} if it is text"
+    if f"<|{name}|>" in END_TOKENS:
+        fix = f"delete it if it ends a turn (the chat format adds its own), or write \\{tag} if it is text"
+    return f"unknown role tag {tag}; {fix}"
 
 
 # ---- Turns -> tokens -----------------------------------------------------------------------------
@@ -863,6 +1105,7 @@ class Sample(NamedTuple):
     digest: int  # of the whole conversation
     file: str
     line: int
+    part: int  # 0 for a whole conversation or its first part
 
 
 class Encoder:
@@ -895,14 +1138,14 @@ class Encoder:
         """Yield (text or a special token's id, whether it is trained) of a conversation."""
         yield from ((bos, False) for bos in self.start)
         text = ""  # untrained text since the last special token or answer
-        for role, content, _ in turns:
-            for piece, trained in (*self.before[role], (content, role == "assistant"), *self.after[role]):
-                if isinstance(piece, str) and not trained:
+        for role, content, _, trained in turns:
+            for piece, answer in (*self.before[role], (content, role == "assistant"), *self.after[role]):
+                if isinstance(piece, str) and not answer:
                     text += piece
                     continue
                 if text:
                     yield text, False
-                yield piece, trained
+                yield piece, answer and trained
                 text = ""
         if text:
             yield text, False
@@ -930,24 +1173,45 @@ BLANKS = re.compile(r"(?<![^\S\r\n])[^\S\r\n]{1000000}")
 
 
 def encode_conversations(
-    conversations: Iterable[Conversation], encode: Encoder, max_length: int, overlong: str, warn: Warn
+    conversations: Iterable[Conversation],
+    encode: Encoder,
+    max_length: int,
+    overlong: str,
+    warn: Warn,
+    tally: Counter | None = None,
 ) -> Iterator[list[Sample]]:
-    """Yield batches of samples; none is longer than max_length."""
+    """Yield batches of samples; none is longer than max_length.
+
+    `tally` counts conversations, those split and dropped, dropped exchanges and the trained tokens lost with them.
+    InputError that lists the conversations over max_length if `overlong` is error.
+    """
+    tally, too_long = Counter() if tally is None else tally, []
     for batch in batch_conversations(conversations):
         for turns, file, _ in batch:
             for turn in turns:
                 if len(turn.content) > 1_000_000 and BLANKS.search(turn.content):
                     raise InputError(f"{file}:{turn.line}: a million blanks in a row; delete them")
         samples = []
+        tally["conversations"] += len(batch)
         for conversation, tokens in zip(batch, encode([c.turns for c in batch]), strict=True):
+            turns, file, line = conversation
             parts = [tokens]
-            if len(tokens.input_ids) > max_length:
-                parts = handle_overlong(conversation, len(tokens.input_ids), encode, max_length, overlong, warn)
-            key = digest(conversation.turns)
-            for ids, labels in parts:
-                trained = int(np.count_nonzero(labels != IGNORE))
-                samples.append(Sample(ids, labels, trained, key, conversation.file, conversation.line))
+            if len(tokens.input_ids) > max_length and overlong == "error":
+                problem = f"{len(tokens.input_ids)} tokens, above --max-length {max_length}"
+                too_long.append((file, line, f"{problem}; shorten it or use --overlong split"))
+            elif len(tokens.input_ids) > max_length:
+                parts = handle_overlong(conversation, tokens, encode, max_length, overlong, warn, tally)
+            key = digest(turns)
+            for part, (ids, labels) in enumerate(parts):
+                samples.append(Sample(ids, labels, count_trained(labels), key, file, line, part))
         yield samples
+    if too_long:
+        raise InputError(list_errors(too_long, []))
+
+
+def count_trained(labels: np.ndarray) -> int:
+    """How many labels are trained."""
+    return int(np.count_nonzero(labels != IGNORE))
 
 
 def batch_conversations(conversations: Iterable[Conversation], characters=1 << 21) -> Iterator[list[Conversation]]:
@@ -964,21 +1228,32 @@ def batch_conversations(conversations: Iterable[Conversation], characters=1 << 2
 
 
 def handle_overlong(
-    conversation: Conversation, length: int, encode: Encoder, max_length: int, overlong: str, warn: Warn
+    conversation: Conversation,
+    tokens: Tokens,
+    encode: Encoder,
+    max_length: int,
+    overlong: str,
+    warn: Warn,
+    tally: Counter,
 ) -> list[Tokens]:
     """The parts of a conversation of more than max_length tokens that are kept, as --overlong says."""
     turns, file, line = conversation
-    if overlong == "error":
-        problem = f"{length} tokens, above --max-length {max_length}"
-        raise InputError(f"{file}:{line}: {problem}; shorten it or use --overlong split")
+    parts, lost = [], []
+    if overlong == "split":
+        parts, lost = split_conversation(turns, encode, max_length)
+        parts = [part for part in parts if count_trained(part.labels)]  # the others hold only context
+    size, kept = len(tokens.input_ids), sum(count_trained(part.labels) for part in parts)
+    tally["dropped"] += not parts
+    tally["split"] += len(parts) > 1
+    tally["dropped_exchanges"] += len(lost) if parts else 0
+    tally["lost_trained_tokens"] += count_trained(tokens.labels) - kept
     if overlong == "drop":
-        warn(file, line, "overlong", f"dropped: {length} tokens")
+        warn(file, line, "dropped", f"a conversation of {size:,} tokens")
         return []
-    parts, lost = split_conversation(turns, encode, max_length)
     if len(parts) > 1:
-        warn(file, line, "overlong", f"{length:,} tokens: split into {len(parts)}")
+        warn(file, line, "split", f"{size:,} tokens: split into {len(parts)}")
     for turn in lost:
-        warn(file, turn.line, "overlong", "dropped: this exchange alone is longer than a row")
+        warn(file, turn.line, "dropped", "this exchange alone is longer than a row")
     return parts
 
 
@@ -1019,32 +1294,56 @@ def split_conversation(turns: list[Turn], encode: Encoder, max_length: int) -> t
 
 def digest(turns: list[Turn]) -> int:
     """63 bits that identify a conversation by its content."""
-    text = "\0".join([part for role, content, _ in turns for part in (role, content)])
+    text = "\0".join(
+        [part for role, content, _, trained in turns for part in (role if trained else f"{role}:context", content)]
+    )
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
 
 
 # ---- Tokens -> rows ------------------------------------------------------------------------------
 
 
-def encode_files(files: dict[str, str], args: argparse.Namespace, encode: Encoder):
-    """(samples, warnings) of these files {name: sha256}; samples is a memory-mapped datasets.Dataset.
+class Encoded(NamedTuple):
+    """The samples of some files, and what happened to their conversations."""
 
-    Its columns are the fields of Sample. A second start with the same files, tokenizer, format and
+    samples: Any  # a memory-mapped datasets.Dataset; its columns are the fields of Sample
+    warnings: list  # (file, line, kind, text)
+    tally: dict[str, int]  # of encode_conversations, and how many conversations --skip-bad has skipped
+
+
+def encode_files(files: dict[str, str], args: argparse.Namespace, encode: Encoder) -> Encoded:
+    """The samples of these files {name: sha256}.
+
+    A second start with the same files, tokenizer, format and
     length finds them in the cache.
     """
     import datasets
 
     def make(folder: Path) -> None:
         found: list = []
-        conversations = read_conversations(files, args.input_format)
-        warn = lambda *warning: found.append(warning)  # noqa: E731
-        samples = encode_conversations(conversations, encode, args.max_length, args.overlong, warn)
-        write_arrow(samples, folder / "samples.arrow")
-        write_json(folder / "warnings.json", found)
+        tally = Counter(skipped=0, conversations=0, split=0, dropped=0, dropped_exchanges=0, lost_trained_tokens=0)
 
-    settings = [encode.tokenizer.to_str(), encode.chat, args.input_format, args.max_length, args.overlong]
+        def warn(*warning) -> None:
+            found.append(warning)
+
+        def skip(*_) -> None:
+            tally["skipped"] += 1
+
+        conversations = read_conversations(files, args.input_format, refuse=skip if args.skip_bad else None)
+        samples = encode_conversations(conversations, encode, args.max_length, args.overlong, warn, tally)
+        write_arrow(samples, folder / "samples.arrow")
+        write_json(folder / "found.json", {"warnings": found, "tally": tally})
+
+    settings = [
+        encode.tokenizer.to_str(),
+        encode.chat,
+        args.input_format,
+        args.skip_bad,
+        args.max_length,
+        args.overlong,
+    ]
     folder = cached_folder("samples", [*settings, *files.items()], make)
-    return datasets.Dataset.from_file(str(folder / "samples.arrow")), read_json(folder / "warnings.json")
+    return Encoded(datasets.Dataset.from_file(str(folder / "samples.arrow")), **read_json(folder / "found.json"))
 
 
 def cached_folder(name: str, depends_on: list, make: Callable[[Path], None]) -> Path:
@@ -1081,23 +1380,26 @@ def write_arrow(batches: Iterable[list[Sample]], file: Path) -> None:
     import pyarrow as pa
 
     ids = pa.large_list(pa.int32())
-    schema = pa.schema(zip(Sample._fields, (ids, ids, pa.int32(), pa.int64(), pa.string(), pa.int32()), strict=True))
+    schema = pa.schema(
+        zip(Sample._fields, (ids, ids, pa.int32(), pa.int64(), pa.string(), pa.int32(), pa.int32()), strict=True)
+    )
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
         for batch in filter(None, batches):
             columns = [pa.array([sample[i] for sample in batch], kind) for i, kind in enumerate(schema.types)]
             stream.write_batch(pa.record_batch(columns, schema))
 
 
-def measure(samples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(digest, tokens, trained tokens) of each sample, int64 [N] each; the tokens themselves are not read."""
+def measure(samples) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(digest, tokens, trained tokens, part) of each sample, int64 [N] each; the tokens themselves are not read."""
     from pyarrow.compute import list_value_length
 
-    columns = [(np.zeros(0, np.int64),) * 3]
+    columns = [(np.zeros(0, np.int64),) * 4]
     for batch in samples.with_format("arrow").iter(10_000):
         lengths = list_value_length(batch["input_ids"]).to_numpy()
-        columns.append((batch["digest"].to_numpy(), lengths, batch["trained"].to_numpy().astype(np.int64)))
-    digests, lengths, trained = (np.concatenate(column) for column in zip(*columns, strict=True))
-    return digests, lengths, trained
+        trained, part = (batch[name].to_numpy().astype(np.int64) for name in ("trained", "part"))
+        columns.append((batch["digest"].to_numpy(), lengths, trained, part))
+    digests, lengths, trained, part = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return digests, lengths, trained, part
 
 
 def hold_out(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -1212,47 +1514,95 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 MOJIBAKE = re.compile("Ã[\u0080-\u00bf©¨ª«´§¹]|â€|Â[«»°\u00a0]|\ufffd")
 LONG_TURN = 20_000  # characters
+MANY_EXCHANGES = 30  # in one conversation: rather several that nothing separates
 
 
-def survey(files: dict[str, str], input_format: str) -> dict[str, Any]:
-    """Counts and warnings (file, line, kind, text) of the data, cached; InputError for what is wrong in it."""
+def survey(files: dict[str, str], input_format: str, skip_bad: bool = False) -> dict[str, Any]:
+    """Counts and warnings (file, line, kind, text) of the data, cached; InputError that lists the errors in it.
+
+    With skip_bad, conversations with errors are counted as skipped, and each error is a warning.
+    """
 
     def make(folder: Path) -> None:
         write_json(folder / "survey.json", survey_conversations(files, input_format))
 
-    return read_json(cached_folder("survey", [input_format, *files.items()], make) / "survey.json")
+    found = read_json(cached_folder("survey", [input_format, *files.items()], make) / "survey.json")
+    errors, unreadable = found.pop("errors"), found.pop("unreadable")
+    if unreadable or (errors and not skip_bad):
+        raise InputError(list_errors([] if skip_bad else errors, unreadable))
+    if not found["conversations"]:
+        raise InputError(f"{', '.join(files)}: all conversations have errors; leave out --skip-bad to see them")
+    found["warnings"] += [(file, line, "skipped", text) for file, line, text in errors]
+    return found
+
+
+def list_errors(errors: list, unreadable: list[str], shown: int = 20) -> str:
+    """One line for each of the first errors: (file, line, text) of conversations, and of files that cannot be read."""
+    lines = unreadable + [f"{file}:{line}: {text}" for file, line, text in errors]
+    more = [f"and {len(lines) - shown:,} more"] if len(lines) > shown else []
+    if len(errors) > 1 and not unreadable:
+        more = [
+            f"{', '.join([*more, f'{len(errors):,} errors in all'])}; --skip-bad trains without these conversations"
+        ]
+    return "\n".join(lines[:shown] + more)
 
 
 def survey_conversations(files: Iterable[str], input_format: str) -> dict[str, Any]:
-    """Read and check all conversations; only counts and warnings are kept."""
-    turns, exchanges, seen, found = Counter(), Counter(), {}, []
-    conversations, characters = 0, 0
+    """Read and check all conversations; only counts, warnings and errors are kept."""
+    turns, exchanges, seen, found, errors, unreadable = Counter(), Counter(), {}, [], [], []
+    conversations, characters, skipped = 0, 0, 0
 
     def warn(*warning) -> None:
         found.append(warning)
 
-    for conversation in read_conversations(files, input_format, warn):
+    def refuse(file: str, problems: list[tuple[int, str]]) -> None:
+        nonlocal skipped
+        skipped += 1
+        errors.extend((file, line, text) for line, text in problems)
+
+    def readable() -> Iterator[Conversation]:
+        for file in files:
+            try:
+                yield from read_conversations([file], input_format, warn, refuse)
+            except InputError as error:
+                unreadable.append(str(error))
+
+    for conversation in readable():
         conversations += 1
-        exchanges[sum(turn.role == "assistant" for turn in conversation.turns)] += 1
+        count = sum(turn.role == "assistant" for turn in conversation.turns)
+        exchanges[count] += 1
+        if count >= MANY_EXCHANGES:
+            warn(conversation.file, conversation.line, "one conversation", separation_hint(conversation.file, count))
         place = f"{conversation.file}:{conversation.line}"
         first = seen.setdefault(digest(conversation.turns), place)
         if first != place:
             warn(conversation.file, conversation.line, "duplicate", f"the same conversation as {first}")
-        for role, content, line in conversation.turns:
+        for role, content, line, _ in conversation.turns:
             turns[role] += 1
             characters += len(content)
             if wrong := MOJIBAKE.search(content):
                 warn(conversation.file, line, "encoding", f"{wrong[0]!r} looks like text decoded with a wrong encoding")
             if len(content) > LONG_TURN:
                 warn(conversation.file, line, "long", f"a turn of {len(content):,} characters")
+    if conversations == 1 and 1 < count < MANY_EXCHANGES:  # where nothing can be held out, two are enough
+        warn(conversation.file, conversation.line, "one conversation", separation_hint(conversation.file, count))
     return {
         "files": list(files),
         "conversations": conversations,
+        "skipped": skipped,
         "turns": dict(turns),
         "exchanges": dict(sorted(exchanges.items())),
         "characters": characters,
         "warnings": found,
+        "errors": errors,
+        "unreadable": unreadable,
     }
+
+
+def separation_hint(file: str, exchanges: int) -> str:
+    """What to do about dialogues that were read as one conversation."""
+    fix = "put a line <|endoftext|> between them" if detect_format(file) == "chatml" else "give each a row of its own"
+    return f"all {exchanges} exchanges are one conversation; if they are {exchanges} separate dialogues, {fix}"
 
 
 def print_survey(found: dict[str, Any], shown: int = 5) -> None:
@@ -1266,6 +1616,8 @@ def print_survey(found: dict[str, Any], shown: int = 5) -> None:
     print_field("turns", ", ".join(f"{turns.get(role, 0):,} {role}" for role in ROLES))
     bins = ("1", "2", "3-8", "9+")
     print_field("exchanges", ", ".join(f"{grouped[bin]:,} with {bin}" for bin in bins if grouped[bin]))
+    if found["skipped"]:
+        print_field("skipped", f"{found['skipped']:,} conversations that have errors (--skip-bad)")
     print_warnings(found["warnings"], shown)
 
 
@@ -1293,8 +1645,12 @@ def print_data(args: argparse.Namespace, world: World, data: Data) -> None:
     """Tokens, lengths, rows and steps; and which settings to change if the steps are too few to learn from."""
     counts = data.counts
     share = counts["trained_tokens"] / counts["tokens"]
-    held_out = f"{counts['held_out']:,} conversations held out"
-    print_field("tokens", f"{counts['tokens']:,}, of which {share:.0%} trained; {held_out}")
+    print_field("used", describe_use(counts))
+    if counts["split"] or counts["dropped"] or counts["dropped_exchanges"]:
+        dropped = f"{counts['dropped']:,} conversations and {counts['dropped_exchanges']:,} exchanges of others dropped"
+        lost = f"{counts['lost_trained_tokens']:,} trained tokens lost"
+        print_field("overlong", f"{counts['split']:,} conversations split, {dropped}, {lost}")
+    print_field("tokens", f"{counts['tokens']:,}, of which {share:.0%} trained")
     sizes, edges = np.histogram(data.lengths, bins=8, range=(0, args.max_length))
     for size, (low, high) in zip(sizes, pairwise(edges), strict=True):
         print(f"  {low:>7.0f} to {high:<7.0f}{size:>7,}  {'█' * round(40 * size / max(sizes))}")
@@ -1308,6 +1664,16 @@ def print_data(args: argparse.Namespace, world: World, data: Data) -> None:
         more = int(rows * epochs / args.epochs // accum)
         print_field("warning", f"few steps: --grad-accum {accum} --epochs {epochs:g} would make {more}")
     print_warnings(data.warnings)
+
+
+def describe_use(counts: dict[str, Any]) -> str:
+    """Where all conversations went, for the screen and the model card."""
+    parts = {"trained on": "trained_on", "held out": "held_out", "dropped (--overlong)": "dropped",
+             "skipped (--skip-bad)": "skipped"}  # fmt: skip
+    shown = [
+        f"{counts[key]:,} {name}" for name, key in parts.items() if counts[key] or key in ("trained_on", "held_out")
+    ]
+    return f"{counts['conversations'] + counts['skipped']:,} conversations: {', '.join(shown)}"
 
 
 def print_rows(rows: Rows, count: int, tokenizer) -> None:
@@ -2247,7 +2613,7 @@ def format_duration(seconds: float) -> str:
 # ---- Checkpoints and the run's record ------------------------------------------------------------
 
 # These may differ when a run is resumed; batch size and accumulation may as long as their product does not.
-MAY_DIFFER = {"output", "resume", "force_resume", "overwrite", "dry_run", "preview", "json", "report_to", "sample_prompts",
+MAY_DIFFER = {"output", "input_format", "resume", "force_resume", "overwrite", "dry_run", "preview", "json", "report_to", "sample_prompts",
               "train_batch_size", "grad_accum", "eval_batch_size", "logging_steps", "save_steps", "save_total_limit",
               "gradient_checkpointing", "shard_base", "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb"}  # fmt: skip
 
@@ -2508,7 +2874,7 @@ def card_rows(record: dict[str, Any]) -> dict[str, str]:
     """The card's table."""
     data, results = record["data"], record["results"]
     rows = {
-        "conversations": f"{data['conversations']:,}, of which {data['held_out']:,} held out",
+        "data": describe_use(data),
         "tokens per epoch": f"{data['tokens']:,}, of which {data['trained_tokens']:,} trained",
         "optimizer steps": f"{results['steps']:,}",
         "chat format": record["chat_format"]["name"],

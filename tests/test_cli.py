@@ -50,10 +50,12 @@ VALUES = {
 
 
 def test_the_documented_run_is_the_default():
+    """It names the format of train.chatml, which `auto`, the default, detects."""
     documented = vars(sft.parse_args(shlex.split(DOCUMENTED)))
     assert {name: documented[name] for name in VALUES} == VALUES
     assert set(VALUES) == {flag[2:].replace("-", "_") for flag in re.findall(r"--[a-z0-9-]+", DOCUMENTED)}
-    assert vars(sft.parse_args([])) == documented
+    assert vars(sft.parse_args([])) == {**documented, "input_format": "auto"}
+    assert sft.detect_format(str(SCRIPT.with_name("train.chatml"))) == "chatml"
 
 
 def test_every_switch_can_be_turned_off():
@@ -119,7 +121,12 @@ def run(folder: Path, *options, **environment) -> tuple[int, str, str, set[str]]
 def test_help(tmp_path):
     code, out, err, modules = run(tmp_path, "--help")
     assert code == 0 and err == "" and not HEAVY & modules
-    shown = {**VALUES, "train_files": "train.chatml", "lora_target_modules": "all seven projections of a Llama layer"}
+    shown = {
+        **VALUES,
+        "input_format": "auto",
+        "train_files": "train.chatml",
+        "lora_target_modules": "all seven projections of a Llama layer",
+    }
     for name, value in shown.items():
         flag = "--" + name.replace("_", "-")
         (entry,) = (part for part in out.split("\n  -") if re.match(rf"{flag[1:]}[ ,]", part))
