@@ -161,6 +161,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lora-target-modules", metavar="NAMES", type=comma_separated,
         default=comma_separated("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"),
         help="linear layers to adapt, separated by commas, or all-linear (default: all seven projections of a Llama layer)")  # fmt: skip
+    add("--init-adapter", metavar="DIR", type=Path, help="train this adapter further, with its rank, alpha and targets")
     add("--bf16", action=switch, default=True, help="weights and activations in bfloat16, otherwise float32")
     add("--bnb-nf4", action=switch, default=True, help="base weights in 4 bits (NF4, double quantized)")
     add("--bnb-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute type of NF4")
@@ -280,6 +281,8 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process prints for all
     try:
         check_launch(args.shard_base, world.size)
+        if args.init_adapter:
+            args = inherit_lora(args)
         if args.dry_run:
             dry_run(args, world)
         else:
@@ -316,7 +319,7 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
     inputs = read_inputs(args)
     print_survey(inputs.survey)
     report = dict(inputs.survey)
-    folder = args.model if os.path.isdir(args.model) else cached_model(args.model)
+    folder = local_model(args.model) or cached_model(args.model)
     if folder:
         headers, config = read_headers(args.model, folder), read_config(args.model, folder)
         check_base(args.model, config, headers)
@@ -346,6 +349,8 @@ def train(args: argparse.Namespace, world: World) -> None:
     device = choose_device(args, world)
     base = find_base(args)
 
+    if args.init_adapter:
+        check_ancestor(args.init_adapter, base)
     print_survey(inputs.survey)
     data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
     print_data(args, world, data)
@@ -1572,14 +1577,8 @@ def find_base(args: argparse.Namespace) -> Base:
 
 def resolve_model(name: str) -> tuple[str, str | None]:
     """(local folder, Hub revision or None) of a folder or Hub name; downloads what is missing."""
-    if os.path.isdir(name):
-        if os.path.isfile(os.path.join(name, "adapter_config.json")):
-            problem = "this is an adapter; give its base model"
-            raise InputError(f"--model {name}: {problem}, and --init-adapter {name} to train it further")
-        if not os.path.isfile(os.path.join(name, "config.json")):
-            problem = "no config.json in this folder"
-            raise InputError(f"--model {name}: {problem}; give a model folder in Hugging Face's layout")
-        return name, None
+    if folder := local_model(name):
+        return folder, None
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError(f"--model {name}: no such folder; give a local folder or a Hub name such as org/model")
     from huggingface_hub import errors, snapshot_download
@@ -1597,6 +1596,19 @@ def resolve_model(name: str) -> tuple[str, str | None]:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError):
         raise InputError(f"--model {name}: {not_found}") from None
     return folder, os.path.basename(folder)
+
+
+def local_model(name: str) -> str | None:
+    """The name, if it is a folder that holds a model; None if it is no folder."""
+    if not os.path.isdir(name):
+        return None
+    if os.path.isfile(os.path.join(name, "adapter_config.json")):
+        problem = "this is an adapter; give its base model"
+        raise InputError(f"--model {name}: {problem}, and --init-adapter {name} to train it further")
+    if not os.path.isfile(os.path.join(name, "config.json")):
+        problem = "no config.json in this folder"
+        raise InputError(f"--model {name}: {problem}; give a model folder in Hugging Face's layout")
+    return name
 
 
 def cached_model(name: str) -> str | None:
@@ -1913,10 +1925,60 @@ def add_lora(model, args: argparse.Namespace, targets: list[str], revision: str 
         revision=revision,
     )
     model = peft.get_peft_model(model, config)
+    if args.init_adapter:
+        weights = peft.load_peft_weights(str(args.init_adapter), device="cpu")
+        with explain_adapter(args.init_adapter, RuntimeError):
+            peft.set_peft_model_state_dict(model, weights)
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.forward = lean_lora_forward.__get__(module)
     return model
+
+
+def inherit_lora(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags with the rank, alpha and targets of --init-adapter in place of their own."""
+    folder = args.init_adapter
+    config = read_adapter_file(folder, "adapter_config.json")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise InputError(
+            f"--init-adapter {folder}: no adapter_model.safetensors in it; give a folder that training wrote"
+        )
+    if args.overwrite and args.output.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise InputError(f"--init-adapter {folder}: --overwrite would delete it; give another --output")
+    r, alpha, targets = config["r"], config["lora_alpha"], sorted(config["target_modules"])
+    print_field("lora", f"r {r}, alpha {alpha:g} and {', '.join(targets)}, from {folder}")
+    inherited = {"lora_r": r, "lora_alpha": float(alpha), "lora_target_modules": targets}
+    return argparse.Namespace(**vars(args) | inherited)
+
+
+def read_adapter_file(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON file of the folder that --init-adapter names; the run's record may be in the folder above a checkpoint."""
+    file = folder / name
+    if name == RECORD and not file.is_file() and folder.name.startswith("checkpoint-"):
+        file = folder.parent / name
+    with explain_adapter(folder, OSError, ValueError):
+        return read_json(file)
+
+
+@contextlib.contextmanager
+def explain_adapter(folder: Path, *errors: type[Exception]):
+    """Turn a library's error about --init-adapter into one line."""
+    try:
+        yield
+    except errors as error:
+        raise InputError(f"--init-adapter {folder}: {first_line(error)}; give a folder that training wrote") from None
+
+
+def check_ancestor(folder: Path, base: Base) -> None:
+    """Refuse to train an adapter further on another base or in another chat format."""
+    record = read_adapter_file(folder, RECORD)
+    recorded, chat = record["base"].get("fingerprint"), record["chat_format"]
+    if recorded and recorded != fingerprint(base.folder):
+        problem = f"it was trained on another base, {record['base']['model']}"
+        raise InputError(f"--init-adapter {folder}: {problem}; give that as --model")
+    if {key: chat.get(key) for key in ChatFormat._fields} != base.encode.chat._asdict():
+        problem = f"it was trained in the chat format {chat['name']}"
+        raise InputError(f"--init-adapter {folder}: {problem}; use --chat-format {chat['name']}")
 
 
 def shard_base(model, device: torch.device) -> None:
@@ -2550,6 +2612,11 @@ def run_record(args: argparse.Namespace, base: Base, inputs: Inputs, counts: dic
             "revision": base.revision,
             "fingerprint": fingerprint(base.folder),
         },
+        "init_adapter": args.init_adapter
+        and {
+            "name": args.init_adapter.resolve().name,
+            "sha256": sha256(args.init_adapter / "adapter_model.safetensors"),
+        },
         "quantization": {"bnb_nf4": args.bnb_nf4, "bnb_dtype": args.bnb_dtype, "bnb_double_quant": args.bnb_nf4},
         "args": vars(args),
         "data": {"sha256": inputs.train_files | inputs.eval_files, **counts},
@@ -2571,6 +2638,7 @@ def comparable(record: dict) -> dict[str, Any]:
     return {
         **{f"data {file}": digest for file, digest in record["data"]["sha256"].items()},
         **{f"base {key}": value for key, value in record["base"].items()},
+        **{f"--init-adapter's {key}": value for key, value in (record.get("init_adapter") or {}).items()},
         "rows per step (--train-batch-size x --grad-accum x processes)": record["data"]["rows_per_step"],
         **{f"--{key.replace('_', '-')}": value for key, value in record["args"].items() if key not in MAY_DIFFER},
     }
