@@ -1945,7 +1945,8 @@ def inherit_lora(args: argparse.Namespace) -> argparse.Namespace:
         )
     if args.overwrite and args.output.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise InputError(f"--init-adapter {folder}: --overwrite would delete it; give another --output")
-    r, alpha, targets = config["r"], config["lora_alpha"], sorted(config["target_modules"])
+    with explain_adapter(folder, KeyError):
+        r, alpha, targets = config["r"], config["lora_alpha"], sorted(config["target_modules"])
     print_field("lora", f"r {r}, alpha {alpha:g} and {', '.join(targets)}, from {folder}")
     inherited = {"lora_r": r, "lora_alpha": float(alpha), "lora_target_modules": targets}
     return argparse.Namespace(**vars(args) | inherited)
@@ -1966,13 +1967,15 @@ def explain_adapter(folder: Path, *errors: type[Exception]):
     try:
         yield
     except errors as error:
-        raise InputError(f"--init-adapter {folder}: {first_line(error)}; give a folder that training wrote") from None
+        problem = f"no {error} in its files" if isinstance(error, KeyError) else first_line(error)
+        raise InputError(f"--init-adapter {folder}: {problem}; give a folder that training wrote") from None
 
 
 def check_ancestor(folder: Path, base: Base) -> None:
     """Refuse to train an adapter further on another base or in another chat format."""
     record = read_adapter_file(folder, RECORD)
-    recorded, chat = record["base"].get("fingerprint"), record["chat_format"]
+    with explain_adapter(folder, KeyError):
+        recorded, chat = record["base"].get("fingerprint"), record["chat_format"]
     if recorded and recorded != fingerprint(base.folder):
         problem = f"it was trained on another base, {record['base']['model']}"
         raise InputError(f"--init-adapter {folder}: {problem}; give that as --model")
