@@ -101,8 +101,6 @@ def test_train_resume_and_merge(name, tmp_path):
     assert code == 0, printed
     assert_same_adapter(out, tmp_path / "whole")
 
-    if name in ("qwen2", "gemma3") and not hasattr(merge_lora, "fingerprint"):
-        pytest.skip("this merge_lora.py cannot merge it yet")
     merge_lora.main(["--adapter", str(out), "--base", str(base), "--output", str(tmp_path / "merged")])
     from peft import PeftModel
 
@@ -197,13 +195,12 @@ def test_the_memory_plan_counts_the_weights_of_each_family(name):
 
 
 def test_fingerprint(tmp_path):
-    """The same in both scripts; another base of the same shape, a sharded copy of other names apart, has another one."""
+    """The same in both scripts and for a copy in several files; other weights of the same shape have another one."""
     folder = family("llama3")
     ours = sft.fingerprint(folder)
     assert len(ours) == 64 and ours == sft.fingerprint(folder)
     for name in TRAINABLE:
-        if hasattr(merge_lora, "fingerprint"):
-            assert sft.fingerprint(family(name)) == merge_lora.fingerprint(family(name))
+        assert sft.fingerprint(family(name)) == merge_lora.fingerprint(family(name))
     shutil.copytree(folder, tmp_path / "other")
     with open(tmp_path / "other/model.safetensors", "r+b") as file:
         tensor = sft.read_headers("other", str(folder))["model.layers.1.self_attn.v_proj.weight"]

@@ -236,24 +236,6 @@ def test_gradient_checkpointing_flag(short_smollm2, capsys):
         assert f"{sum(recomputed)} of 2 layers" in unwrapped(capsys.readouterr().out)
 
 
-def test_free_layers_are_solved_from_measured_peaks():
-    """Peaks as a formula gives them: 10 GB with all layers checkpointed, 0.4 GB more for each that is not."""
-
-    def peak(uncheckpointed: int) -> int:
-        return int(10e9 + 0.4e9 * uncheckpointed)
-
-    assert sft.uncheckpointed_layers_that_fit(32, peak, 14.1e9) == 10
-    assert sft.uncheckpointed_layers_that_fit(32, peak, 9e9) == 0
-    assert sft.uncheckpointed_layers_that_fit(32, peak, 80e9) == 32
-
-    def too_much(uncheckpointed: int) -> int:
-        if uncheckpointed:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return int(10e9)
-
-    assert sft.uncheckpointed_layers_that_fit(32, too_much, 80e9) == 0
-
-
 def test_packing_flag(trained, data_folder, short_smollm2):
     code, out = short_run(data_folder, short_smollm2, "--no-packing", "--epochs", "0.2")
     assert code == 0, out
