@@ -1247,11 +1247,16 @@ def survey_conversations(files: Iterable[str], input_format: str) -> dict[str, A
     """Read and check all conversations; only counts and warnings are kept."""
     turns, exchanges, seen, found = Counter(), Counter(), {}, []
     conversations, characters = 0, 0
+    system, shared = None, True  # the first conversation's system turn, and whether all others have the same
 
     def warn(*warning) -> None:
         found.append(warning)
 
     for conversation in read_conversations(files, input_format, warn):
+        opening = conversation.turns[0]
+        instruction = opening.content if opening.role == "system" else None
+        system = instruction if not conversations else system
+        shared = shared and instruction == system
         conversations += 1
         exchanges[sum(turn.role == "assistant" for turn in conversation.turns)] += 1
         place = f"{conversation.file}:{conversation.line}"
@@ -1271,6 +1276,7 @@ def survey_conversations(files: Iterable[str], input_format: str) -> dict[str, A
         "turns": dict(turns),
         "exchanges": dict(sorted(exchanges.items())),
         "characters": characters,
+        "system": system if shared else None,
         "warnings": found,
     }
 
@@ -2668,7 +2674,11 @@ def run_record(args: argparse.Namespace, base: Base, inputs: Inputs, counts: dic
         },
         "quantization": {"bnb_nf4": args.bnb_nf4, "bnb_dtype": args.bnb_dtype, "bnb_double_quant": args.bnb_nf4},
         "args": vars(args),
-        "data": {"sha256": inputs.train_files | inputs.eval_files, **counts},
+        "data": {
+            "sha256": inputs.train_files | inputs.eval_files,
+            "system": inputs.survey["system"],  # the one that all conversations share
+            **counts,
+        },
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in libraries}},
     }
 

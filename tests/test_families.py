@@ -89,6 +89,7 @@ def test_train_resume_and_merge(name, tmp_path):
     assert code == 0, printed
     record = json.loads((out / "training_args.json").read_text())
     assert record["results"]["steps"] >= 3 and record["base"]["fingerprint"] == sft.fingerprint(base)
+    assert record["data"]["system"] is None  # each of these dialogues has its own
     config = json.loads((out / "adapter_config.json").read_text())
     fused = {"o_proj", "down_proj", "qkv_proj", "gate_up_proj"}
     assert set(config["target_modules"]) == (fused if name == "phi3" else set(SEVEN))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def test_nothing_changes_before_the_first_step(half, monkeypatch):
 
 def test_two_halves_beat_one(half):
     """Held-out loss after a second half is below the first's, and starts where the first ended."""
-    code, printed = run(half, *options("--output", "chained"))
+    code, printed = run(half, *options("--output", "chained"), log="chained.txt")
     assert code == 0, printed
     assert "r 4, alpha 8 and down_proj" in printed
     first, second = record(half), record(half, "chained")
@@ -88,8 +89,10 @@ def test_what_does_not_fit_is_refused(half, monkeypatch, tmp_path):
         file.seek(-4, 2)
         file.write(b"\1\2\3\4")
 
+    numbers = count()
+
     def refused(*changes) -> str:
-        args = arguments(*options("--output", "no", *changes))
+        args = arguments(*options("--output", f"no{next(numbers)}", *changes))  # a refused one stays locked
         return error_of(lambda: sft.train(sft.inherit_lora(args), sft.World()))
 
     assert_says(refused("--model", other), "--init-adapter out", "another base", str(family("llama3")))
@@ -97,7 +100,7 @@ def test_what_does_not_fit_is_refused(half, monkeypatch, tmp_path):
     assert_says(refused("--init-adapter", "nowhere"), "--init-adapter nowhere")
     assert_says(refused("--init-adapter", family("llama3")), f"--init-adapter {family('llama3')}")
     assert_says(refused("--overwrite", "--output", "out"), "--init-adapter out", "--overwrite")
-    assert not Path("no/adapter_model.safetensors").exists()
+    assert not list(Path().glob("no*/*.safetensors"))
     damaged = tmp_path / "damaged"
     shutil.copytree("out", damaged)
     (damaged / "training_args.json").write_text(json.dumps({"base": {}}))
