@@ -164,7 +164,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lora-dropout", metavar="N", type=bounded(float, 0, 0.99), default=0.05, help="dropout before the adapter")
     add("--lora-target-modules", metavar="NAMES", type=comma_separated,
         default=comma_separated("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"),
-        help="linear layers to adapt, separated by commas (default: all seven projections of a Llama layer)")  # fmt: skip
+        help="linear layers to adapt, separated by commas, or all-linear (default: all seven projections of a Llama layer)")  # fmt: skip
+    add("--init-adapter", metavar="DIR", type=Path, help="train this adapter further, with its rank, alpha and targets")
     add("--bf16", action=switch, default=True, help="weights and activations in bfloat16, otherwise float32")
     add("--bnb-nf4", action=switch, default=True, help="base weights in 4 bits (NF4, double quantized)")
     add("--bnb-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute type of NF4")
@@ -263,6 +264,8 @@ class Base(NamedTuple):
     config: transformers.PreTrainedConfig
     tokenizer: transformers.PreTrainedTokenizerFast  # for saving and generating
     encode: Encoder  # for the data
+    headers: dict[str, StoredTensor]  # of the weights, by name
+    targets: list[str]  # the linear layers that get adapters
 
 
 class Data(NamedTuple):
@@ -282,6 +285,8 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process prints for all
     try:
         check_launch(args.shard_base, world.size)
+        if args.init_adapter:
+            args = inherit_lora(args)
         if args.dry_run:
             dry_run(args, world)
         else:
@@ -318,12 +323,15 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
     inputs = read_inputs(args)
     print_survey(inputs.survey)
     report = dict(inputs.survey)
-    folder = args.model if os.path.isdir(args.model) else cached_model(args.model)
+    folder = local_model(args.model) or cached_model(args.model)
     if folder:
+        headers, config = read_headers(args.model, folder), read_config(args.model, folder)
+        check_base(args.model, config, headers)
+        choose_targets(args.lora_target_modules, headers)
         encode = load_encoder(args.model, folder, args.chat_format)
         data = prepare_data(args, world, inputs.train_files, inputs.eval_files, encode)
         print_data(args, world, data)
-        config = read_json(Path(folder, "config.json"))
+        config = plan_config(config, headers)
         plan = print_memory_plan(args, world, config, data.counts, capacity=24, device="a 24 GiB GPU")
         report |= data.counts | {"memory_gib": plan, "warnings": report["warnings"] + data.warnings}
         print_rows(data.train_rows, args.preview, encode.tokenizer)
@@ -345,6 +353,8 @@ def train(args: argparse.Namespace, world: World) -> None:
     device = choose_device(args, world)
     base = find_base(args)
 
+    if args.init_adapter:
+        check_ancestor(args.init_adapter, base)
     print_survey(inputs.survey)
     data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
     print_data(args, world, data)
@@ -353,11 +363,11 @@ def train(args: argparse.Namespace, world: World) -> None:
         raise InputError(f"{problem}; change one of them")
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
-        print_memory_plan(args, world, base.config.to_dict(), data.counts, card.total_memory / 2**30, card.name)
+        config = plan_config(base.config.to_dict(), base.headers)
+        print_memory_plan(args, world, config, data.counts, card.total_memory / 2**30, card.name)
 
     record = run_record(args, base, inputs, data.counts)
     checkpoint = None
-    check_weights(args.model, base.folder)  # before anything is deleted
     if not world.rank:
         if args.resume:
             checkpoint = resume_point(args.output, record, args.force_resume)
@@ -432,7 +442,7 @@ def load_model(args: argparse.Namespace, world: World, base: Base, train_rows: R
     model = load_base(args, base.folder, device)
     check_head(model, base.config.vocab_size)
     install_chunked_loss(model)
-    model = add_lora(model, args, base.revision)
+    model = add_lora(model, args, base.targets, base.revision)
     if args.shard_base:
         shard_base(model, device)
     # Without a device PEFT loads the best checkpoint, and the one to resume from, onto cuda:0 in every process.
@@ -529,13 +539,23 @@ def special_tokens(vocabulary: Vocabulary) -> dict[str, int]:
     return {token.content: token_id for token_id, token in added.items() if token.special}
 
 
-def chat_template(chat: ChatFormat) -> str:
-    """The format as a Jinja template, for chat_template.jinja and tokenizer.apply_chat_template."""
+def chat_template(chat: ChatFormat, adds_bos: bool = False) -> str:
+    """The format as a Jinja template: it renders the text that training sees.
+
+    adds_bos: whether the tokenizer puts a BOS token before a text. Then the template writes it, because whoever calls
+    tokenizer.apply_chat_template, such as a chat server, adds no special tokens to the rendered text.
+    """
     before, after = (json.dumps(part, ensure_ascii=False) for part in chat.header.split("{role}"))
     turn_end, answer_end = (json.dumps(part, ensure_ascii=False) for part in (chat.turn_end, chat.answer_end))
+    bos = "{{ bos_token }}" if adds_bos else ""
+    # Consecutive messages of one role are one turn, as in the training data and in Ollama.
     return (
-        f"{{% for message in messages %}}{{{{ {before} + message['role'] + {after} + message['content'] }}}}"
-        f"{{{{ {answer_end} if message['role'] == 'assistant' else {turn_end} }}}}{{% endfor %}}"
+        f"{bos}{{% for message in messages %}}"
+        "{% if loop.first or messages[loop.index0 - 1]['role'] != message['role'] %}"
+        f"{{{{ {before} + message['role'] + {after} }}}}{{% else %}}{{{{ '\\n\\n' }}}}{{% endif %}}"
+        "{{ message['content'] }}"
+        "{% if loop.last or messages[loop.index0 + 1]['role'] != message['role'] %}"
+        f"{{{{ {answer_end} if message['role'] == 'assistant' else {turn_end} }}}}{{% endif %}}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{{{{ {json.dumps(chat.header.format(role='assistant'))} }}}}{{% endif %}}"
     )
 
@@ -1551,6 +1571,7 @@ def survey_conversations(files: Iterable[str], input_format: str) -> dict[str, A
     """Read and check all conversations; only counts, warnings and errors are kept."""
     turns, exchanges, seen, found, errors, unreadable = Counter(), Counter(), {}, [], [], []
     conversations, characters, skipped = 0, 0, 0
+    system, shared = None, True  # the first conversation's system turn, and whether all others have the same
 
     def warn(*warning) -> None:
         found.append(warning)
@@ -1568,6 +1589,10 @@ def survey_conversations(files: Iterable[str], input_format: str) -> dict[str, A
                 unreadable.append(str(error))
 
     for conversation in readable():
+        opening = conversation.turns[0]
+        instruction = opening.content if opening.role == "system" else None
+        system = instruction if not conversations else system
+        shared = shared and instruction == system
         conversations += 1
         count = sum(turn.role == "assistant" for turn in conversation.turns)
         exchanges[count] += 1
@@ -1593,6 +1618,7 @@ def survey_conversations(files: Iterable[str], input_format: str) -> dict[str, A
         "turns": dict(turns),
         "exchanges": dict(sorted(exchanges.items())),
         "characters": characters,
+        "system": system if shared else None,
         "warnings": found,
         "errors": errors,
         "unreadable": unreadable,
@@ -1709,10 +1735,12 @@ def memory_plan(
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or h // heads
     q, kv = heads * width, config.get("num_key_value_heads", heads) * width
-    shapes = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h),
-              "gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}  # fmt: skip
+    shapes = config.get("layer_shapes") or {
+        "q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h),
+        "gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}  # fmt: skip
     projections = layers * sum(rows * columns for rows, columns in shapes.values())
-    adapted = {name: shapes[name] for name in args.lora_target_modules if name in shapes}
+    wanted = [*args.lora_target_modules, *map(FUSED.get, args.lora_target_modules)]
+    adapted = {name: shape for name, shape in shapes.items() if name in wanted or "all-linear" in wanted}
     lora_layer = args.lora_r * sum(rows + columns for rows, columns in adapted.values())
     size = 2 if args.bf16 else 4  # bytes of a weight or activation
     # NF4: 4 bits, and for each block of 64 an 8-bit scale, whose own blocks of 256 have a float32 scale.
@@ -1750,6 +1778,30 @@ def memory_plan(
     return {name: amount / 2**30 for name, amount in parts.items()}
 
 
+def plan_config(config: dict[str, Any], headers: dict[str, StoredTensor]) -> dict[str, Any]:
+    """The config with the sizes that the weights have: config.json may leave some out. Unchanged without headers."""
+    if not headers:
+        return config
+    shapes = layer_shapes(headers)
+    vocabulary, h = headers["model.embed_tokens.weight"].shape
+    q = shapes["o_proj"][0] if "o_proj" in shapes else h
+    kv = shapes["k_proj"][1] if "k_proj" in shapes else (shapes["qkv_proj"][1] - q) // 2 if "qkv_proj" in shapes else q
+    f = shapes["down_proj"][0] if "down_proj" in shapes else config.get("intermediate_size", 4 * h)
+    heads = config.get("num_attention_heads") or q // (config.get("head_dim") or 64)
+    return {
+        **config,
+        "vocab_size": vocabulary,
+        "hidden_size": h,
+        "intermediate_size": f,
+        "num_hidden_layers": len({found[1] for found in map(LAYER_WEIGHT.fullmatch, headers) if found}),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv * heads // q,
+        "head_dim": q // heads,
+        "tie_word_embeddings": "lm_head.weight" not in headers,
+        "layer_shapes": shapes,
+    }
+
+
 def kept_bytes(h: int, f: int, q: int, kv: int, heads: int, size: int, args: argparse.Namespace, adapted: dict) -> int:
     """Bytes that a layer keeps of each token for its backward: counted with tests/fake_cuda, tensor by tensor."""
     kept = 2 * (4 * h + 4)  # two norms: the input in float32 and its inverse root
@@ -1758,8 +1810,10 @@ def kept_bytes(h: int, f: int, q: int, kv: int, heads: int, size: int, args: arg
     kept += size * args.lora_r * len(adapted)  # A x
     if args.lora_dropout:  # each adapter has its own dropped input, and a mask of one byte
         return kept + (size + 1) * sum(rows for rows, _ in adapted.values())
-    kept += size * h * any(name in adapted for name in ("q_proj", "k_proj", "v_proj"))  # one input for all three
-    kept += size * h * any(name in adapted for name in ("gate_proj", "up_proj"))
+    kept += (
+        size * h * any(name in adapted for name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))
+    )  # one input for all three
+    kept += size * h * any(name in adapted for name in ("gate_proj", "up_proj", "gate_up_proj"))
     return kept + size * f * ("down_proj" in adapted)  # o_proj's input is the attention's output
 
 
@@ -1927,21 +1981,22 @@ def load_libraries() -> None:
 def find_base(args: argparse.Namespace) -> Base:
     """The base model, downloaded if necessary and checked as far as its weights need not be read."""
     folder, revision = resolve_model(args.model)
+    headers = read_headers(args.model, folder)
+    check_base(args.model, read_config(args.model, folder), headers)
+    check_weights(args.model, folder)
+    targets = choose_targets(args.lora_target_modules, headers)
     config = load_config(args.model, folder)
+    check_names(args.model, empty_model(args.model, config), headers, targets)
     tokenizer = load_tokenizer(args.model, folder)
-    check_targets(empty_model(args.model, config), args.lora_target_modules)
     encode = load_encoder(args.model, folder, args.chat_format)
-    tokenizer.chat_template = chat_template(encode.chat)
-    return Base(folder, revision, config, tokenizer, encode)
+    tokenizer.chat_template = chat_template(encode.chat, adds_bos=bool(encode.start))
+    return Base(folder, revision, config, tokenizer, encode, headers, targets)
 
 
 def resolve_model(name: str) -> tuple[str, str | None]:
     """(local folder, Hub revision or None) of a folder or Hub name; downloads what is missing."""
-    if os.path.isdir(name):
-        if not os.path.isfile(os.path.join(name, "config.json")):
-            problem = "no config.json in this folder"
-            raise InputError(f"--model {name}: {problem}; give a model folder in Hugging Face's layout")
-        return name, None
+    if folder := local_model(name):
+        return folder, None
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError(f"--model {name}: no such folder; give a local folder or a Hub name such as org/model")
     from huggingface_hub import errors, snapshot_download
@@ -1959,6 +2014,19 @@ def resolve_model(name: str) -> tuple[str, str | None]:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError):
         raise InputError(f"--model {name}: {not_found}") from None
     return folder, os.path.basename(folder)
+
+
+def local_model(name: str) -> str | None:
+    """The name, if it is a folder that holds a model; None if it is no folder."""
+    if not os.path.isdir(name):
+        return None
+    if os.path.isfile(os.path.join(name, "adapter_config.json")):
+        problem = "this is an adapter; give its base model"
+        raise InputError(f"--model {name}: {problem}, and --init-adapter {name} to train it further")
+    if not os.path.isfile(os.path.join(name, "config.json")):
+        problem = "no config.json in this folder"
+        raise InputError(f"--model {name}: {problem}; give a model folder in Hugging Face's layout")
+    return name
 
 
 def cached_model(name: str) -> str | None:
@@ -1999,26 +2067,93 @@ def load_tokenizer(name: str, folder: str):
         return transformers.AutoTokenizer.from_pretrained(folder)
 
 
+def read_config(name: str, folder: str) -> dict[str, Any]:
+    """The base's config.json."""
+    with explain(name, "copy or download it again", ValueError, OSError, problem="config.json does not load ({})"):
+        return dict(read_json(Path(folder, "config.json")))
+
+
 def load_config(name: str, folder: str):
-    """The base's config; InputError for a base that cannot be trained."""
+    """The base's config as transformers reads it."""
     with explain(name, "give a causal language model", ValueError, OSError, KeyError):
-        config = transformers.AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None):
-        problem = "it is already quantized"
-        raise InputError(f"--model {name}: {problem}; give the 16-bit original, --bnb-nf4 quantizes it")
-    return config
+        return transformers.AutoConfig.from_pretrained(folder)
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a safetensors file; start and end are bytes from the beginning of the file."""
+
+    file: Path
+    dtype: str
+    shape: list[int]
+    start: int
+    end: int
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The base's weight files, sorted by name; they need not exist."""
+    index = Path(folder, "model.safetensors.index.json")
+    names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    return [Path(folder, name) for name in sorted(names)]
+
+
+def read_headers(name: str, folder: str) -> dict[str, StoredTensor]:
+    """The base's tensors by name, or {} where files are missing; InputError for a damaged file."""
+    files = weight_files(folder)
+    if not all(file.is_file() for file in files):
+        return {}
+    tensors = {}
+    for file in files:
+        found, size = {}, file.stat().st_size
+        # A file that is not safetensors may have any bytes here.
+        with explain(
+            name, "copy or download it again", ValueError, KeyError, TypeError, AttributeError,
+            problem=f"{file.name} is damaged or incomplete",
+        ):  # fmt: skip
+            found = read_header(file)
+            if any(tensor.end > size for tensor in found.values()):
+                raise ValueError
+        tensors |= found
+    return tensors
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file: 8 bytes of length, a JSON header, the data."""
+    with open(file, "rb") as stream:
+        data = 8 + int.from_bytes(stream.read(8), "little")
+        if data > file.stat().st_size:
+            raise ValueError
+        header = json.loads(stream.read(data - 8))
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(
+            file, tensor["dtype"], tensor["shape"], *(data + offset for offset in tensor["data_offsets"])
+        )
+        for name, tensor in header.items()
+    }
 
 
 def check_weights(name: str, folder: str) -> None:
-    """Read the headers of the weights, to find truncated files."""
-    from safetensors import SafetensorError, safe_open
+    """Refuse a base whose weights are missing."""
+    for file in weight_files(folder):
+        if not file.is_file():
+            problem = f"no {file.name}" if file.name != "model.safetensors" else "no *.safetensors"
+            raise InputError(f"--model {name}: {problem} in it; give a folder with the weights")
 
-    files = glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))
-    if not files:
-        raise InputError(f"--model {name}: no *.safetensors in it; give a folder with the weights")
-    for file in files:
-        with explain(name, "copy or download it again", SafetensorError, problem=f"{os.path.basename(file)}: {{}}"):
-            safe_open(file, framework="pt").keys()
+
+def fingerprint(folder: str | Path) -> str:
+    """A sha256 that tells models of the same shape apart; merge_lora.py computes the same.
+
+    Hashes, for every tensor in the order of their names, the line "name dtype [shape]" and the first 4096 bytes.
+    """
+    tensors = {name: tensor for file in weight_files(folder) for name, tensor in read_header(file).items()}
+    digest = hashlib.sha256()
+    with contextlib.ExitStack() as stack:
+        streams = {file: stack.enter_context(open(file, "rb", buffering=0)) for file in weight_files(folder)}
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+            streams[tensor.file].seek(tensor.start)
+            digest.update(streams[tensor.file].read(min(tensor.end - tensor.start, 4096)))
+    return digest.hexdigest()
 
 
 def first_line(error: Exception) -> str:
@@ -2032,15 +2167,87 @@ def empty_model(name: str, config):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
-def check_targets(model, targets: list[str]) -> None:
-    """Each --lora-target-modules name must be a linear layer below the head, which stays frozen."""
-    head = model.get_output_embeddings()
-    modules = (pair for pair in model.named_modules() if isinstance(pair[1], torch.nn.Linear) and pair[1] is not head)
-    linear = sorted({name.split(".")[-1] for name, _ in modules})
-    for name in targets or [""]:
-        if name not in linear:
+LAYER_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(?:.+\.)?(\w+)\.weight")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # how configs name a mixture of experts
+# Some bases, such as Phi-3, compute several projections in one layer.
+FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
+         "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}  # fmt: skip
+
+
+def check_base(name: str, config: dict[str, Any], headers: dict[str, StoredTensor]) -> None:
+    """Refuse a base that cannot be trained here or whose adapter could not be merged, before its weights are loaded."""
+    kind = config.get("model_type", "this model")
+    named = any(map(LAYER_WEIGHT.fullmatch, headers)) and "model.embed_tokens.weight" in headers
+    sized = all(config.get(key) for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
+    if config.get("quantization_config"):
+        problem, fix = "it is already quantized", "give the 16-bit original, --bnb-nf4 quantizes it"
+    elif "text_config" in config:
+        problem, fix = f"{kind} reads images too, and merge_lora.py merges text models only", "give a text model"
+    elif any(config.get(key) for key in EXPERTS) or any(".experts." in tensor for tensor in headers):
+        problem, fix = f"{kind} is a mixture of experts, which merge_lora.py cannot merge", "give a dense model"
+    elif headers and not named:
+        problem = f"{kind} is not built like a Llama: its weights have no model.embed_tokens and model.layers.0"
+        fix = "give a Llama, Qwen, Mistral, Gemma or Phi model"
+    elif not headers and not sized:
+        problem = f"{kind} is not built like a Llama: config.json has no hidden_size, num_hidden_layers or vocab_size"
+        fix = "give a Llama, Qwen, Mistral, Gemma or Phi model"
+    else:
+        return
+    raise InputError(f"--model {name}: {problem}; {fix}")
+
+
+def layer_shapes(headers: dict[str, StoredTensor]) -> dict[str, tuple[int, int]]:
+    """{name: (inputs, outputs)} of the linear layers in the first decoder layer that has them."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, tensor in headers.items():
+        found = LAYER_WEIGHT.fullmatch(name)
+        if found and len(tensor.shape) == 2:
+            outputs, inputs = tensor.shape
+            shapes.setdefault(found[2], (inputs, outputs))
+    return shapes
+
+
+def choose_targets(names: list[str], headers: dict[str, StoredTensor]) -> list[str]:
+    """This base's names of the layers to adapt, with one line where they are not the given ones. Without headers []."""
+    if not headers:
+        return []
+    targets = lora_targets(names, layer_shapes(headers))
+    if names != ["all-linear"] and not set(targets) <= set(names):
+        print_field("lora", f"this base has {', '.join(sorted(set(targets) - set(names)))} instead: adapting it")
+    return targets
+
+
+def lora_targets(names: list[str], linear: Iterable[str]) -> list[str]:
+    """The linear layers that --lora-target-modules means; InputError for a name that is none."""
+    linear = sorted(linear)
+    if names == ["all-linear"]:
+        return linear
+    targets = []
+    for name in names or [""]:
+        target = name if name in linear else FUSED.get(name, name)
+        if target not in linear:
             problem = "matches no linear layer of the model"
+            if name in ("lm_head", "embed_tokens"):
+                problem = "embedding and output head are never adapted"
             raise InputError(f"--lora-target-modules {name}: {problem}; {suggest(name, linear)}")
+        targets.append(target)
+    return list(dict.fromkeys(targets))
+
+
+def check_names(name: str, model, headers: dict[str, StoredTensor], targets: list[str]) -> None:
+    """Refuse a base whose files do not hold the model's weights by the same names: its adapter could not be merged."""
+    tied = set(model.all_tied_weights_keys)
+    for parameter, value in model.named_parameters():
+        if parameter not in headers and parameter not in tied:
+            problem = f"its files hold no {parameter}, so merge_lora.py could not merge into them"
+            raise InputError(f"--model {name}: {problem}; give a complete model with the names of transformers")
+        if parameter in headers and headers[parameter].shape != list(value.shape):
+            problem = f"{parameter} is {headers[parameter].shape}, but config.json says {list(value.shape)}"
+            raise InputError(f"--model {name}: {problem}; copy or download it again")
+    for module_name, module in model.named_modules():
+        if module_name.split(".")[-1] in targets and not isinstance(module, torch.nn.Linear):
+            kind = type(module).__name__
+            raise InputError(f"--lora-target-modules {module_name.split('.')[-1]}: is a {kind}; give linear layers")
 
 
 def load_base(args: argparse.Namespace, folder: str, device: torch.device):
@@ -2097,16 +2304,31 @@ def quantized_on(device: torch.device) -> Iterator[None]:
 
 
 def check_head(model, vocabulary: int) -> None:
-    """Refuse a model that changes its head's logits (a softcap, a scale): our loss would be wrong."""
+    """Refuse a model that changes its head's logits in a way that head_logits does not: our loss would be wrong."""
     ids = torch.arange(8, device=model.device)[None] % vocabulary
+    head, logits = model.get_output_embeddings(), head_logits(model)
     with torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits
-        ours = model.get_output_embeddings()(model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state)
-    if not torch.allclose(expected.float(), ours.float(), rtol=1e-2, atol=1e-2):
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        # Near zero a softcap changes nothing, so both sides see logits of up to 100.
+        scale = 100 / head(hidden).abs().max().clamp(min=1e-6)
+        hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * scale,))
+        expected, ours = model(input_ids=ids, use_cache=False).logits, logits(hidden)
+        hook.remove()
+    if not torch.allclose(expected.float(), ours.float(), rtol=1e-2, atol=1e-1):
         raise InputError("--model: its logits are not those of a plain linear head; give a Llama-like model")
 
 
-def add_lora(model, args: argparse.Namespace, revision: str | None):
+def head_logits(model) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The model's way from hidden states to logits: its head, and Gemma's softcap."""
+    head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(head(hidden) / cap) * cap if cap else head(hidden)
+
+    return logits
+
+
+def add_lora(model, args: argparse.Namespace, targets: list[str], revision: str | None):
     """A PeftModel whose adapters are float32 and compute in the type of the activations."""
     from peft.tuners.lora import LoraLayer
 
@@ -2114,16 +2336,70 @@ def add_lora(model, args: argparse.Namespace, revision: str | None):
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_r,
-        lora_alpha=args.lora_alpha,
+        # Ollama and others refuse 64.0 in adapter_config.json.
+        lora_alpha=int(args.lora_alpha) if args.lora_alpha.is_integer() else args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=args.lora_target_modules,
+        target_modules=targets,
         revision=revision,
     )
     model = peft.get_peft_model(model, config)
+    if args.init_adapter:
+        weights = peft.load_peft_weights(str(args.init_adapter), device="cpu")
+        with explain_adapter(args.init_adapter, RuntimeError):
+            peft.set_peft_model_state_dict(model, weights)
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.forward = lean_lora_forward.__get__(module)
     return model
+
+
+def inherit_lora(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags with the rank, alpha and targets of --init-adapter in place of their own."""
+    folder = args.init_adapter
+    config = read_adapter_file(folder, "adapter_config.json")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise InputError(
+            f"--init-adapter {folder}: no adapter_model.safetensors in it; give a folder that training wrote"
+        )
+    if args.overwrite and args.output.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise InputError(f"--init-adapter {folder}: --overwrite would delete it; give another --output")
+    with explain_adapter(folder, KeyError):
+        r, alpha, targets = config["r"], config["lora_alpha"], sorted(config["target_modules"])
+    print_field("lora", f"r {r}, alpha {alpha:g} and {', '.join(targets)}, from {folder}")
+    inherited = {"lora_r": r, "lora_alpha": float(alpha), "lora_target_modules": targets}
+    return argparse.Namespace(**vars(args) | inherited)
+
+
+def read_adapter_file(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON file of the folder that --init-adapter names; the run's record may be in the folder above a checkpoint."""
+    file = folder / name
+    if name == RECORD and not file.is_file() and folder.name.startswith("checkpoint-"):
+        file = folder.parent / name
+    with explain_adapter(folder, OSError, ValueError):
+        return read_json(file)
+
+
+@contextlib.contextmanager
+def explain_adapter(folder: Path, *errors: type[Exception]):
+    """Turn a library's error about --init-adapter into one line."""
+    try:
+        yield
+    except errors as error:
+        problem = f"no {error} in its files" if isinstance(error, KeyError) else first_line(error)
+        raise InputError(f"--init-adapter {folder}: {problem}; give a folder that training wrote") from None
+
+
+def check_ancestor(folder: Path, base: Base) -> None:
+    """Refuse to train an adapter further on another base or in another chat format."""
+    record = read_adapter_file(folder, RECORD)
+    with explain_adapter(folder, KeyError):
+        recorded, chat = record["base"].get("fingerprint"), record["chat_format"]
+    if recorded and recorded != fingerprint(base.folder):
+        problem = f"it was trained on another base, {record['base']['model']}"
+        raise InputError(f"--init-adapter {folder}: {problem}; give that as --model")
+    if {key: chat.get(key) for key in ChatFormat._fields} != base.encode.chat._asdict():
+        problem = f"it was trained in the chat format {chat['name']}"
+        raise InputError(f"--init-adapter {folder}: {problem}; use --chat-format {chat['name']}")
 
 
 def shard_base(model, device: torch.device) -> None:
@@ -2188,33 +2464,70 @@ def packed_attention() -> str:
         varlen_attn, grouped = None, False
 
     def attention(
-        module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling=None,
+        cu_seq_lens_q=None,
+        max_length_q=None,
+        sliding_window=None,  # how many tokens a token sees, itself included
+        softcap=None,
+        **kwargs,
     ):
         """query [1, heads, T, d], key and value [1, kv_heads, T, d] -> [1, T, heads, d]"""
+        if cu_seq_lens_q is None and (softcap or (sliding_window and key.shape[2] > sliding_window)):
+            key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+            mask = causal_window(query.shape[2], key.shape[2], sliding_window, query.device)
+            return masked_attention(query, key, value, mask, scaling, softcap).transpose(1, 2), None
         if cu_seq_lens_q is None:  # generation: one sequence, no padding
             kwargs = {"dropout": 0.0, "scaling": scaling, "is_causal": kwargs.get("is_causal")}
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        varlen = query.is_cuda and varlen_attn and query.dtype in (torch.bfloat16, torch.float16)
+        varlen = query.is_cuda and varlen_attn and not softcap and query.dtype in (torch.bfloat16, torch.float16)
         if not (varlen and grouped):
             key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
         if varlen:
             q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
             ends, longest = (cu_seq_lens_q,) * 2, (max_length_q,) * 2
             more = {"enable_gqa": True} if grouped else {}
-            return varlen_attn(q, k, v, *ends, *longest, scale=scaling, window_size=(-1, 0), **more)[None], None
+            window = (sliding_window - 1 if sliding_window else -1, 0)
+            return varlen_attn(q, k, v, *ends, *longest, scale=scaling, window_size=window, **more)[None], None
         sdpa = torch.nn.functional.scaled_dot_product_attention
         if torch.compiler.is_compiling():  # one graph for all lengths: the documents as a mask
             place = torch.arange(query.shape[2], device=query.device)
             document = torch.searchsorted(cu_seq_lens_q, place, right=True, out_int32=True)
-            mask = (document[:, None] == document) & (place[:, None] >= place)
-            return sdpa(query, key, value, attn_mask=mask, scale=scaling).transpose(1, 2), None
-        spans = [slice(*span) for span in pairwise(cu_seq_lens_q.tolist())]
-        out = [sdpa(query[:, :, s], key[:, :, s], value[:, :, s], is_causal=True, scale=scaling) for s in spans]
+            mask = (document[:, None] == document) & causal_window(len(place), len(place), sliding_window, place.device)
+            return masked_attention(query, key, value, mask, scaling, softcap).transpose(1, 2), None
+        out = []
+        for begin, end in pairwise(cu_seq_lens_q.tolist()):
+            q, k, v, length = query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end], end - begin
+            if softcap or (sliding_window and length > sliding_window):
+                mask = causal_window(length, length, sliding_window, query.device)
+                out.append(masked_attention(q, k, v, mask, scaling, softcap))
+            else:
+                out.append(sdpa(q, k, v, is_causal=True, scale=scaling))
         return torch.cat(out, 2).transpose(1, 2), None
 
     # transformers finds no mask function of this name, so it builds no mask and does not wait for the GPU.
     transformers.AttentionInterface.register("packed", attention)
     return "packed"
+
+
+def causal_window(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """bool [queries, keys]: which keys the last `queries` positions see: no later one, and `window` in all."""
+    place = torch.arange(keys, device=device)
+    distance = place[keys - queries :, None] - place
+    return (distance >= 0) & (distance < (window or keys))
+
+
+def masked_attention(query, key, value, mask: torch.Tensor, scaling: float, softcap: float | None) -> torch.Tensor:
+    """Attention [1, heads, T, d] with a bool mask [T, keys] and Gemma 2's softcap, which sdpa does not know."""
+    if softcap is None:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scaling / softcap)
+    shares = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
+    return shares.to(value.dtype) @ value
 
 
 def install_chunked_loss(model) -> None:
@@ -2226,13 +2539,13 @@ def install_chunked_loss(model) -> None:
     """
     from transformers.modeling_outputs import CausalLMOutput
 
-    model_forward, decoder, head = model.forward, model.get_decoder(), model.get_output_embeddings()
+    model_forward, decoder, logits = model.forward, model.get_decoder(), head_logits(model)
 
     def forward(*args, shift_labels=None, labels=None, logits_to_keep=0, num_items_in_batch=None, **kwargs):
         if shift_labels is None:
             return model_forward(*args, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         hidden = decoder(*args, use_cache=False, **kwargs).last_hidden_state[0].index_select(0, logits_to_keep)
-        total = chunked_cross_entropy(hidden, head, shift_labels[0], logit_rows(model.config.vocab_size))
+        total = chunked_cross_entropy(hidden, logits, shift_labels[0], logit_rows(model.config.vocab_size))
         return CausalLMOutput(loss=total / (shift_labels.numel() if num_items_in_batch is None else num_items_in_batch))
 
     model.forward = forward
@@ -2243,8 +2556,8 @@ def logit_rows(vocabulary: int) -> int:
     return max(1, 2**25 // vocabulary)
 
 
-def chunked_cross_entropy(hidden: torch.Tensor, head, targets: torch.Tensor, rows: int) -> torch.Tensor:
-    """Sum of the cross-entropies of head(hidden) and targets: [N, h], [N] -> scalar, float32.
+def chunked_cross_entropy(hidden: torch.Tensor, logits: Callable, targets: torch.Tensor, rows: int) -> torch.Tensor:
+    """Sum of the cross-entropies of logits(hidden) and targets: [N, h], [N] -> scalar, float32.
 
     The head is frozen, so backward only needs the gradient of `hidden`: it is computed chunk by
     chunk along with the loss, and at most `rows` x vocabulary logits exist at a time.
@@ -2258,7 +2571,7 @@ def chunked_cross_entropy(hidden: torch.Tensor, head, targets: torch.Tensor, row
             for chunk, target in zip(hidden.split(rows), targets.split(rows), strict=True):
                 with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                     chunk = chunk.detach().requires_grad_(ctx.needs_input_grad[0])
-                    loss = torch.nn.functional.cross_entropy(head(chunk).float(), target, reduction="sum")
+                    loss = torch.nn.functional.cross_entropy(logits(chunk).float(), target, reduction="sum")
                 total += loss.detach()
                 if ctx.needs_input_grad[0]:
                     grads += torch.autograd.grad(loss, chunk)
@@ -2715,10 +3028,23 @@ def run_record(args: argparse.Namespace, base: Base, inputs: Inputs, counts: dic
     libraries = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "safetensors", "tokenizers")
     return {
         "chat_format": {"name": args.chat_format, **base.encode.chat._asdict()},
-        "base": {"model": args.model if base.revision else os.path.abspath(args.model), "revision": base.revision},
+        "base": {
+            "model": args.model if base.revision else os.path.abspath(args.model),
+            "revision": base.revision,
+            "fingerprint": fingerprint(base.folder),
+        },
+        "init_adapter": args.init_adapter
+        and {
+            "name": args.init_adapter.resolve().name,
+            "sha256": sha256(args.init_adapter / "adapter_model.safetensors"),
+        },
         "quantization": {"bnb_nf4": args.bnb_nf4, "bnb_dtype": args.bnb_dtype, "bnb_double_quant": args.bnb_nf4},
         "args": vars(args),
-        "data": {"sha256": inputs.train_files | inputs.eval_files, **counts},
+        "data": {
+            "sha256": inputs.train_files | inputs.eval_files,
+            "system": inputs.survey["system"],  # the one that all conversations share
+            **counts,
+        },
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in libraries}},
     }
 
@@ -2737,6 +3063,7 @@ def comparable(record: dict) -> dict[str, Any]:
     return {
         **{f"data {file}": digest for file, digest in record["data"]["sha256"].items()},
         **{f"base {key}": value for key, value in record["base"].items()},
+        **{f"--init-adapter's {key}": value for key, value in (record.get("init_adapter") or {}).items()},
         "rows per step (--train-batch-size x --grad-accum x processes)": record["data"]["rows_per_step"],
         **{f"--{key.replace('_', '-')}": value for key, value in record["args"].items() if key not in MAY_DIFFER},
     }
@@ -2788,7 +3115,13 @@ def generate_answers(model, tokenizer, prompts: list[str], max_new_tokens: int =
     """Greedy answers by their questions, one at a time: no padding, so the packed attention serves here too."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    # What is not set here comes from the base's own settings, and Llama 3.1's sample. Without sampling transformers
+    # warns about any values of the other three but these.
     greedy = transformers.GenerationConfig(
+        do_sample=False,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
         max_new_tokens=max_new_tokens,
         use_cache=True,
         eos_token_id=[tokenizer.eos_token_id, *ends],
@@ -2801,8 +3134,10 @@ def generate_answers(model, tokenizer, prompts: list[str], max_new_tokens: int =
     answers = {}
     for prompt in prompts:
         messages = [{"role": "user", "content": prompt}]
-        chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(chat, return_tensors="pt").input_ids.to(model.device)  # adds BOS if the model has one
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        ids = encoded["input_ids"].to(model.device)
         output = model.generate(ids, generation_config=greedy, synced_gpus=synced)
         answers[prompt] = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
     return answers

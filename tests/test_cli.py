@@ -232,10 +232,13 @@ def workdir(tmp_path, monkeypatch):
 
 @pytest.fixture
 def base(smollm2, workdir) -> Path:
-    """SmolLM2's folder with weights that cannot be loaded: every other error comes before loading."""
+    """SmolLM2's folder; of the weights only the headers are real, so no test may get as far as training."""
     folder = workdir / "base"
     shutil.copytree(smollm2, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    (folder / "model.safetensors").write_bytes(b"no weights")
+    with open(smollm2 / "model.safetensors", "rb") as weights, open(folder / "model.safetensors", "wb") as copy:
+        length = weights.read(8)
+        copy.write(length + weights.read(int.from_bytes(length, "little")))
+        copy.truncate(os.path.getsize(smollm2 / "model.safetensors"))  # takes no room on the disk
     return folder
 
 
@@ -294,7 +297,8 @@ NO_MODEL = {
     "no tokenizer": (lambda base: [file.unlink() for file in base.glob("tokenizer*")], ""),
     "broken tokenizer": (lambda base: (base / "tokenizer.json").write_text('{"version": "1.0"}'), ""),
     "tokenizer that is not JSON": (lambda base: (base / "tokenizer.json").write_bytes(b"\xff\0"), ""),
-    "broken weights": (lambda base: None, ""),
+    "no safetensors": (lambda base: (base / "model.safetensors").write_bytes(b"no weights"), "model.safetensors"),
+    "truncated weights": (lambda base: os.truncate(base / "model.safetensors", 200_000_000), "model.safetensors"),
 }  # fmt: skip
 
 

@@ -134,7 +134,8 @@ def install_loss(model) -> None:
 
 
 def add_adapters(model, case: Case):
-    return sft.add_lora(model, flags_of(case), None)
+    args = flags_of(case)
+    return sft.add_lora(model, args, args.lora_target_modules, None)
 
 
 def choose_checkpointing(model, case: Case) -> int:
