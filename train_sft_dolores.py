@@ -15,12 +15,19 @@ model, speed, training, checkpoints, report.
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - an older Python fails at the imports below
+    print(f"train_sft_dolores.py: needs Python 3.11 or newer, this is {sys.version.split()[0]}", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import contextlib
 import errno
 import functools
 import glob
 import hashlib
+import importlib.util
 import inspect
 import json
 import logging
@@ -30,7 +37,6 @@ import re
 import shlex
 import shutil
 import signal
-import sys
 import textwrap
 import time
 import warnings
@@ -42,7 +48,10 @@ from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
+try:
+    import numpy as np
+except ModuleNotFoundError:
+    np = None  # type: ignore[assignment]  # `main` reports it
 
 if TYPE_CHECKING:  # load_libraries imports these
     import accelerate
@@ -54,6 +63,11 @@ ROLES = ("system", "user", "assistant")
 IGNORE = -100  # the label that the loss skips; torch's default
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
 OPTIMIZERS = ("paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch", "adamw_torch_fused")
+# For --report-to: the package of each tracker, and the variable that says where it writes, if it would write here.
+TRACKERS = {"tensorboard": ("tensorboard", None), "wandb": ("wandb", "WANDB_DIR"), "mlflow": ("mlflow", "MLFLOW_TRACKING_URI"),
+            "trackio": ("trackio", "TRACKIO_DIR"), "swanlab": ("swanlab", "SWANLAB_LOG_DIR"), "comet_ml": ("comet_ml", None),
+            "clearml": ("clearml", None), "dvclive": ("dvclive", None), "codecarbon": ("codecarbon", None),
+            "neptune": ("neptune", None), "dagshub": ("dagshub", None), "azure_ml": ("azureml", None), "flyte": ("flytekit", None)}  # fmt: skip
 DEFAULT_OUTPUT = Path("runs_dolores_v5/llama31_clean")
 TIMEOUT = timedelta(hours=2)  # how long processes wait for each other, for instance while one hashes a checkpoint
 MAX_HELD_OUT = 500  # conversations: an evaluation every ten steps must not grow with the data
@@ -190,6 +204,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.resume |= args.force_resume
     args.dry_run |= bool(args.preview or args.json)
+    args.report_to = [name for names in args.report_to for name in comma_separated(names)]
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     if args.shard_base and args.compile:
@@ -273,11 +288,14 @@ class Data(NamedTuple):
 
 def main() -> None:
     """Look or train; every ending is one line and an exit status."""
+    if np is None:
+        exit_uninstalled("numpy")
     args, world = parse_args(), World.from_environment()
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process prints for all
     try:
         check_launch(args.shard_base, world.size)
+        check_trackers(args.report_to)
         if args.dry_run:
             dry_run(args, world)
         else:
@@ -286,7 +304,12 @@ def main() -> None:
         if not world.local_rank:  # once per machine
             print(error, file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        exit_uninstalled(str(error.name))
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+            print(f"{error.filename}: {str(error.strerror).lower()}; make it readable and writable", file=sys.stderr)
+            sys.exit(2)
         if error.errno != errno.ENOSPC:
             raise
         print(f"{error.filename or 'cache or output'}: no space left on the disk; free some space", file=sys.stderr)
@@ -300,6 +323,13 @@ def main() -> None:
         sys.exit(2)
 
 
+def exit_uninstalled(package: str) -> None:
+    """End with one line where a package is missing."""
+    install = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt"
+    print(f"{package}: not installed; run `{install}`", file=sys.stderr)
+    sys.exit(2)
+
+
 def check_launch(shard_base: bool, world_size: int) -> None:
     """Refuse flags that do not fit the launcher."""
     if shard_base and world_size == 1:
@@ -308,20 +338,38 @@ def check_launch(shard_base: bool, world_size: int) -> None:
         raise InputError("accelerate's FSDP is on: it shards adapters too; turn it off and use --shard-base")
 
 
+def check_trackers(names: list[str]) -> None:
+    """Each name of --report-to must be known and installed: Trainer would only look after the model is loaded."""
+    for name in names:
+        if name not in (*TRACKERS, "none"):
+            raise InputError(f"--report-to {name}: unknown tracker; {suggest(name, (*TRACKERS, 'none'))}")
+        if name != "none" and not importlib.util.find_spec(TRACKERS[name][0]):
+            raise InputError(f"--report-to {name}: not installed; run `pip install {TRACKERS[name][0]}`")
+
+
 def dry_run(args: argparse.Namespace, world: World) -> None:
     """Show the data, the memory that a step needs, and what is trained on; torch is not imported."""
     Stop(world)
+    if args.json:
+        check_writable(args.json)
     inputs = read_inputs(args)
     print_survey(inputs.survey)
     report = dict(inputs.survey)
-    folder = args.model if os.path.isdir(args.model) else cached_model(args.model)
+    folder = local_model(args.model) or cached_model(args.model)
     if folder:
+        config = read_json(Path(folder, "config.json"))
+        check_sizes(args, config)
+        if linear := linear_layers_on_disk(args.model, folder):
+            check_target_names(args.lora_target_modules, linear)
         encode = load_encoder(args.model, folder, args.chat_format)
         data = prepare_data(args, world, inputs.train_files, inputs.eval_files, encode)
         print_data(args, world, data)
-        config = read_json(Path(folder, "config.json"))
         plan = print_memory_plan(args, world, config, data.counts, capacity=24, device="a 24 GiB GPU")
-        report |= data.counts | {"memory_gib": plan, "warnings": report["warnings"] + data.warnings}
+        report |= data.counts | {
+            "memory_gib": plan,
+            "advice": advise(args, world, data.counts),
+            "warnings": report["warnings"] + data.warnings,
+        }
         print_rows(data.train_rows, args.preview, encode.tokenizer)
     else:
         print_field("tokens", f"{args.model} is not on this machine yet; tokens, rows and steps need its tokenizer")
@@ -344,9 +392,7 @@ def train(args: argparse.Namespace, world: World) -> None:
     print_survey(inputs.survey)
     data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
     print_data(args, world, data)
-    if data.eval_rows and args.save_steps % args.eval_steps:
-        problem = f"--save-steps {args.save_steps}: must be a multiple of --eval-steps {args.eval_steps}"
-        raise InputError(f"{problem}; change one of them")
+    check_steps(args, world, data.counts)
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         print_memory_plan(args, world, base.config.to_dict(), data.counts, card.total_memory / 2**30, card.name)
@@ -390,6 +436,15 @@ def prepare_data(
         held_out = hold_out(digests, args.eval_fraction, args.seed)
         evaluated, eval_digests = np.flatnonzero(held_out), digests[held_out]
     chosen = np.flatnonzero(~held_out)
+
+    if args.early_stopping and not len(evaluated):
+        raise InputError(
+            f"--early-stopping {args.early_stopping}: nothing is held out; use --eval-fraction or --eval-files"
+        )
+
+    if len(evaluated) and args.save_steps % args.eval_steps:
+        problem = f"--save-steps {args.save_steps}: must be a multiple of --eval-steps {args.eval_steps}"
+        raise InputError(f"{problem}; change one of them")
 
     too_long = f"no answer fits into --max-length {args.max_length}"
     if not trained[chosen].sum():
@@ -453,6 +508,13 @@ def fit(
     if stop.agreed and state.global_step < state.max_steps:
         print(f"stopped at step {state.global_step} of {state.max_steps}; continue with:\n  {resume_command(world)}")
         sys.exit(128 + stop.agreed)
+    if state.global_step < state.max_steps:
+        without = (
+            f"{plural(args.early_stopping, 'evaluation')} without a better held-out loss than {state.best_metric:.4f}"
+        )
+        print_field(
+            "stopped", f"at step {state.global_step} of {state.max_steps}: {without} at step {state.best_global_step}"
+        )
     results["samples"]["after"] = generate_answers(model, base.tokenizer, prompts)
     return trainer
 
@@ -460,6 +522,7 @@ def fit(
 def finish(args: argparse.Namespace, record: dict, trainer, config) -> None:
     """Write the adapter (the best by held-out loss), its record, card and loss curve; print what to type next."""
     state, results, data = trainer.state, record["results"], record["data"]
+    check_learned(trainer.model, args.learning_rate, state.global_step)
     trainer.save_model(str(args.output))
     config.save_pretrained(args.output)
     results["steps"] = state.global_step
@@ -1061,8 +1124,15 @@ def cached_folder(name: str, depends_on: list, make: Callable[[Path], None]) -> 
     key = repr([Path(__file__).read_text(encoding="utf-8"), *depends_on])
     folder = cache / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
     if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with open(folder.with_suffix(".lock"), "w") as lock:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            lock = open(folder.with_suffix(".lock"), "w")  # noqa: SIM115 - closed below
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            problem = f"the cache cannot be written ({str(error.strerror).lower()})"
+            raise InputError(f"{cache}: {problem}; set HF_HOME to a folder that can be") from None
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not folder.exists():
                 partial = folder.with_suffix(".partial")
@@ -1279,6 +1349,11 @@ def print_warnings(found: list, shown: int = 5) -> None:
             print(f"  … and {count - shown:,} more")
 
 
+def plural(count: float, noun: str) -> str:
+    """As `1 row`, `1,234 rows` or `0.5 rows`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def print_field(name: str, text: str) -> None:
     """Print one aligned paragraph."""
     print(wrap(f"{name:<10} {text}", 11), flush=True)
@@ -1290,24 +1365,74 @@ def wrap(text: str, indent: int) -> str:
 
 
 def print_data(args: argparse.Namespace, world: World, data: Data) -> None:
-    """Tokens, lengths, rows and steps; and which settings to change if the steps are too few to learn from."""
+    """Tokens, lengths, rows and steps; and which settings to change for small data."""
     counts = data.counts
     share = counts["trained_tokens"] / counts["tokens"]
-    held_out = f"{counts['held_out']:,} conversations held out"
+    held_out = f"{plural(counts['held_out'], 'conversation')} held out"
     print_field("tokens", f"{counts['tokens']:,}, of which {share:.0%} trained; {held_out}")
-    sizes, edges = np.histogram(data.lengths, bins=8, range=(0, args.max_length))
-    for size, (low, high) in zip(sizes, pairwise(edges), strict=True):
-        print(f"  {low:>7.0f} to {high:<7.0f}{size:>7,}  {'█' * round(40 * size / max(sizes))}")
-    print_field("rows", f"{counts['rows']:,} of at most {args.max_length:,} tokens, {counts['fill']:.1%} full")
-    steps = f"{counts['steps']:,} optimizer steps ({args.epochs:g} epochs, {counts['rows_per_step']} rows each)"
-    print_field("steps", steps)
-    if counts["steps"] < 30:
-        rows = counts["rows"] * args.epochs / args.train_batch_size / world.size
-        accum = max(1, min(args.grad_accum, int(rows // 30)))
-        epochs = args.epochs * max(1, -(-30 * accum // max(1, int(rows))))
-        more = int(rows * epochs / args.epochs // accum)
-        print_field("warning", f"few steps: --grad-accum {accum} --epochs {epochs:g} would make {more}")
+    print_lengths(data.lengths, args.max_length)
+    rows = f"{plural(counts['rows'], 'row')} of at most {args.max_length:,} tokens, {counts['fill']:.1%} full"
+    print_field("rows", rows)
+    passes = f"{args.epochs:g} {'epoch' if args.epochs == 1 else 'epochs'}"
+    each = f"{passes}, {plural(counts['rows_per_step'], 'row')} each"
+    print_field("steps", f"{plural(counts['steps'], 'optimizer step')} ({each})")
+    for advice in advise(args, world, counts):
+        print_field("advice", advice)
     print_warnings(data.warnings)
+
+
+def print_lengths(lengths: np.ndarray, max_length: int) -> None:
+    """A histogram of the samples' tokens, from the shortest to the longest; lengths: int64 [N]."""
+    sizes, edges = np.histogram(lengths, bins=8, range=(0, max_length))
+    used = np.flatnonzero(sizes)
+    for i in range(used[0], used[-1] + 1):
+        print(f"  {edges[i]:>7.0f} to {edges[i + 1]:<7.0f}{sizes[i]:>7,}  {'█' * round(40 * sizes[i] / max(sizes))}")
+
+
+ENOUGH_STEPS = 30  # optimizer steps: with fewer, little is learned
+# More passes make the held-out loss rise: SmolLM2 on 12 conversations was best after MEASURED12 passes, on 50 after MEASURED50.
+MOST_EPOCHS = 5
+
+
+def advise(args: argparse.Namespace, world: World, counts: dict[str, Any]) -> list[str]:
+    """What small data needs: more steps, but not so many passes that it is learned by heart; more held-out data."""
+    advice = []
+    flags, steps = step_flags(args, world, counts)
+    few = f"{plural(counts['steps'], 'step')} will teach little"
+    if counts["steps"] < ENOUGH_STEPS and steps > counts["steps"]:
+        advice.append(f"{few}: {flags} would make {steps}")
+    elif counts["steps"] < ENOUGH_STEPS:
+        advice.append(f"{few}, and more passes would learn the data by heart: write more conversations")
+    if args.epochs > MOST_EPOCHS and counts["held_out"] and not args.early_stopping:
+        passes = f"{args.epochs:g} passes may learn the data by heart"
+        advice.append(f"{passes}: --early-stopping 2 stops when the held-out loss rises")
+    if 0 < counts["held_out"] < 5:
+        few = f"the loss of {plural(counts['held_out'], 'held-out conversation')} is mostly chance"
+        fraction = min(0.25, np.ceil(500 / counts["conversations"]) / 100)
+        advice.append(f"{few}: " + (
+            "give more --eval-files" if args.eval_files else f"--eval-fraction {fraction:g} holds out more"))  # fmt: skip
+    return advice
+
+
+def step_flags(args: argparse.Namespace, world: World, counts: dict[str, Any]) -> tuple[str, int]:
+    """Flags for at least ENOUGH_STEPS optimizer steps, if MOST_EPOCHS allow so many, and the steps that they make."""
+    batches = -(-counts["rows"] // (args.train_batch_size * world.size))  # of an epoch
+    accum = min(args.grad_accum, max(1, int(batches * args.epochs) // ENOUGH_STEPS))
+    per_epoch = -(-batches // accum)
+    epochs = max(args.epochs, min(MOST_EPOCHS, -(-ENOUGH_STEPS // per_epoch)))
+    flags = f"--grad-accum {accum} --epochs {epochs:g}"
+    if counts["held_out"] and epochs > 1:
+        if per_epoch < args.eval_steps:  # an evaluation after each pass
+            flags += f" --eval-steps {per_epoch} --save-steps {per_epoch}"
+        flags += f" --early-stopping {args.early_stopping or 2}"
+    return flags, int(np.ceil(epochs * per_epoch))
+
+
+def check_steps(args: argparse.Namespace, world: World, counts: dict[str, Any]) -> None:
+    """Refuse a run whose rows do not even fill one optimizer step."""
+    if counts["rows"] * args.epochs < counts["rows_per_step"]:
+        rows = f"{plural(counts['rows'], 'row')} of data, too few for one step of {counts['rows_per_step']}"
+        raise InputError(f"--grad-accum {args.grad_accum}: {rows}; use {step_flags(args, world, counts)[0]}")
 
 
 def print_rows(rows: Rows, count: int, tokenizer) -> None:
@@ -1518,6 +1643,7 @@ def find_base(args: argparse.Namespace) -> Base:
     """The base model, downloaded if necessary and checked as far as its weights need not be read."""
     folder, revision = resolve_model(args.model)
     config = load_config(args.model, folder)
+    check_sizes(args, config.to_dict())
     tokenizer = load_tokenizer(args.model, folder)
     check_targets(empty_model(args.model, config), args.lora_target_modules)
     encode = load_encoder(args.model, folder, args.chat_format)
@@ -1525,15 +1651,38 @@ def find_base(args: argparse.Namespace) -> Base:
     return Base(folder, revision, config, tokenizer, encode)
 
 
+def local_model(name: str) -> str | None:
+    """The folder that --model names, or None for a Hub name; InputError if it is neither, or not a whole model."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if os.path.isdir(name):
+        check_whole_model(name, name)
+        return name
+    try:
+        if name.count("/") != 1:
+            raise HFValidationError
+        validate_repo_id(name)
+    except HFValidationError:
+        problem = "no such folder"
+        raise InputError(f"--model {name}: {problem}; give a local folder or a Hub name such as org/model") from None
+    return None
+
+
+def check_whole_model(name: str, folder: str) -> None:
+    """InputError for a folder without a model, or with an adapter of one."""
+    if os.path.isfile(os.path.join(folder, "adapter_config.json")):
+        base = read_json(Path(folder, "adapter_config.json")).get("base_model_name_or_path")
+        problem = "is a LoRA adapter, not a whole model"
+        raise InputError(f"--model {name}: {problem}; give its base ({base}), or the folder that merge_lora.py writes")
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        problem = "no config.json in this folder"
+        raise InputError(f"--model {name}: {problem}; give a model folder in Hugging Face's layout")
+
+
 def resolve_model(name: str) -> tuple[str, str | None]:
     """(local folder, Hub revision or None) of a folder or Hub name; downloads what is missing."""
-    if os.path.isdir(name):
-        if not os.path.isfile(os.path.join(name, "config.json")):
-            problem = "no config.json in this folder"
-            raise InputError(f"--model {name}: {problem}; give a model folder in Hugging Face's layout")
-        return name, None
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise InputError(f"--model {name}: no such folder; give a local folder or a Hub name such as org/model")
+    if folder := local_model(name):
+        return folder, None
     from huggingface_hub import errors, snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.jinja"]
@@ -1546,8 +1695,11 @@ def resolve_model(name: str) -> tuple[str, str | None]:
     except errors.RepositoryNotFoundError:
         problem = "not found on the Hub; check the name, or run `hf auth login` if it is private"
         raise InputError(f"--model {name}: {problem}") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError):
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise  # the cache cannot be written
         raise InputError(f"--model {name}: {not_found}") from None
+    check_whole_model(name, folder)
     return folder, os.path.basename(folder)
 
 
@@ -1555,9 +1707,9 @@ def cached_model(name: str) -> str | None:
     """The folder of a Hub model in the local cache, or None."""
     from huggingface_hub import try_to_load_from_cache
 
-    files = ("config.json", "tokenizer_config.json", "tokenizer.json") if name.count("/") == 1 else ()
+    files = ("config.json", "tokenizer_config.json", "tokenizer.json")
     found = [try_to_load_from_cache(name, file) for file in files]
-    return os.path.dirname(found[0]) if found and all(isinstance(file, str) for file in found) else None
+    return os.path.dirname(str(found[0])) if all(isinstance(file, str) for file in found) else None
 
 
 @contextlib.contextmanager
@@ -1626,7 +1778,36 @@ def check_targets(model, targets: list[str]) -> None:
     """Each --lora-target-modules name must be a linear layer below the head, which stays frozen."""
     head = model.get_output_embeddings()
     modules = (pair for pair in model.named_modules() if isinstance(pair[1], torch.nn.Linear) and pair[1] is not head)
-    linear = sorted({name.split(".")[-1] for name, _ in modules})
+    check_target_names(targets, sorted({name.split(".")[-1] for name, _ in modules}))
+
+
+def linear_layers_on_disk(name: str, folder: str) -> list[str]:
+    """Names of the linear layers below the head, from the headers of the weights: no torch, empty without weights."""
+    from safetensors import SafetensorError, safe_open
+
+    found = set()
+    for file in glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
+        with explain(name, "copy or download it again", SafetensorError, problem=f"{os.path.basename(file)}: {{}}"):
+            weights = safe_open(file, framework="numpy")
+        matrices = (key for key in weights.keys() if len(weights.get_slice(key).get_shape()) == 2)  # noqa: SIM118
+        found |= {key.split(".")[-2] for key in matrices if re.search(r"\.layers\.\d+\.", key)}
+    return sorted(found)
+
+
+def check_sizes(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    """Refuse more checkpointed layers, or longer rows, than the model has, from its config.json."""
+    layers, longest = config.get("num_hidden_layers"), config.get("max_position_embeddings")
+    if layers and isinstance(args.gradient_checkpointing, int) and args.gradient_checkpointing > layers:
+        problem = f"the model has {layers} layers"
+        raise InputError(
+            f"--gradient-checkpointing {args.gradient_checkpointing}: {problem}; give at most so many, or all"
+        )
+    if longest and args.max_length > longest:
+        raise InputError(f"--max-length {args.max_length}: the model reads at most {longest:,} tokens; lower it")
+
+
+def check_target_names(targets: list[str], linear: list[str]) -> None:
+    """InputError for a name that is none of these linear layers."""
     for name in targets or [""]:
         if name not in linear:
             problem = "matches no linear layer of the model"
@@ -1966,6 +2147,10 @@ class Stop:
 def training_arguments(args: argparse.Namespace, evaluating: bool) -> transformers.TrainingArguments:
     """Our flags under transformers' names."""
     cuda = torch.cuda.is_available()
+    for _, variable in (TRACKERS[name] for name in args.report_to if name != "none"):
+        if variable:  # what trackers write stays in the output folder
+            folder = os.path.abspath(args.output)
+            os.environ.setdefault(variable, f"file://{folder}/mlruns" if variable.startswith("MLFLOW") else folder)
     arguments = transformers.TrainingArguments(
         output_dir=str(args.output),
         num_train_epochs=args.epochs,
@@ -2052,6 +2237,17 @@ def trainer_class(shard_base: bool) -> type[transformers.Trainer]:
             self.documents = ()
             return grad_norm
 
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            """The same schedule, read in the middle of each step: at its start, warm-up gives the first step rate 0."""
+            schedule = super().create_scheduler(num_training_steps, optimizer)
+
+            def in_the_middle(rate: Callable[[float], float]) -> Callable[[int], float]:
+                return lambda step: rate(step + 0.5)
+
+            rates = [in_the_middle(rate) for rate in schedule.lr_lambdas]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(schedule.optimizer, rates)
+            return self.lr_scheduler
+
         def floating_point_ops(self, inputs):
             """Skip a count that walks through all parameters for each batch and is wrong for LoRA."""
             return 0
@@ -2119,6 +2315,13 @@ def checkpoint_callback(trainer, output: Path, limit: int, prompts: list[str]) -
                 return
             # Trainer would remember a best between two --save-steps, but keep the checkpoint of another step.
             control.should_save |= state.best_metric is None or metrics["eval_loss"] < state.best_metric
+            if evaluations_since_best(state.log_history) == RISING:
+                best = f"step {state.best_global_step} had the best held-out loss"
+                print_field(
+                    "advice",
+                    f"{best}, {RISING} evaluations ago: from here the data is learned by heart. "
+                    "The adapter will be that of the best step; Ctrl-C stops now, --early-stopping does it by itself",
+                )
             answers = generate_answers(trainer.model, trainer.processing_class, prompts)
             if state.is_world_process_zero:
                 write_samples(output / "samples.md", state.global_step, answers)
@@ -2131,6 +2334,15 @@ def checkpoint_callback(trainer, output: Path, limit: int, prompts: list[str]) -
                 rotate(str(output), limit, state.best_model_checkpoint)
 
     return Checkpoints()
+
+
+RISING = 3  # evaluations without a better held-out loss: more than chance
+
+
+def evaluations_since_best(history: list[dict]) -> int:
+    """How many evaluations ago the held-out loss was best, in a Trainer's log history."""
+    losses = [log["eval_loss"] for log in history if "eval_loss" in log]
+    return len(losses) - 1 - int(np.argmin(losses))
 
 
 def restore_paging(optimizer) -> None:
@@ -2192,6 +2404,13 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
     )
+
+
+def check_learned(model, learning_rate: float, steps: int) -> None:
+    """Refuse to present an adapter that changes nothing: every B is still zero, as it began."""
+    if not any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name):
+        problem = f"after {plural(steps, 'optimizer step')} the adapter is still zero, so nothing was learned"
+        raise InputError(f"--learning-rate {learning_rate:g}: {problem}; raise it, or train for more steps")
 
 
 def format_duration(seconds: float) -> str:
@@ -2343,6 +2562,18 @@ def resume_command(world: World) -> str:
 def read_json(file: Path) -> Any:
     """The content of a JSON file."""
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def check_writable(file: Path) -> None:
+    """InputError for a file that cannot be written, before any work is done for it."""
+    try:
+        partial = file.with_name(file.name + ".partial")
+        partial.touch()
+        partial.unlink()
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+    except OSError as error:
+        raise InputError(f"--json {file}: {str(error.strerror).lower()}; name a file that can be written") from None
 
 
 def write_json(file: Path, content: Any) -> None:
