@@ -136,6 +136,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", metavar="NAME", default="meta-llama/Llama-3.1-8B-Instruct", help="Hub name or local folder")
     add("--train-files", metavar="FILE", nargs="+", default=["train.chatml"], help="data files or globs")
     add("--output", metavar="DIR", type=Path, default=DEFAULT_OUTPUT, help="folder for the adapter")
+    add("--name", metavar="NAME", type=model_name, default="dolores-v5", help="the model's name, as in Ollama")
     add("--epochs", metavar="N", type=above_zero, default=1.0, help="passes over the data")
     add("--grad-accum", metavar="N", type=count, default=32, help="batches in an optimizer step")
     add("--learning-rate", metavar="N", type=above_zero, default=1.5e-4, help="peak learning rate")
@@ -237,6 +238,13 @@ def checkpointing_mode(text: str) -> str | int:
     raise argparse.ArgumentTypeError(f"{text!r} must be auto, all, none or a number of layers")
 
 
+def model_name(text: str) -> str:
+    """A name that Ollama, the Hub and a shell take as it is."""
+    if not re.fullmatch(r"(?:[a-z0-9][\w.-]*/)?[a-z0-9][\w.-]*", text, re.ASCII | re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"{text!r} must be letters, digits, '-', '_' and '.', such as my-model")
+    return text
+
+
 def comma_separated(text: str) -> list[str]:
     """The names in a comma-separated list."""
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -263,7 +271,7 @@ class Inputs(NamedTuple):
     train_files: dict[str, str]  # name: sha256
     eval_files: dict[str, str]
     survey: dict[str, Any]  # counts and warnings
-    prompts: list[str]  # the sample questions
+    prompts: list[str] | None  # the sample questions; None: questions of held-out conversations
 
 
 class Base(NamedTuple):
@@ -384,12 +392,16 @@ def train(args: argparse.Namespace, world: World) -> None:
     stop = Stop(world)
     inputs = read_inputs(args)  # errors in the data appear now, before slow imports
     lock = claim_output(args.output, args.resume, args.overwrite) if not world.rank else None
-    set_allocator(args.cuda_alloc_expandable, args.max_split_size_mb)
+    print_survey(inputs.survey)
+    flags = ("--cuda-alloc-expandable", "--no-cuda-alloc-expandable", "--max-split-size-mb")
+    set_allocator(
+        args.cuda_alloc_expandable, args.max_split_size_mb, quiet=not any(a.startswith(flags) for a in sys.argv)
+    )
+    print_field("starting", "torch, transformers and peft")
     load_libraries()
     device = choose_device(args, world)
     base = find_base(args)
 
-    print_survey(inputs.survey)
     data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
     print_data(args, world, data)
     check_steps(args, world, data.counts)
@@ -406,7 +418,8 @@ def train(args: argparse.Namespace, world: World) -> None:
         else:
             clear_output(args.output)
     model = load_model(args, world, base, data.train_rows, device)
-    trainer = fit(args, world, base, data, inputs.prompts, model, record, checkpoint, stop)
+    prompts = find_prompts(inputs.prompts, data, base.encode)
+    trainer = fit(args, world, base, data, prompts, model, record, checkpoint, stop)
     if lock:
         finish(args, record, trainer, base.config)
         lock.close()
@@ -474,6 +487,7 @@ def prepare_data(
 def load_model(args: argparse.Namespace, world: World, base: Base, train_rows: Rows, device: torch.device):
     """The frozen base with trainable adapters, a loss on trained tokens, and a plan for its memory."""
     transformers.set_seed(args.seed)
+    print_field("loading", args.model)
     model = load_base(args, base.folder, device)
     check_head(model, base.config.vocab_size)
     install_chunked_loss(model)
@@ -487,7 +501,7 @@ def load_model(args: argparse.Namespace, world: World, base: Base, train_rows: R
 
 
 def fit(
-    args, world, base: Base, data: Data, prompts: list[str], model, record: dict, checkpoint: str | None, stop: Stop
+    args, world, base: Base, data: Data, prompts: list[Prompt], model, record: dict, checkpoint: str | None, stop: Stop
 ):
     """Evaluate, train, evaluate; fills record["results"] and returns the Trainer. Exits on a signal."""
     trainer = make_trainer(args, world, model, base.tokenizer, data.train_rows, data.eval_rows, prompts, stop)
@@ -495,26 +509,40 @@ def fit(
     checkpoint, results = accelerate.utils.broadcast_object_list([checkpoint, record.get("results") or {}])
     record["results"] = results
     if not results:
+        began = time.monotonic()
         if data.eval_rows:
+            print_field("before", f"the loss of {plural(data.counts['held_out'], 'held-out conversation')}")
             results["eval_loss_before"] = trainer.evaluate()["eval_loss"]
+        if prompts:
+            print_field("before", f"the answers to {plural(len(prompts), 'question')}")
         results["samples"] = {"before": generate_answers(model, base.tokenizer, prompts)}
+        trainer.evaluation_seconds = time.monotonic() - began
         if not world.rank:
             write_json(args.output / RECORD, record)
+            write_samples(args.output / "samples.md", args.name, "Before training", results["samples"]["before"])
 
     stop.finish_step_first = True
     transformers.set_seed(args.seed)  # the same random numbers whether or not an evaluation came first
+    began = time.monotonic()
     train_within_memory(trainer, checkpoint, args.output, world)
+    results |= {
+        "seconds": round(time.monotonic() - began),
+        "resumed": bool(checkpoint),
+        "device": device_name(model.device),
+    }
     state = trainer.state
     if stop.agreed and state.global_step < state.max_steps:
         print(f"stopped at step {state.global_step} of {state.max_steps}; continue with:\n  {resume_command(world)}")
         sys.exit(128 + stop.agreed)
-    if state.global_step < state.max_steps:
+    if args.early_stopping and state.global_step < state.max_steps:
         without = (
             f"{plural(args.early_stopping, 'evaluation')} without a better held-out loss than {state.best_metric:.4f}"
         )
         print_field(
             "stopped", f"at step {state.global_step} of {state.max_steps}: {without} at step {state.best_global_step}"
         )
+    if prompts:
+        print_field("after", f"the answers to {plural(len(prompts), 'question')}")
     results["samples"]["after"] = generate_answers(model, base.tokenizer, prompts)
     return trainer
 
@@ -530,14 +558,15 @@ def finish(args: argparse.Namespace, record: dict, trainer, config) -> None:
         results |= {"eval_loss_after": state.best_metric, "best_step": state.best_global_step}
     write_json(args.output / RECORD, record)
     tokens_per_step = data["tokens"] / data["steps_per_epoch"]
-    plot_losses(state.log_history, tokens_per_step, results.get("eval_loss_before"), args.output / "loss.png")
-    write_card(args.output, record)
+    plot_losses(state.log_history, results, tokens_per_step, args.name, args.output / "loss.png")
+    write_card(args.output, args, record)
     print_field("adapter", f"{args.output}/adapter_model.safetensors; README.md and loss.png describe the run")
     if "eval_loss_before" in results:
         before, after = results["eval_loss_before"], results["eval_loss_after"]
         change = f"loss {before:.4f} -> {after:.4f}, perplexity {np.exp(before):.2f} -> {np.exp(after):.2f}"
         print_field("held out", f"{change} (step {results['best_step']})")
-    print_field("next", merge_command(args.output))
+    script = str(Path(sys.argv[0]).with_name("merge_lora.py"))
+    print_field("next", merge_command(this_python(), script, args.output, args.name))
 
 
 # ---- Chat format ---------------------------------------------------------------------------------
@@ -1332,7 +1361,7 @@ def print_survey(found: dict[str, Any], shown: int = 5) -> None:
         grouped["3-8" if 3 <= int(number) <= 8 else "9+" if int(number) > 8 else number] += count
     more = f", … and {len(names) - shown:,} more" if len(names) > shown else ""
     print_field("files", ", ".join(names[:shown]) + more)
-    print_field("data", f"{found['conversations']:,} conversations, {found['characters']:,} characters")
+    print_field("data", f"{plural(found['conversations'], 'conversation')}, {plural(found['characters'], 'character')}")
     print_field("turns", ", ".join(f"{turns.get(role, 0):,} {role}" for role in ROLES))
     bins = ("1", "2", "3-8", "9+")
     print_field("exchanges", ", ".join(f"{grouped[bin]:,} with {bin}" for bin in bins if grouped[bin]))
@@ -1349,7 +1378,7 @@ def print_warnings(found: list, shown: int = 5) -> None:
             print(f"  … and {count - shown:,} more")
 
 
-def plural(count: float, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
     """As `1 row`, `1,234 rows` or `0.5 rows`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
@@ -1371,8 +1400,7 @@ def print_data(args: argparse.Namespace, world: World, data: Data) -> None:
     held_out = f"{plural(counts['held_out'], 'conversation')} held out"
     print_field("tokens", f"{counts['tokens']:,}, of which {share:.0%} trained; {held_out}")
     print_lengths(data.lengths, args.max_length)
-    rows = f"{plural(counts['rows'], 'row')} of at most {args.max_length:,} tokens, {counts['fill']:.1%} full"
-    print_field("rows", rows)
+    print_field("rows", f"{counts['rows']:,} of at most {args.max_length:,} tokens, {counts['fill']:.1%} full")
     passes = f"{args.epochs:g} {'epoch' if args.epochs == 1 else 'epochs'}"
     each = f"{passes}, {plural(counts['rows_per_step'], 'row')} each"
     print_field("steps", f"{plural(counts['steps'], 'optimizer step')} ({each})")
@@ -1533,7 +1561,7 @@ def memory_advice(args: argparse.Namespace, world: World, fits: Callable[[argpar
 def print_memory_plan(
     args: argparse.Namespace, world: World, config: dict, counts: dict, capacity: float, device: str
 ) -> dict[str, float]:
-    """Print the plan as a table for a device of `capacity` GiB, and what to change if it does not fit."""
+    """Print what a device of `capacity` GiB needs; if it does not fit, as a table, and what to change."""
     share, layers = counts["trained_tokens"] / counts["tokens"], config["num_hidden_layers"]
     limit = capacity * args.torch_memory_fraction
 
@@ -1544,11 +1572,13 @@ def print_memory_plan(
 
     uncheckpointed, parts = plan(args)
     need = sum(parts.values())
-    checkpointed = f"{layers - uncheckpointed} of {layers} layers checkpointed"
-    print_field("memory", f"GiB for rows of {args.max_length:,} x {args.train_batch_size}, {checkpointed}")
-    for name, amount in parts.items():
-        print(f"  {name:<20} {amount:6.2f}")
-    verdict = "fits"
+    rows = f"rows of {args.max_length:,} x {args.train_batch_size}"
+    rows += f", {layers - uncheckpointed} of {layers} layers checkpointed"
+    if need > limit:
+        print_field("memory", f"GiB for {rows}")
+        for name, amount in parts.items():
+            print(f"  {name:<20} {amount:6.2f}")
+    verdict = f"enough for {rows}"
     if need > limit:
         advice = memory_advice(args, world, lambda tried: sum(plan(tried)[1].values()) <= limit)
         verdict = f"does not fit: {advice or 'no flag makes it fit; take a smaller model or a larger GPU'}"
@@ -2054,11 +2084,12 @@ def compile_layers(base, **options) -> None:
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def set_allocator(expandable: bool, max_split_size_mb: int) -> None:
+def set_allocator(expandable: bool, max_split_size_mb: int, quiet: bool = False) -> None:
     """Set CUDA's allocator. torch reads the variable on import, so this comes first."""
+    show = (lambda *_: None) if quiet else print_field
     for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         if variable in os.environ:
-            print_field("allocator", f"{variable}={os.environ[variable]} from the environment is kept")
+            show("allocator", f"{variable}={os.environ[variable]} from the environment is kept")
             return
     setting = f"max_split_size_mb:{max_split_size_mb}"
     on_wsl = "microsoft" in platform.release().lower()  # there they fail on some GPUs (pytorch issue 192330)
@@ -2066,7 +2097,7 @@ def set_allocator(expandable: bool, max_split_size_mb: int) -> None:
         # Together the two block the reuse of freed segments: 220 MiB reserved become 14,060 (pytorch issue 123548).
         setting = "expandable_segments:True"
         why = f"without --max-split-size-mb {max_split_size_mb}: together they waste memory"
-        print_field("allocator", f"expandable_segments, {why}")
+        show("allocator", f"expandable_segments, {why}")
     os.environ["PYTORCH_ALLOC_CONF"] = setting
 
 
@@ -2109,6 +2140,13 @@ def check_driver() -> None:
         problem = f"torch {torch.__version__} was built for CUDA {torch.version.cuda}, but no GPU answers"
         fix = "update the NVIDIA driver (CUDA 13 needs 580 or newer), or set CUDA_VISIBLE_DEVICES= to train on the CPU"
         raise InputError(f"GPU: {problem}; {fix}")
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's kind and cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {plural(os.cpu_count() or 1, 'core')})"
 
 
 def optimizer_on(optim: str, device_type: str) -> str:
@@ -2184,7 +2222,7 @@ def training_arguments(args: argparse.Namespace, evaluating: bool) -> transforme
     return arguments
 
 
-def make_trainer(args, world: World, model, tokenizer, train_rows, eval_rows, prompts: list[str], stop: Stop):
+def make_trainer(args, world: World, model, tokenizer, train_rows, eval_rows, prompts: list[Prompt], stop: Stop):
     """A Hugging Face Trainer with exact evaluation, complete checkpoints and one line for each step."""
     arguments = training_arguments(args, evaluating=eval_rows is not None)  # starts the process group
     if not args.output.is_dir():
@@ -2203,7 +2241,7 @@ def make_trainer(args, world: World, model, tokenizer, train_rows, eval_rows, pr
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(progress_callback(trainer, stop))
-    trainer.add_callback(checkpoint_callback(trainer, args.output, args.save_total_limit, prompts))
+    trainer.add_callback(checkpoint_callback(trainer, args.output, args.name, args.save_total_limit, prompts))
     if args.early_stopping and eval_rows:
         trainer.add_callback(transformers.EarlyStoppingCallback(args.early_stopping))
     return trainer
@@ -2214,6 +2252,7 @@ def trainer_class(shard_base: bool) -> type[transformers.Trainer]:
 
     class Trainer(transformers.Trainer):
         tokens = 0  # seen by this process
+        evaluation_seconds = 0.0  # of the evaluation before training, with its answers
         documents: tuple[str, ...] = ()  # of the current step
 
         def training_step(self, model, inputs, num_items_in_batch=None):
@@ -2273,24 +2312,48 @@ def progress_callback(trainer, stop: Stop) -> transformers.TrainerCallback:
     from tqdm import tqdm
 
     class Progress(transformers.TrainerCallback):
+        evaluations = 0  # since training began
+
         def on_train_begin(self, args, state, control, **kwargs):
             total, done = state.max_steps, state.global_step
             self.bar = tqdm(total=total, initial=done, unit="step", disable=not show_progress(), leave=False)
             self.began, self.first, self.tokens = time.monotonic(), done, trainer.tokens
+            self.spent, self.evaluations = 0.0, 0  # seconds in steps alone
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.step_began = time.monotonic()
 
         def on_step_end(self, args, state, control, **kwargs):
+            self.spent += time.monotonic() - self.step_began
             self.bar.update()
+            if state.global_step == self.first + 3 and (left := self.left(state)) > 60:
+                self.bar.write(
+                    f"{'estimate':<10} about {max(1, round(left / 60)):,} min left, until {clock(left)}",
+                    file=sys.stdout,
+                )
             if stop.any_rank_signaled(trainer.accelerator):
                 control.should_save = control.should_training_stop = True
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            self.evaluations += 1
+
+        def left(self, state) -> float:
+            """Seconds until the end: steps, and evaluations with their answers and checkpoints."""
+            every = state.eval_steps if trainer.eval_dataset else state.max_steps
+            evaluations = -(-state.max_steps // every) - state.global_step // every
+            each = trainer.evaluation_seconds
+            if self.evaluations:
+                each = (time.monotonic() - self.began - self.spent) / self.evaluations
+            step = self.spent / max(1, state.global_step - self.first)
+            return step * (state.max_steps - state.global_step) + each * evaluations
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if not state.is_world_process_zero or not hasattr(self, "bar"):
                 return
             step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
             if "loss" in logs:
-                spent, done = time.monotonic() - self.began, state.global_step - self.first
-                left = format_duration(spent / max(done, 1) * (state.max_steps - state.global_step))
-                speed = f"{(trainer.tokens - self.tokens) * args.world_size / spent:,.0f} tok/s"
+                left = format_duration(self.left(state))
+                speed = f"{(trainer.tokens - self.tokens) * args.world_size / self.spent:,.0f} tok/s"
                 values = f"loss {logs['loss']:.4f}  grad {logs['grad_norm']:.3f}  lr {logs['learning_rate']:.1e}"
                 self.bar.write(f"{step}  {values}  {speed}  left {left}", file=sys.stdout)
             elif "eval_loss" in logs:
@@ -2303,7 +2366,9 @@ def progress_callback(trainer, stop: Stop) -> transformers.TrainerCallback:
     return Progress()
 
 
-def checkpoint_callback(trainer, output: Path, limit: int, prompts: list[str]) -> transformers.TrainerCallback:
+def checkpoint_callback(
+    trainer, output: Path, name: str, limit: int, prompts: list[Prompt]
+) -> transformers.TrainerCallback:
     """Saves each new best at once, completes checkpoints, and lets the model answer after each evaluation."""
 
     class Checkpoints(transformers.TrainerCallback):
@@ -2324,7 +2389,7 @@ def checkpoint_callback(trainer, output: Path, limit: int, prompts: list[str]) -
                 )
             answers = generate_answers(trainer.model, trainer.processing_class, prompts)
             if state.is_world_process_zero:
-                write_samples(output / "samples.md", state.global_step, answers)
+                write_samples(output / "samples.md", name, f"Step {state.global_step}", answers)
 
         def on_save(self, args, state, control, **kwargs):
             trainer.accelerator.wait_for_everyone()  # each process adds its random state
@@ -2413,6 +2478,11 @@ def check_learned(model, learning_rate: float, steps: int) -> None:
         raise InputError(f"--learning-rate {learning_rate:g}: {problem}; raise it, or train for more steps")
 
 
+def clock(seconds: float) -> str:
+    """The time of day in so many seconds."""
+    return time.strftime("%H:%M", time.localtime(time.time() + seconds))
+
+
 def format_duration(seconds: float) -> str:
     """As 1h05 or 4m09; a step line stays within 80 columns."""
     minutes, seconds = divmod(round(seconds), 60)
@@ -2422,7 +2492,7 @@ def format_duration(seconds: float) -> str:
 # ---- Checkpoints and the run's record ------------------------------------------------------------
 
 # These may differ when a run is resumed; batch size and accumulation may as long as their product does not.
-MAY_DIFFER = {"output", "resume", "force_resume", "overwrite", "dry_run", "preview", "json", "report_to", "sample_prompts",
+MAY_DIFFER = {"output", "name", "resume", "force_resume", "overwrite", "dry_run", "preview", "json", "report_to", "sample_prompts",
               "train_batch_size", "grad_accum", "eval_batch_size", "logging_steps", "save_steps", "save_total_limit",
               "gradient_checkpointing", "shard_base", "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb"}  # fmt: skip
 
@@ -2556,7 +2626,7 @@ def resume_command(world: World) -> str:
     if world.size > 1:
         return "the same command, launcher included, with --resume"
     options = [option for option in sys.argv if option not in ("--resume", "--overwrite")]
-    return shlex.join(["python3", *options, "--resume"])
+    return shlex.join([this_python(), *options, "--resume"])
 
 
 def read_json(file: Path) -> Any:
@@ -2585,17 +2655,18 @@ def write_json(file: Path, content: Any) -> None:
 
 # ---- Report --------------------------------------------------------------------------------------
 
-PROMPTS = (
-    "Qui es-tu ?",
-    "Comment distinguer ce que je sais de ce que je crois ?",
-    "Je n'arrive pas à dormir. À quoi bon insister ?",
-)
+
+class Prompt(NamedTuple):
+    """A question that the model answers before, during and after training."""
+
+    text: str
+    input_ids: list[int]  # up to where the answer begins, as in training
 
 
-def read_prompts(file: Path | None) -> list[str]:
-    """The questions that the model answers before training and after each evaluation."""
+def read_prompts(file: Path | None) -> list[str] | None:
+    """The questions of --sample-prompts; None where it is not given."""
     if file is None:
-        return list(PROMPTS)
+        return None
     if str(file) == "none":
         return []
     try:
@@ -2605,7 +2676,34 @@ def read_prompts(file: Path | None) -> list[str]:
         raise InputError(f"--sample-prompts {file}: {problem}; write one question per line, or give none") from None
 
 
-def generate_answers(model, tokenizer, prompts: list[str], max_new_tokens: int = 80) -> dict[str, str]:
+def find_prompts(questions: list[str] | None, data: Data, encode: Encoder, count: int = 3) -> list[Prompt]:
+    """These questions; by default the first ones of held-out conversations, with their system turn.
+
+    Where nothing is held out, those of training conversations.
+    """
+    if questions is not None:
+        turns = [[Turn("user", question, 0), Turn("assistant", "-", 0)] for question in questions]
+        return [Prompt(q, before_answer(*tokens)) for q, tokens in zip(questions, encode(turns), strict=True)]
+    found: dict[str, Prompt] = {}
+    rows = data.eval_rows or data.train_rows
+    header, answer_header = (encode.chat.header.format(role=role) for role in ("user", "assistant"))
+    for i in sorted(chain.from_iterable(islice(rows.plan, 8 * count))):
+        sample = rows.samples[int(i)]
+        ids = before_answer(sample["input_ids"], sample["labels"])
+        text = encode.tokenizer.decode(ids, skip_special_tokens=False).rpartition(header)[2]
+        text = text.removesuffix(answer_header).removesuffix(encode.chat.turn_end).strip()
+        found.setdefault(text, Prompt(text, ids))
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def before_answer(input_ids: np.ndarray, labels: np.ndarray) -> list[int]:
+    """The ids before the first trained token: what a runtime sends to get that answer."""
+    return input_ids[: int(np.argmax(labels != IGNORE))].tolist()
+
+
+def generate_answers(model, tokenizer, prompts: list[Prompt], max_new_tokens: int = 80) -> dict[str, str]:
     """Greedy answers by their questions, one at a time: no padding, so the packed attention serves here too."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
@@ -2621,74 +2719,134 @@ def generate_answers(model, tokenizer, prompts: list[str], max_new_tokens: int =
     synced = torch.distributed.is_initialized()
     answers = {}
     for prompt in prompts:
-        messages = [{"role": "user", "content": prompt}]
-        chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(chat, return_tensors="pt").input_ids.to(model.device)  # adds BOS if the model has one
+        ids = torch.tensor([prompt.input_ids], device=model.device)
         output = model.generate(ids, generation_config=greedy, synced_gpus=synced)
-        answers[prompt] = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        answers[prompt.text] = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
     return answers
 
 
-def write_samples(file: Path, step: int, answers: dict[str, str]) -> None:
-    """Append the answers of one evaluation to samples.md."""
+def write_samples(file: Path, name: str, heading: str, answers: dict[str, str]) -> None:
+    """Append answers to samples.md; the first ones come below a title."""
+    lines = [] if file.exists() else [f"# {name}: answers before and during training", ""]
+    lines += [f"## {heading}", ""]
+    for question, answer in answers.items():
+        lines += [f"**{one_line(question)}**", "", *quote(answer), ""]
     with open(file, "a", encoding="utf-8") as samples:
-        for prompt, text in answers.items():
-            samples.write(f"## Step {step}: {prompt}\n\n{text}\n\n")
+        samples.write("\n".join(lines) + "\n")
 
 
-def plot_losses(history: list[dict], tokens_per_step: float, before: float | None, file: Path) -> None:
-    """Plot training and held-out loss against tokens seen, with the learning rate below."""
+def one_line(text: str, width: int = 300) -> str:
+    """Text as one line of Markdown."""
+    return textwrap.shorten(text, width, placeholder=" …")
+
+
+def quote(text: str) -> list[str]:
+    """Text as a Markdown quotation: a heading in it does not break the page."""
+    return [f"> {line}".rstrip() for line in text.split("\n")]
+
+
+def plot_losses(history: list[dict], results: dict[str, Any], tokens_per_step: float, title: str, file: Path) -> None:
+    """Plot training and held-out loss by optimizer step, with the learning rate below and the adapter's step marked."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     logs = [log for log in history if "loss" in log]
-    tokens = [log["step"] * tokens_per_step for log in logs]
-    held_out = [(0, before)] if before is not None else []
-    held_out += [(log["step"] * tokens_per_step, log["eval_loss"]) for log in history if "eval_loss" in log]
+    steps, losses = [log["step"] for log in logs], [log["loss"] for log in logs]
+    held_out = [(0, results["eval_loss_before"])] if "eval_loss_before" in results else []
+    held_out += [(log["step"], log["eval_loss"]) for log in history if "eval_loss" in log]
     figure, (loss, rate) = pyplot.subplots(2, sharex=True, height_ratios=(3, 1), figsize=(7, 4.5), layout="constrained")
-    loss.plot(tokens, [log["loss"] for log in logs], lw=1, label="training")
+    window = max(1, len(losses) // 25)
+    if window > 1:
+        loss.plot(steps, losses, lw=0.6, alpha=0.35, color="tab:blue")
+        label = f"training, mean of {window} steps"
+    else:
+        label = "training"
+    loss.plot(
+        steps[window - 1 :], np.convolve(losses, np.ones(window) / window, "valid"), color="tab:blue", label=label
+    )
     if held_out:
-        loss.plot(*zip(*held_out, strict=True), marker="o", ms=4, label="held out")
-    loss.set_ylabel("loss (nats per token)")
+        loss.plot(*zip(*held_out, strict=True), marker="o", ms=4, color="tab:orange", label="held out")
+    if "best_step" in results:
+        best, value = results["best_step"], results["eval_loss_after"]
+        mark = f"adapter: step {best}, {value:.2f}"
+        loss.plot([best], [value], "*", ms=13, color="tab:red", zorder=3, label=mark)
+    loss.set_title(f"{title}: loss")
+    loss.set_ylabel("nats per token")
     loss.legend(frameon=False)
     loss.grid(alpha=0.3)
-    rate.plot(tokens, [log["learning_rate"] for log in logs], lw=1, color="grey")
+    rate.plot(steps, [log["learning_rate"] for log in logs], lw=1, color="grey")
     rate.set_ylabel("learning rate")
-    rate.set_xlabel("tokens seen")
+    rate.set_xlabel(f"optimizer step (about {tokens_per_step:,.0f} tokens each)")
+    rate.xaxis.get_major_locator().set_params(integer=True)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    rate.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 
 
-def write_card(output: Path, record: dict[str, Any]) -> None:
+SNIPPET = """\
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+folder = "."  # this folder, or its name on the Hub
+model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+chat = [{"role": "user", "content": @question@}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**inputs, max_new_tokens=200)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+
+
+def write_card(output: Path, args: argparse.Namespace, record: dict[str, Any]) -> None:
     """The adapter's README.md: a model card with what was done, measured and answered."""
     from huggingface_hub import ModelCardData
 
     base, results = record["base"], record["results"]
-    hub = {"base_model": base["model"]} if base["revision"] else {}
-    card = ModelCardData(
-        language="fr", library_name="peft", pipeline_tag="text-generation", tags=["lora", "sft", "dolores"], **hub
-    )
+    hub = {"base_model": base["model"], "base_model_relation": "adapter"} if base["revision"] else {}
+    card = ModelCardData(library_name="peft", pipeline_tag="text-generation", tags=["lora", "sft"], **hub)
     revision = f" at revision `{base['revision']}`" if base["revision"] else ""
-    lines = ["---", card.to_yaml().strip(), "---", "# Dolores v5", "", f"LoRA adapter for `{base['model']}`{revision}"]
+    lines = ["---", card.to_yaml().strip(), "---", f"# {args.name}", ""]
+    lines += [f"LoRA adapter for `{without_folder(base['model'], base['revision'])}`{revision}"]
     lines += ["", "![Loss](loss.png)", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in card_rows(record).items()]
     before, after = results["samples"]["before"], results["samples"]["after"]
     lines += ["", "## Before and after"] if after else []
     for prompt in after:  # a resumed run may ask what was not asked before
-        lines += ["", f"**{prompt}**"]
+        lines += ["", f"**{one_line(prompt)}**"]
         for when, text in (("before", before.get(prompt, "(not asked)")), ("after", after[prompt])):
-            lines += ["", f"*{when}*", "", *(f"> {line}" for line in text.split("\n"))]
-    settings = " ".join(f"{name}={value}" for name, value in record["args"].items())
+            lines += ["", f"*{when}*", "", *quote(text)]
+    question = json.dumps(one_line(next(iter(after), "Hello!")), ensure_ascii=False)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    lines += ["", "## Merge and run", "", "```bash", f"python3 merge_lora.py --adapter {output} --output dolores_v5_full",
-              "ollama create dolores-v5 -f dolores_v5_full/Modelfile", "ollama run dolores-v5", "```", "",
-              "## Reproduce", "", f"Settings: {settings}", "", f"Versions: {versions}", "",
+    folder = Path(output.name) if output.is_absolute() else output
+    lines += ["", "## Merge and run", "", "```bash", merge_command("python3", "merge_lora.py", folder, args.name),
+              f"ollama create {args.name} -f {merged_folder(args.name)}/Modelfile", f"ollama run {args.name}", "```", "",
+              "## Use it in Python", "", "```python", SNIPPET.replace("@question@", question), "```", "",
+              "## Reproduce", "", "```bash", training_command(args), "```", "", f"Versions: {versions}", "",
               "The license of the base model applies to this adapter and to what is merged from it."]  # fmt: skip
     (output / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def without_folder(name: str, on_hub: Any = None) -> str:
+    """A name for others to read: an absolute path says nothing outside of this machine."""
+    return os.path.basename(name.rstrip("/")) if os.path.isabs(name) and not on_hub else name
+
+
+def training_command(args: argparse.Namespace) -> str:
+    """The command of a run: all flags that are not the default."""
+    once = {"resume", "force_resume", "overwrite", "dry_run", "preview", "json"}
+    command, defaults = ["python3", "train_sft_dolores.py"], vars(parse_args([]))
+    for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
+        if name in once or value == defaults[name]:
+            continue
+        if isinstance(value, bool):
+            command.append(flag if value else flag.replace("--", "--no-", 1))
+        elif name == "lora_target_modules":
+            command += [flag, ",".join(value)]
+        else:
+            command += [flag, *(without_folder(f"{v:g}" if isinstance(v, float) else str(v))
+                                for v in (value if isinstance(value, list) else [value]))]  # fmt: skip
+    return shlex.join(command)
 
 
 def card_rows(record: dict[str, Any]) -> dict[str, str]:
@@ -2699,18 +2857,33 @@ def card_rows(record: dict[str, Any]) -> dict[str, str]:
         "tokens per epoch": f"{data['tokens']:,}, of which {data['trained_tokens']:,} trained",
         "optimizer steps": f"{results['steps']:,}",
         "chat format": record["chat_format"]["name"],
+        "training time": f"{format_duration(results['seconds'])} on {results['device']}"
+        + (", after the last --resume" if results["resumed"] else ""),
     }
     if "eval_loss_before" in results:
         before, after = results["eval_loss_before"], results["eval_loss_after"]
         rows["held-out loss"] = f"{before:.4f} → {after:.4f}"
         rows["held-out perplexity"] = f"{np.exp(before):.2f} → {np.exp(after):.2f}"
         rows["adapter from"] = f"step {results['best_step']}, the best by held-out loss"
-    return rows | {f"`{name}`": f"sha256 `{value[:16]}…`" for name, value in data["sha256"].items()}
+    return rows | {f"`{without_folder(name)}`": f"sha256 `{value[:16]}…`" for name, value in data["sha256"].items()}
 
 
-def merge_command(output: Path) -> str:
+def merge_command(python: str, script: str, output: Path, name: str) -> str:
     """What to type after training."""
-    return "python3 merge_lora.py" + ("" if output == DEFAULT_OUTPUT else f" --adapter {output} --output OUTPUT")
+    folders = [] if output == DEFAULT_OUTPUT else ["--adapter", str(output), "--output", merged_folder(name)]
+    return shlex.join([python, script, *folders])
+
+
+def merged_folder(name: str) -> str:
+    """Where the merged model of this name goes: dolores_v5_full for dolores-v5."""
+    return name.split("/")[-1].replace("-", "_") + "_full"
+
+
+def this_python() -> str:
+    """The interpreter as the user can type it: by its path from here if it is below this folder."""
+    here = Path.cwd()
+    python = Path(sys.executable)
+    return str(python.relative_to(here)) if python.is_relative_to(here) else "python3"
 
 
 if __name__ == "__main__":
