@@ -12,7 +12,10 @@ def answer(folder: str, question: str, max_new_tokens: int = 120) -> str:
 
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     chat = [{"role": "user", "content": question}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    # Tokens at once and not text first: encoding rendered text would add a second BOS.
+    inputs = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True
+    )
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 

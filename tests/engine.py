@@ -31,11 +31,16 @@ def chat_format(name: str, eos: str) -> dict[str, str]:
     return {"name": name} | {key: part.replace("{eos}", eos) for key, part in FORMATS[name].items()}
 
 
-def jinja(chat: dict[str, str]) -> str:
-    """The training side's template: the trainer's own function, given the same strings."""
+def jinja(chat: dict[str, str], bos: bool = False) -> str:
+    """The training side's template: the trainer's own function, given the same strings.
+
+    With `bos` it writes BOS itself, as apply_chat_template, pipelines and servers do not add it.
+    """
     import train_sft_dolores as trainer
 
-    return trainer.chat_template(trainer.ChatFormat(*(chat[key] for key in trainer.ChatFormat._fields)))
+    start = "{{ bos_token }}" if bos else ""
+    template = trainer.chat_template(trainer.ChatFormat(*(chat[key] for key in trainer.ChatFormat._fields)))
+    return start + template.removeprefix(start)
 
 
 def random_adapter(base: Path, folder: Path, format_name="dolores", scale=0.02, dtype=None, seed=0, **lora) -> Path:
@@ -61,12 +66,15 @@ def random_adapter(base: Path, folder: Path, format_name="dolores", scale=0.02, 
 
 
 def complete_adapter(base: Path, folder: Path, format_name="dolores") -> Path:
-    """Add the files that the trainer writes beside PEFT's."""
+    """Add the files that the trainer writes next to those of PEFT."""
+    from tokenizers import Tokenizer
+
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(base / name, folder / name)
     eos = json.loads((base / "tokenizer_config.json").read_text())["eos_token"]
     chat = chat_format(format_name, eos)
-    (folder / "chat_template.jinja").write_text(jinja(chat))
+    bos = bool(Tokenizer.from_file(str(base / "tokenizer.json")).encode("").ids)
+    (folder / "chat_template.jinja").write_text(jinja(chat, bos))
     (folder / "checkpoint-10").mkdir()
     training = {
         "chat_format": chat,

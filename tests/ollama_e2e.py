@@ -93,10 +93,11 @@ def main() -> None:
                     tokenizer.decode(ids, skip_special_tokens=True).strip(),
                     answer["message"]["content"].strip(),
                 )
-                same = ours == theirs and answer["prompt_eval_count"] == len(prompt)
+                same = ours == theirs and answer.get("prompt_eval_count") == len(prompt)
                 wrong += not same
+                counts = f"{len(prompt)} tokens here, {answer.get('prompt_eval_count')} in Ollama"
                 print(
-                    f"{'same' if same else 'DIFFERS'}  {chat[-1]['content']}  {theirs!r}"
+                    f"{'same' if same else 'DIFFERS'}  {chat[-1]['content']}  {theirs!r}  ({counts})"
                     + ("" if same else f" not {ours!r}")
                 )
         finally:

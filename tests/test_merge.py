@@ -1,16 +1,19 @@
 """merge_lora.py: the numbers are PEFT's, the folder is whole, and what cannot be merged is refused in one line."""
 
+import errno
 import hashlib
 import json
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
-from engine import PROJECTIONS, complete_adapter, random_adapter
+from engine import PROJECTIONS, chat_format, complete_adapter, random_adapter
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -201,6 +204,180 @@ def test_peak_memory_is_some_tensors_not_the_model(tiny_llama31, tmp_path):
     assert int(done.stdout.split("grew")[1]) < 450, done.stdout  # MiB
 
 
+# ---- other families of models ----
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 49152, "max_position_embeddings": 4096,
+         "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7], "long_factor": [2.0 + i for i in range(8)]}
+LONGROPE = {"type": "longrope", **FACTORS}
+NO_SCALING = {"rope_theta": 10000.0, "rope_scaling": None}
+FAMILIES = {  # name: model type, settings of its config, targets, RoPE that old readers must find in the merged folder
+    "llama": ("llama", {"tie_word_embeddings": True}, PROJECTIONS, NO_SCALING),
+    "qwen2": ("qwen2", {}, PROJECTIONS, NO_SCALING),  # biases on q, k and v
+    "qwen3": ("qwen3", {}, PROJECTIONS, NO_SCALING),  # norms on q and k
+    "mistral": ("mistral", {"sliding_window": 512}, PROJECTIONS, NO_SCALING),
+    "gemma2": ("gemma2", {}, PROJECTIONS, NO_SCALING),
+    "gemma3": ("gemma3_text", {}, PROJECTIONS,
+               {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "rope_scaling": None}),
+    "phi3": ("phi3", {}, FUSED, {**NO_SCALING, "partial_rotary_factor": 1.0}),
+    "phi3 longrope": ("phi3", {"rope_scaling": LONGROPE, "original_max_position_embeddings": 2048}, FUSED,
+                      {"rope_theta": 10000.0, "rope_scaling": LONGROPE, "original_max_position_embeddings": 2048}),
+    "llama linear": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5000.0}, PROJECTIONS,
+                     {"rope_theta": 5000.0}),
+}  # fmt: skip
+
+
+def family_base(family: str, smollm2: Path, folder: Path) -> Path:
+    """A small random model of this family, with biases that are not zero, and SmolLM2's tokenizer."""
+    model_type, settings, _, _ = deepcopy(FAMILIES[family])  # transformers writes into these dicts
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **SIZES, **settings), dtype=torch.bfloat16
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(smollm2 / name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_is_merged_as_by_peft(family, short_smollm2, tmp_path):
+    """Equal weights, and equal logits of the whole folder: what its config says is part of the model."""
+    base = family_base(family, short_smollm2, tmp_path / "base")
+    adapter = random_adapter(base, tmp_path / "adapter", target_modules=FAMILIES[family][2])
+    merged = merge(adapter, tmp_path / "merged")
+    by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter)
+    by_peft = by_peft.merge_and_unload()
+    ours, theirs = weights(merged), by_peft.state_dict()
+    assert ours.keys() == weights(base).keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert sum(not torch.equal(value, weights(base)[name]) for name, value in ours.items()) == 2 * len(
+        FAMILIES[family][2]
+    )
+    ids = torch.arange(5, 105)[None]
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, by_peft(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_old_readers_find_the_rope_of_each_family(family, short_smollm2, tmp_path):
+    base = family_base(family, short_smollm2, tmp_path / "base")
+    adapter = random_adapter(base, tmp_path / "adapter", target_modules=[FAMILIES[family][2][0]])
+    merged = merge(adapter, tmp_path / "merged")
+    config = json.loads((merged / "config.json").read_text())
+    wanted = FAMILIES[family][3]
+    assert {key: config.get(key) for key in wanted} == wanted
+    assert config["architectures"] == [type(AutoModelForCausalLM.from_pretrained(base)).__name__]
+    if family == "llama linear":
+        assert config["rope_scaling"] == {"factor": 2.0, "rope_type": "linear", "type": "linear"}
+    assert "PARAMETER num_ctx 4096\n" in (merged / "Modelfile").read_text()
+
+
+def test_gemma3_in_its_old_layout(short_smollm2, tmp_path):
+    """As published: two thetas and the scaling of the full layers at the top level. They stay as they are."""
+    base = family_base("gemma3", short_smollm2, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    del config["rope_parameters"]
+    old = {"rope_theta": 1e6, "rope_local_base_freq": 5e3, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    (base / "config.json").write_text(json.dumps(config | old))
+    adapter = random_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    config = json.loads((merge(adapter, tmp_path / "merged") / "config.json").read_text())
+    assert {key: config[key] for key in old} == old
+    assert config["rope_parameters"]["sliding_attention"]["rope_theta"] == 5e3
+    assert config["rope_parameters"]["full_attention"]["factor"] == 8.0
+
+
+def test_families_that_cannot_be_merged(short_smollm2, tmp_path):
+    """GPT-2's layers are transposed, Mixtral's experts have other names in the files than in transformers."""
+    for model_type, settings, target, why in (
+        ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 49152}, "c_attn",
+         "{a}/adapter_model.safetensors: adapts transformer.h.0.attn.c_attn, a Conv1D and not a torch.nn.Linear; use PEFT's own merge"),
+        ("mixtral", {**SIZES, "num_local_experts": 2}, "q_proj",
+         f"{tmp_path}/mixtral: no tensor model.layers.0.mlp.gate.weight in it; it is incomplete, or its files use other names "
+         "than transformers (as with mixtures of experts and image models): then use PEFT's own merge_and_unload"),
+    ):  # fmt: skip
+        base = tmp_path / model_type
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings)).save_pretrained(base)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(short_smollm2 / name, base / name)
+        adapter = random_adapter(base, tmp_path / f"{model_type} adapter", target_modules=[target])
+        refused(why, adapter, tmp_path)
+
+
+# ---- the base of the training ----
+
+
+def test_the_fingerprint_sees_other_weights_and_nothing_else(sharded, tiny_llama31, tmp_path):
+    """The same for one file or several; another as soon as one tensor differs in its first bytes, shape or dtype."""
+
+    recorded = merge_lora.fingerprint(tiny_llama31)
+    assert merge_lora.fingerprint(sharded) == recorded and len(recorded) == 64
+    tensors = weights(tiny_llama31)
+
+    def changed(**changes):
+        save_file({**tensors, **changes}, tmp_path / "model.safetensors", {"format": "pt"})
+        return merge_lora.fingerprint(tmp_path)
+
+    assert changed() == recorded
+    norm, head = tensors["model.norm.weight"], tensors["lm_head.weight"].clone()
+    head[0, 0] += 1
+    assert changed(**{"lm_head.weight": head}) != recorded
+    assert changed(**{"model.norm.weight": norm.float()}) != recorded
+    assert changed(**{"model.norm.weight": norm[None]}) != recorded
+    assert changed(extra=norm.clone()) != recorded
+
+
+def test_the_fingerprint_as_it_is_defined(tiny_llama31):
+    """The definition, spelt out a second way: trainer and merge must agree on these bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights(tiny_llama31).items()):
+        digest.update(f"{name} BF16 {list(value.shape)}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes()[:4096])
+    assert merge_lora.fingerprint(tiny_llama31) == digest.hexdigest()
+
+
+def test_a_base_with_other_weights_is_refused_unless_forced(copy, tiny_llama31, tmp_path):
+    recorded = merge_lora.fingerprint(tiny_llama31)
+    edit_json(copy / "training_args.json", base={"model": str(tiny_llama31), "revision": None, "fingerprint": recorded})
+    merge(copy, tmp_path / "right")
+    other = Path(shutil.copytree(tiny_llama31, tmp_path / "other"))
+    tensors = weights(other)
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 2
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    line = (f"{other}: not the base that the adapter was trained on, its weights differ; name the right --base, "
+            "or merge anyway with --force")  # fmt: skip
+    refused(line, copy, tmp_path, "--base", other)
+    forced = merge(copy, tmp_path / "forced", "--base", other, "--force")
+    assert torch.equal(weights(forced)["lm_head.weight"], tensors["lm_head.weight"])
+    with open(other / "model.safetensors", "r+b") as file:
+        file.truncate(20_000_000)
+    line = f"{other}/model.safetensors: incomplete, or not a safetensors file; copy or download it again"
+    refused(line, copy, tmp_path, "--base", other)
+
+
+# ---- a checkpoint of a run ----
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["after training", "during training"])
+def test_a_checkpoint_is_merged_with_the_runs_record(copy, tiny_llama31, tmp_path, ended):
+    checkpoint = copy / "checkpoint-20"
+    checkpoint.mkdir()
+    for name in merge_lora.CHECKPOINT_FILES:
+        shutil.move(copy / name, checkpoint / name)
+    if not ended:
+        (copy / "config.json").unlink()
+    assert_equal(weights(merge(checkpoint, tmp_path / "merged")), peft_merged(tiny_llama31, checkpoint))
+    (copy / "training_args.json").unlink()
+    line = f"{copy}/training_args.json: missing; train_sft_dolores.py writes it when training has ended"
+    refused(line, checkpoint, tmp_path)
+
+
 # ---- the folder ----
 
 
@@ -210,7 +387,7 @@ def test_the_folder_is_exactly_this(sharded, tmp_path):
     merged = merge(adapter, tmp_path / "merged")
     shards = {file.name for file in sharded.glob("*.safetensors")}
     assert {path.name for path in merged.iterdir()} == shards | {
-        "Modelfile", "USE_POLICY.md", "chat_template.jinja", "config.json", "generation_config.json",
+        "Modelfile", "README.md", "USE_POLICY.md", "chat_template.jinja", "config.json", "generation_config.json",
         "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert all(path.is_file() and not path.is_symlink() for path in merged.iterdir())
@@ -313,9 +490,174 @@ def test_what_is_printed(adapter, tiny_llama31, tmp_path):
     assert lines[2:] == [
         "checked    21 tensors with the base's names, shapes and dtypes, no NaN or infinity",
         "checked    28 adapter tensors used once each, in 14 layers",
-        "checked    RoPE in both layouts, theta 500000, as the base; end of answer [128001, 128008, 128009]",
+        "checked    RoPE in both layouts, theta 500000, as in the base; end of answer [128001, 128008, 128009]",
+        "tokenizer  Ollama reads this tokenizer as llama-bpe",
         f"next       ollama create dolores-v5 -f {tmp_path}/merged/Modelfile",
     ]
+
+
+def test_the_name_is_in_the_command_and_the_card(copy, tmp_path, capsys):
+    edit_json(copy / "training_args.json", args={"name": "marmiton"})
+    merged = merge(copy, tmp_path / "my cook")
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])[1:]
+    assert command == ["ollama", "create", "marmiton", "-f", f"{merged}/Modelfile"]
+    assert "\n# marmiton\n" in (merged / "README.md").read_text()
+    merge(copy, merged, "--overwrite", "--name", "chef de cuisine")
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])[1:]
+    assert command == ["ollama", "create", "chef de cuisine", "-f", f"{merged}/Modelfile"]
+    assert "ollama create 'chef de cuisine' -f 'my cook'/Modelfile" in (merged / "README.md").read_text()
+
+
+def card(merged: Path) -> tuple[dict, str]:
+    """The front matter as the Hub reads it, and the text."""
+    from huggingface_hub import ModelCard
+
+    read = ModelCard.load(merged / "README.md")
+    return read.data.to_dict(), read.text
+
+
+def test_the_card_of_a_llama_from_the_hub(copy, tiny_llama31, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: tiny_llama31)
+    edit_json(copy / "training_args.json", base={"model": "meta-llama/Llama-3.1-8B-Instruct", "revision": "0e9e39f"})
+    front, text = card(merge(copy, tmp_path / "merged"))
+    assert front == {"base_model": "meta-llama/Llama-3.1-8B-Instruct", "library_name": "transformers",
+                     "pipeline_tag": "text-generation"}  # fmt: skip
+    assert "`meta-llama/Llama-3.1-8B-Instruct` at revision `0e9e39f` (bfloat16)" in text
+    assert "**Built with Llama.**" in text and "@" not in text
+    assert "ollama create dolores-v5 -f merged/Modelfile" in text and str(tmp_path) not in text
+
+
+def test_the_card_of_another_base(short_smollm2, tmp_path):
+    """SmolLM2 has Llama's architecture and not its licence; a local folder is no base_model on the Hub."""
+    front, text = card(merge(random_adapter(short_smollm2, tmp_path / "adapter"), tmp_path / "merged"))
+    assert front == {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    assert "Built with Llama" not in text and "licence of the base model applies" in text
+
+
+@pytest.mark.parametrize(
+    ("model", "licence", "built_with_llama"),
+    [
+        ("meta-llama/Meta-Llama-3-8B", "", True),
+        ("/models/llama-2-7b-chat", "", True),
+        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "", False),
+        ("/models/base", "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT", True),
+        ("/models/base", "Apache License", False),
+    ],
+)
+def test_which_bases_are_metas_llama(tmp_path, model, licence, built_with_llama):
+    (tmp_path / "LICENSE").write_text(licence)
+    assert merge_lora.is_metas_llama(model, tmp_path) == built_with_llama
+
+
+SYSTEM = 'Tu es « Dolores ».\nTu dis "oui"\t{{ .Role }} \\n et "'
+
+
+@pytest.mark.parametrize(
+    ("system", "written", "note"),
+    [
+        (SYSTEM, SYSTEM, "system     the turn that all conversations share is in the Modelfile"),
+        ("Qui\u00a0?\u202f!", "Qui ? !", "warning    no-break spaces in the system turn became spaces"),
+        ('a """ b', None, 'warning    the system turn contains """, which a Modelfile cannot hold'),
+        (None, None, "tokenizer  Ollama"),
+    ],
+)
+def test_the_shared_system_turn_is_in_the_modelfile(copy, tmp_path, capsys, system, written, note):
+    edit_json(copy / "training_args.json", data={"system": system})
+    modelfile = (merge(copy, tmp_path / "merged") / "Modelfile").read_text()
+    assert modelfile.endswith(f'\nSYSTEM """{written}"""\n') if written else "SYSTEM" not in modelfile
+    assert capsys.readouterr().out.splitlines()[-2].startswith(note)
+
+
+def test_how_ollama_will_split_text(llama31_tokenizer, smollm2, tmp_path):
+    """Llama 3.1's patterns are known; SmolLM2's are not, nor Llama's with one letter changed."""
+    llama = llama31_tokenizer.backend_tokenizer.to_str()
+    for text, line in (
+        (llama, "tokenizer  Ollama reads this tokenizer as llama-bpe"),
+        ((smollm2 / "tokenizer.json").read_text(), "warning    Ollama does not know this tokenizer"),
+        (llama.replace("{1,3}", "{1,2}"), "warning    Ollama does not know this tokenizer"),
+    ):
+        (tmp_path / "tokenizer.json").write_text(text)
+        assert merge_lora.ollama_tokenizer(tmp_path).startswith(line)
+
+
+def test_one_bos_whatever_the_route(adapter, tiny_llama31, llama31_tokenizer, tmp_path):
+    """apply_chat_template, a pipeline, encoded text, --chat and training: the same ids, one BOS at the start."""
+    from transformers import pipeline
+
+    import train_sft_dolores as sft
+
+    merged = merge(adapter, tmp_path / "merged")
+    assert (merged / "chat_template.jinja").read_text().startswith("{{ bos_token }}")
+    roles, contents = (
+        ("system", "user", "assistant", "user"),
+        ("Tu es Dolores.", "Qui es-tu ?", "Personne.", "Et moi ?"),
+    )
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True).input_ids
+    assert ids[0] == 128000 and ids.count(128000) == 1
+
+    chat = chat_format("dolores", "<|eot_id|>")
+    encode = sft.Encoder(llama31_tokenizer, sft.ChatFormat(*(chat[field] for field in sft.ChatFormat._fields)))
+    turns = [sft.Turn(message["role"], message["content"], 1) for message in messages]
+    ((trained, _),) = encode([[*turns, sft.Turn("assistant", "Un autre.", 1)]])
+    assert trained.tolist()[: len(ids)] == ids
+
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert tokenizer(text, add_special_tokens=False).input_ids == ids
+
+    generator = pipeline("text-generation", str(merged), dtype=torch.float32, device="cpu")
+    generate, seen = generator.model.generate, []
+    generator.model.generate = lambda **inputs: seen.append(inputs["input_ids"][0].tolist()) or generate(**inputs)
+    generator(messages, max_new_tokens=1)
+    assert seen == [ids]
+
+
+# ---- chat in the terminal ----
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged folder"])
+def test_chat_streams_answers_in_the_models_format(short_smollm2, tmp_path, monkeypatch, capsys, merged):
+    from transformers import GenerationMixin
+
+    folder = random_adapter(short_smollm2, tmp_path / "adapter")
+    edit_json(folder / "training_args.json", data={"system": "Tu es Dolores."})
+    if merged:
+        folder = merge(folder, tmp_path / "merged")
+    lines, seen = iter(["Qui es-tu ?", "Et moi ?", ""]), []
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(merge_lora, "CHAT_TOKENS", 8)
+    generate = GenerationMixin.generate
+
+    def watched(self, *inputs, **settings):
+        seen.append((settings["input_ids"][0].tolist(), settings["temperature"], settings["stop_strings"]))
+        return generate(self, *inputs, **settings)
+
+    monkeypatch.setattr(GenerationMixin, "generate", watched)
+    capsys.readouterr()
+    merge_lora.main(["--chat", str(folder)])
+    assert len(capsys.readouterr().out.split()) > 10
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    (first, temperature, stops), (second, _, _) = seen
+    prompt = "<|system|>\nTu es Dolores.\n<|user|>\nQui es-tu ?\n<|assistant|>\n"
+    assert tokenizer.decode(first) == prompt and temperature == 0.7
+    assert stops == ["<|im_end|>", "<|user|>", "<|system|>", "<|assistant|>"]
+    assert tokenizer.decode(second).startswith(prompt) and tokenizer.decode(second).endswith(
+        "Et moi ?\n<|assistant|>\n"
+    )
+
+
+def test_chat_stops_at_a_role_tag():
+    stops = ["<|eot_id|>", "<|user|>"]
+    assert merge_lora.before_stop("Oui. <|user|>\nEt <|eot_id|>", stops) == "Oui. "
+    assert merge_lora.before_stop("Oui.", stops) == "Oui."
+
+
+def test_chat_without_a_model(tmp_path):
+    done = run("--chat", tmp_path / "none", input="")
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith(f"{tmp_path}/none: no such folder; ")
 
 
 def test_help_waits_for_no_library():
@@ -364,7 +706,7 @@ def test_a_wrong_flag_is_one_line(flags, line, capsys):
     assert (ended.value.code, written.out, said) == (2, "", f"merge_lora.py: {line} (see --help)\n")
 
 
-@pytest.mark.parametrize("name", merge_lora.ADAPTER_FILES)
+@pytest.mark.parametrize("name", [*merge_lora.CHECKPOINT_FILES, *merge_lora.RUN_FILES])
 def test_a_missing_adapter_file(copy, tmp_path, name):
     (copy / name).unlink()
     refused(f"{{a}}/{name}: missing; train_sft_dolores.py writes it when training has ended", copy, tmp_path)
@@ -425,7 +767,9 @@ def test_a_base_that_does_not_fit_although_its_config_does(copy, tiny_llama31, t
     tensors = weights(base)
     del tensors["model.norm.weight"]
     save_file(tensors, base / "model.safetensors")
-    refused(f"{base}: no tensor model.norm.weight in it; is it a complete model?", copy, tmp_path, "--base", base)
+    line = (f"{base}: no tensor model.norm.weight in it; it is incomplete, or its files use other names than transformers "
+            "(as with mixtures of experts and image models): then use PEFT's own merge_and_unload")  # fmt: skip
+    refused(line, copy, tmp_path, "--base", base)
     tensors["model.norm.weight"] = torch.ones(32, dtype=torch.bfloat16)
     save_file(tensors, base / "model.safetensors")
     line = f"{base}: model.norm.weight is [32], but config.json says [64]"
@@ -600,6 +944,28 @@ def test_overwrite_spares_what_is_no_merge(copy, tmp_path):
     merge(copy, tmp_path / "void")  # an empty folder is no loss
 
 
+def test_a_folder_that_cannot_be_written(copy, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    line = f"{tmp_path}/file/merged: cannot write into {tmp_path}/file; make it writable or choose another --output"
+    with pytest.raises(merge_lora.InputError) as error:
+        merge(copy, tmp_path / "file" / "merged")
+    assert str(error.value) == line
+
+
+def test_a_hub_cache_that_cannot_be_written(copy, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        Path("/sys/hub").mkdir()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    edit_json(copy / "training_args.json", base={"model": "org/base", "revision": "abc"})
+    with pytest.raises(
+        merge_lora.InputError, match=r"^org/base: cannot use the Hugging Face cache .*; set HF_HOME to "
+    ):
+        merge(copy, tmp_path / "merged")
+
+
 def test_a_full_disk_is_seen_before_anything_is_written(copy, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000_000))
@@ -638,7 +1004,7 @@ def test_an_interrupted_merge(adapter, tmp_path, number, status):
         assert {path.name for path in tmp_path.iterdir()} == {"merged", "merged.partial"}
         merge(adapter, output, "--overwrite")
     else:
-        assert stderr == "stopped; the partial output was deleted, an earlier merge is unchanged\n"
+        assert stderr == "stopped; nothing was changed\n"
     assert {path.name for path in tmp_path.iterdir()} == {"merged"}
 
 
@@ -652,11 +1018,21 @@ def test_killed_between_the_two_renames(adapter, tmp_path):
     assert digests(output) == before
 
 
-def test_a_disk_that_fills_up_underway(copy, tmp_path):
-    code = SLOW.replace("time.sleep(0.5)", "raise OSError(28, 'No space left on device', 'shard')")
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [
+        (errno.ENOSPC, "shard: No space left on device; make room; an earlier merge is unchanged"),
+        (
+            errno.EROFS,
+            "shard: Read-only file system; name a folder that can be written to; an earlier merge is unchanged",
+        ),
+    ],
+)
+def test_a_disk_that_fails_during_the_merge(copy, tmp_path, number, line):
+    code = SLOW.replace("time.sleep(0.5)", f"import os; raise OSError({number}, os.strerror({number}), 'shard')")
     command = [sys.executable, "-c", code, "--adapter", str(copy), "--output", str(tmp_path / "merged")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (2, "shard: No space left on device; the output folder is unchanged\n")
+    assert (done.returncode, done.stderr) == (2, f"{line}\n")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
@@ -668,29 +1044,62 @@ def short_text(folder: Path) -> Path:
     return folder / "text.txt"
 
 
-def test_verify_passes_a_right_merge_and_says_so(smollm2, tmp_path, capsys):
-    adapter = random_adapter(smollm2, tmp_path / "adapter", scale=0.03)
-    merge(adapter, tmp_path / "merged", "--verify", short_text(tmp_path))
-    out = capsys.readouterr().out
-    assert "checked    KL " in out and "top-1 agreement" in out
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("scale", [0.03, 0.0005])
+@pytest.mark.parametrize("base_weights", ["original", "nf4"])
+def test_verify_passes_a_right_merge(short_smollm2, tmp_path, capsys, lora, scale, base_weights):
+    """Also where the adapter changes so little that rounding to bf16 loses much of it: that is said, not refused."""
+    adapter = random_adapter(short_smollm2, tmp_path / "adapter", scale=scale, **lora)
+    merge(adapter, tmp_path / "merged", "--verify", "--base-weights", base_weights)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "PEFT's merge" in line]
+    assert line.startswith("checked    equal to PEFT's merge (KL 0); rounding the weights costs ")
+    assert "top-1 agreement" in line
 
 
-@pytest.mark.parametrize("fault", ["forgotten", "twice", "other base weights"])
-def test_verify_fails_loudly(smollm2, tmp_path, tmp_path_factory, monkeypatch, fault):
-    adapter = random_adapter(smollm2, tmp_path / "adapter", scale=0.03)
-    right = merge_lora.merge_with_peft
+def test_verify_is_not_swayed_by_one_token():
+    """One token of a hundred that parts by 5 nats decides nothing; all of them by 0.05 do."""
+    torch.manual_seed(0)
+    plain = torch.randn(100, 50).log_softmax(-1)
+    live = (plain + 0.3 * torch.randn(100, 50)).log_softmax(-1)
+    outlier = live.clone()
+    outlier[7] = (outlier[7] + 5 * torch.randn(50)).log_softmax(-1)
+    report = merge_lora.compare_log_probs(plain, live, live, outlier)
+    assert "rounding the weights costs 0.0% of what the adapter changed" in report
+    everywhere = (live + 0.3 * torch.randn(100, 50)).log_softmax(-1)
+    with pytest.raises(merge_lora.VerificationFailed):
+        merge_lora.compare_log_probs(plain, live, live, everywhere)
+    assert "the adapter changed nothing" in merge_lora.compare_log_probs(plain, plain, plain, plain)
+
+
+@pytest.mark.parametrize("scale", [0.03, 0.0005])
+@pytest.mark.parametrize("fault", ["forgotten", "twice", "one layer forgotten", "other base weights"])
+def test_verify_fails_loudly(short_smollm2, tmp_path, monkeypatch, fault, scale):
+    adapter = random_adapter(short_smollm2, tmp_path / "adapter", scale=scale)
+    right, calls = merge_lora.merge_with_peft, []
+    nf4 = merge_lora.NF4(torch.bfloat16, True)
     wrong = {
         "forgotten": lambda layer, weight: weight,
-        "twice": lambda layer, weight: (lambda once: once + (once - weight))(right(layer, weight.clone())),
-        "other base weights": lambda layer, weight: right(
-            layer, merge_lora.quantize_and_restore(weight, merge_lora.NF4(torch.bfloat16, True))
-        ),
+        "twice": lambda layer, weight: right(layer, right(layer, weight)),
+        "one layer forgotten": lambda layer, weight: calls.append(1) or weight if not calls else right(layer, weight),
+        "other base weights": lambda layer, weight: right(layer, merge_lora.quantize_and_restore(weight, nf4)),
     }
     monkeypatch.setattr(merge_lora, "merge_with_peft", wrong[fault])
-    text = () if fault == "forgotten" else (short_text(tmp_path_factory.mktemp("text")),)  # once the text of its own
-    with pytest.raises(merge_lora.VerificationFailed, match=r"the merged model is not base \+ adapter: KL "):
-        merge(adapter, tmp_path / "merged", "--verify", *text)
+    with pytest.raises(merge_lora.VerificationFailed, match=r"^the merged model is not base \+ adapter: model\.layers"):
+        merge(adapter, tmp_path / "merged", "--verify", short_text(adapter))
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_verify_sees_a_config_that_differs(short_smollm2, tmp_path):
+    """The weights are right, and RoPE's theta is lost."""
+    adapter = random_adapter(short_smollm2, tmp_path / "adapter", scale=0.03)
+    merged = merge(adapter, tmp_path / "merged")
+    read = merge_lora.read_adapter(adapter)
+    plan = merge_lora.plan_merge(read, short_smollm2, "original")
+    text = short_text(adapter).read_text()
+    assert "equal to PEFT's merge" in merge_lora.verify(read, short_smollm2, plan, merged, text)
+    edit_json(merged / "config.json", rope_theta=100.0, rope_parameters={"rope_theta": 100.0, "rope_type": "default"})
+    with pytest.raises(merge_lora.VerificationFailed, match="nats/token from PEFT's merge"):
+        merge_lora.verify(read, short_smollm2, plan, merged, text)
 
 
 def test_verify_reads_its_text_first(copy, tmp_path):

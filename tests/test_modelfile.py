@@ -217,6 +217,10 @@ def test_random_chats_are_the_same_tokens(go_renderer, tokenizers, tmp_path, nam
 def test_the_shipped_modelfile_is_what_the_documented_run_writes():
     """For Llama 3.1 in the default format and the documented folder."""
     shipped = (ROOT / "Modelfile").read_text()
+    comment, _, shipped = shipped.partition("FROM ")
+    assert comment.startswith("# This file fits the documented run only") and comment.count("\n") == 2
+    assert "ollama create dolores-v5 -f dolores_v5_full/Modelfile" in comment
+    shipped = "FROM " + shipped
     assert shipped == merge_lora.modelfile(chat_format("dolores", "<|eot_id|>"), 8192, source="./dolores_v5_full")
     assert shipped.replace("FROM ./dolores_v5_full\n", "FROM .\n") == merge_lora.modelfile(
         chat_format("dolores", "<|eot_id|>"), 8192

@@ -236,24 +236,6 @@ def test_gradient_checkpointing_flag(short_smollm2, capsys):
         assert f"{sum(recomputed)} of 2 layers" in unwrapped(capsys.readouterr().out)
 
 
-def test_free_layers_are_solved_from_measured_peaks():
-    """Peaks as a formula gives them: 10 GB with all layers checkpointed, 0.4 GB more for each that is not."""
-
-    def peak(uncheckpointed: int) -> int:
-        return int(10e9 + 0.4e9 * uncheckpointed)
-
-    assert sft.uncheckpointed_layers_that_fit(32, peak, 14.1e9) == 10
-    assert sft.uncheckpointed_layers_that_fit(32, peak, 9e9) == 0
-    assert sft.uncheckpointed_layers_that_fit(32, peak, 80e9) == 32
-
-    def too_much(uncheckpointed: int) -> int:
-        if uncheckpointed:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return int(10e9)
-
-    assert sft.uncheckpointed_layers_that_fit(32, too_much, 80e9) == 0
-
-
 def test_packing_flag(trained, data_folder, short_smollm2):
     code, out = short_run(data_folder, short_smollm2, "--no-packing", "--epochs", "0.2")
     assert code == 0, out
@@ -441,9 +423,9 @@ def test_memory_fraction(short_smollm2, capsys):
     {
         "--no-bnb-nf4": "--bnb-nf4",
         "--train-batch-size 8 --gradient-checkpointing none": "--train-batch-size 1 --grad-accum 256 --gradient-checkpointing all",
-        "--max-length 65536 --train-batch-size 2": "--train-batch-size 1 --grad-accum 64 --max-length 4096",
+        "--max-length 65536 --train-batch-size 2": "--train-batch-size 1 --grad-accum 64 --max-length 8192",
         "--gradient-checkpointing 0": "--gradient-checkpointing all",
-        "--no-bnb-nf4 --no-bf16": "--bnb-nf4 --bf16",
+        "--no-bnb-nf4 --no-bf16 --max-length 4096": "--bnb-nf4 --bf16",
     }.items(),
 )
 def test_what_would_make_it_fit(options, flags):
@@ -486,45 +468,5 @@ def test_memory_plan_of_the_documented_run():
         sft.memory_plan(arguments(), WORLD, config, 2048, 0.67, 2)["activations"]
         - sft.memory_plan(arguments(), WORLD, config, 2048, 0.67, 1)["activations"]
     )
-    assert each == pytest.approx(0.49 - 0.0156, abs=0.01), "a layer that is not checkpointed, less its checkpoint"
-    assert sum(plan.values()) == pytest.approx(8.72, abs=0.01), "what the README rounds to 9 GiB"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("--lora-dropout", 0.05), ("--no-bf16",)])
-def test_memory_plan_against_what_a_layer_saves(options, smollm2):
-    """Bytes that autograd saves for a layer: its input if it is checkpointed, otherwise what the plan counts, within 2 %.
-
-    A CPU saves more in two places: keys and values are repeated for each head, and dropout's masks have the type of the
-    activations instead of one byte.
-    """
-    args = arguments("--no-bnb-nf4", "--lora-r", 4, "--lora-dropout", 0, *options)
-    model = sft.load_base(args, str(smollm2), "cpu")
-    model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
-    sft.install_chunked_loss(model)
-    model, config, tokens = sft.add_lora(model, args, None).train(), model.config, 512
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-
-    def saved(mode) -> int:
-        sft.plan_checkpointing(model, [], arguments("--gradient-checkpointing", mode))
-        kept = {}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = (
-                    storage.nbytes(),
-                    tensor,
-                )  # a reference, so that its address is not used again
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = model(**batch(tokens // 4, 4, trained=0.1)).loss  # the head is slow where a CPU has no bfloat16
-        assert loss.requires_grad
-        return sum(size for size, _ in kept.values())
-
-    h, f, size = config.hidden_size, config.intermediate_size, 2 if args.bf16 else 4
-    kv = config.num_key_value_heads * config.head_dim
-    plan = sft.memory_plan(args, WORLD, config.to_dict(), tokens, 0.5, 2)["activations"] * 2**30 - 2 * tokens * h * size
-    on_cpu = 2 * (h - kv) * size + ((6 * h + f) * (size - 1) if args.lora_dropout else 0)
-    assert saved("none") - saved("all") == pytest.approx(plan + 2 * tokens * on_cpu, rel=0.02)
+    assert each == pytest.approx(0.495, abs=0.01), "a layer that is not checkpointed"
+    assert sum(plan.values()) == pytest.approx(7.95, abs=0.01), "what the README rounds to 8.0 GiB"
