@@ -404,7 +404,6 @@ def train(args: argparse.Namespace, world: World) -> None:
 
     data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
     print_data(args, world, data)
-    check_steps(args, world, data.counts)
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         print_memory_plan(args, world, base.config.to_dict(), data.counts, card.total_memory / 2**30, card.name)
@@ -412,6 +411,7 @@ def train(args: argparse.Namespace, world: World) -> None:
     record = run_record(args, base, inputs, data.counts)
     checkpoint = None
     check_weights(args.model, base.folder)  # before anything is deleted
+    check_steps(args, world, data.counts)
     if not world.rank:
         if args.resume:
             checkpoint = resume_point(args.output, record, args.force_resume)
@@ -2681,11 +2681,11 @@ def read_json(file: Path) -> Any:
 def check_writable(file: Path) -> None:
     """InputError for a file that cannot be written, before any work is done for it."""
     try:
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
         partial = file.with_name(file.name + ".partial")
         partial.touch()
         partial.unlink()
-        if file.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "is a folder")
     except OSError as error:
         raise InputError(f"--json {file}: {str(error.strerror).lower()}; name a file that can be written") from None
 
