@@ -15,6 +15,12 @@ model, speed, training, checkpoints, report.
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - an older Python fails at the imports below
+    print(f"train_sft_dolores.py: needs Python 3.11 or newer, this is {sys.version.split()[0]}", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import codecs
 import contextlib
@@ -23,6 +29,7 @@ import errno
 import functools
 import glob
 import hashlib
+import importlib.util
 import inspect
 import json
 import logging
@@ -32,7 +39,6 @@ import re
 import shlex
 import shutil
 import signal
-import sys
 import textwrap
 import time
 import warnings
@@ -44,7 +50,10 @@ from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
+try:
+    import numpy as np
+except ModuleNotFoundError:
+    np = None  # type: ignore[assignment]  # `main` reports it
 
 if TYPE_CHECKING:  # load_libraries imports these
     import accelerate
@@ -56,6 +65,11 @@ ROLES = ("system", "user", "assistant")
 IGNORE = -100  # the label that the loss skips; torch's default
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
 OPTIMIZERS = ("paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch", "adamw_torch_fused")
+# For --report-to: the package of each tracker, and the variable that says where it writes, if it would write here.
+TRACKERS = {"tensorboard": ("tensorboard", None), "wandb": ("wandb", "WANDB_DIR"), "mlflow": ("mlflow", "MLFLOW_TRACKING_URI"),
+            "trackio": ("trackio", "TRACKIO_DIR"), "swanlab": ("swanlab", "SWANLAB_LOG_DIR"), "comet_ml": ("comet_ml", None),
+            "clearml": ("clearml", None), "dvclive": ("dvclive", None), "codecarbon": ("codecarbon", None),
+            "neptune": ("neptune", None), "dagshub": ("dagshub", None), "azure_ml": ("azureml", None), "flyte": ("flytekit", None)}  # fmt: skip
 DEFAULT_OUTPUT = Path("runs_dolores_v5/llama31_clean")
 TIMEOUT = timedelta(hours=2)  # how long processes wait for each other, for instance while one hashes a checkpoint
 MAX_HELD_OUT = 500  # conversations: an evaluation every ten steps must not grow with the data
@@ -124,6 +138,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", metavar="NAME", default="meta-llama/Llama-3.1-8B-Instruct", help="Hub name or local folder")
     add("--train-files", metavar="FILE", nargs="+", default=["train.chatml"], help="data files, folders or globs")
     add("--output", metavar="DIR", type=Path, default=DEFAULT_OUTPUT, help="folder for the adapter")
+    add("--name", metavar="NAME", type=model_name, default="dolores-v5", help="the model's name, as in Ollama")
     add("--epochs", metavar="N", type=above_zero, default=1.0, help="passes over the data")
     add("--grad-accum", metavar="N", type=count, default=32, help="batches in an optimizer step")
     add("--learning-rate", metavar="N", type=above_zero, default=1.5e-4, help="peak learning rate")
@@ -195,6 +210,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.resume |= args.force_resume
     args.dry_run |= bool(args.preview or args.json)
+    args.report_to = [name for names in args.report_to for name in comma_separated(names)]
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     if args.shard_base and args.compile:
@@ -227,6 +243,13 @@ def checkpointing_mode(text: str) -> str | int:
     raise argparse.ArgumentTypeError(f"{text!r} must be auto, all, none or a number of layers")
 
 
+def model_name(text: str) -> str:
+    """A name that Ollama, the Hub and a shell take as it is."""
+    if not re.fullmatch(r"(?:[a-z0-9][\w.-]*/)?[a-z0-9][\w.-]*", text, re.ASCII | re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"{text!r} must be letters, digits, '-', '_' and '.', such as my-model")
+    return text
+
+
 def comma_separated(text: str) -> list[str]:
     """The names in a comma-separated list."""
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -253,7 +276,7 @@ class Inputs(NamedTuple):
     train_files: dict[str, str]  # name: sha256
     eval_files: dict[str, str]
     survey: dict[str, Any]  # counts and warnings
-    prompts: list[str]  # the sample questions
+    prompts: list[str] | None  # the sample questions; None: questions of held-out conversations
 
 
 class Base(NamedTuple):
@@ -280,11 +303,14 @@ class Data(NamedTuple):
 
 def main() -> None:
     """Look or train; every ending is one line and an exit status."""
+    if np is None:
+        exit_uninstalled("numpy")
     args, world = parse_args(), World.from_environment()
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process prints for all
     try:
         check_launch(args.shard_base, world.size)
+        check_trackers(args.report_to)
         if args.init_adapter:
             args = inherit_lora(args)
         if args.dry_run:
@@ -295,7 +321,12 @@ def main() -> None:
         if not world.local_rank:  # once per machine
             print(error, file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        exit_uninstalled(str(error.name))
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+            print(f"{error.filename}: {str(error.strerror).lower()}; make it readable and writable", file=sys.stderr)
+            sys.exit(2)
         if error.errno != errno.ENOSPC:
             raise
         print(f"{error.filename or 'cache or output'}: no space left on the disk; free some space", file=sys.stderr)
@@ -309,6 +340,13 @@ def main() -> None:
         sys.exit(2)
 
 
+def exit_uninstalled(package: str) -> None:
+    """End with one line where a package is missing."""
+    install = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt"
+    print(f"{package}: not installed; run `{install}`", file=sys.stderr)
+    sys.exit(2)
+
+
 def check_launch(shard_base: bool, world_size: int) -> None:
     """Refuse flags that do not fit the launcher."""
     if shard_base and world_size == 1:
@@ -317,9 +355,20 @@ def check_launch(shard_base: bool, world_size: int) -> None:
         raise InputError("accelerate's FSDP is on: it shards adapters too; turn it off and use --shard-base")
 
 
+def check_trackers(names: list[str]) -> None:
+    """Each name of --report-to must be known and installed: Trainer would only look after the model is loaded."""
+    for name in names:
+        if name not in (*TRACKERS, "none"):
+            raise InputError(f"--report-to {name}: unknown tracker; {suggest(name, (*TRACKERS, 'none'))}")
+        if name != "none" and not importlib.util.find_spec(TRACKERS[name][0]):
+            raise InputError(f"--report-to {name}: not installed; run `pip install {TRACKERS[name][0]}`")
+
+
 def dry_run(args: argparse.Namespace, world: World) -> None:
     """Show the data, the memory that a step needs, and what is trained on; torch is not imported."""
     Stop(world)
+    if args.json:
+        check_writable(args.json)
     inputs = read_inputs(args)
     print_survey(inputs.survey)
     report = dict(inputs.survey)
@@ -327,13 +376,18 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
     if folder:
         headers, config = read_headers(args.model, folder), read_config(args.model, folder)
         check_base(args.model, config, headers)
+        check_sizes(args, config)
         choose_targets(args.lora_target_modules, headers)
         encode = load_encoder(args.model, folder, args.chat_format)
         data = prepare_data(args, world, inputs.train_files, inputs.eval_files, encode)
         print_data(args, world, data)
         config = plan_config(config, headers)
         plan = print_memory_plan(args, world, config, data.counts, capacity=24, device="a 24 GiB GPU")
-        report |= data.counts | {"memory_gib": plan, "warnings": report["warnings"] + data.warnings}
+        report |= data.counts | {
+            "memory_gib": plan,
+            "advice": advise(args, world, data.counts),
+            "warnings": report["warnings"] + data.warnings,
+        }
         print_rows(data.train_rows, args.preview, encode.tokenizer)
     else:
         print_field("tokens", f"{args.model} is not on this machine yet; tokens, rows and steps need its tokenizer")
@@ -348,19 +402,20 @@ def train(args: argparse.Namespace, world: World) -> None:
     stop = Stop(world)
     inputs = read_inputs(args)  # errors in the data appear now, before slow imports
     lock = claim_output(args.output, args.resume, args.overwrite) if not world.rank else None
-    set_allocator(args.cuda_alloc_expandable, args.max_split_size_mb)
+    print_survey(inputs.survey)
+    flags = ("--cuda-alloc-expandable", "--no-cuda-alloc-expandable", "--max-split-size-mb")
+    set_allocator(
+        args.cuda_alloc_expandable, args.max_split_size_mb, quiet=not any(a.startswith(flags) for a in sys.argv)
+    )
+    print_field("starting", "torch, transformers and peft")
     load_libraries()
     device = choose_device(args, world)
     base = find_base(args)
 
     if args.init_adapter:
         check_ancestor(args.init_adapter, base)
-    print_survey(inputs.survey)
     data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
     print_data(args, world, data)
-    if data.eval_rows and args.save_steps % args.eval_steps:
-        problem = f"--save-steps {args.save_steps}: must be a multiple of --eval-steps {args.eval_steps}"
-        raise InputError(f"{problem}; change one of them")
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         config = plan_config(base.config.to_dict(), base.headers)
@@ -368,13 +423,15 @@ def train(args: argparse.Namespace, world: World) -> None:
 
     record = run_record(args, base, inputs, data.counts)
     checkpoint = None
+    check_steps(args, world, data.counts)
     if not world.rank:
         if args.resume:
             checkpoint = resume_point(args.output, record, args.force_resume)
         else:
             clear_output(args.output)
     model = load_model(args, world, base, data.train_rows, device)
-    trainer = fit(args, world, base, data, inputs.prompts, model, record, checkpoint, stop)
+    prompts = find_prompts(inputs.prompts, data, base.encode)
+    trainer = fit(args, world, base, data, prompts, model, record, checkpoint, stop)
     if lock:
         finish(args, record, trainer, base.config)
         lock.close()
@@ -409,6 +466,15 @@ def prepare_data(
             found += [(next(iter(train_files)), 1, "held out", "nothing is: the data is one conversation")]
     chosen = np.flatnonzero(~held_out)
 
+    if args.early_stopping and not len(evaluated):
+        raise InputError(
+            f"--early-stopping {args.early_stopping}: nothing is held out; use --eval-fraction or --eval-files"
+        )
+
+    if len(evaluated) and args.save_steps % args.eval_steps:
+        problem = f"--save-steps {args.save_steps}: must be a multiple of --eval-steps {args.eval_steps}"
+        raise InputError(f"{problem}; change one of them")
+
     too_long = f"no answer fits into --max-length {args.max_length}"
     if not trained[chosen].sum():
         why = "all of it is in --eval-files" if both or (len(digests) and held_out.all()) else too_long
@@ -439,6 +505,7 @@ def prepare_data(
 def load_model(args: argparse.Namespace, world: World, base: Base, train_rows: Rows, device: torch.device):
     """The frozen base with trainable adapters, a loss on trained tokens, and a plan for its memory."""
     transformers.set_seed(args.seed)
+    print_field("loading", args.model)
     model = load_base(args, base.folder, device)
     check_head(model, base.config.vocab_size)
     install_chunked_loss(model)
@@ -452,7 +519,7 @@ def load_model(args: argparse.Namespace, world: World, base: Base, train_rows: R
 
 
 def fit(
-    args, world, base: Base, data: Data, prompts: list[str], model, record: dict, checkpoint: str | None, stop: Stop
+    args, world, base: Base, data: Data, prompts: list[Prompt], model, record: dict, checkpoint: str | None, stop: Stop
 ):
     """Evaluate, train, evaluate; fills record["results"] and returns the Trainer. Exits on a signal."""
     trainer = make_trainer(args, world, model, base.tokenizer, data.train_rows, data.eval_rows, prompts, stop)
@@ -460,19 +527,40 @@ def fit(
     checkpoint, results = accelerate.utils.broadcast_object_list([checkpoint, record.get("results") or {}])
     record["results"] = results
     if not results:
+        began = time.monotonic()
         if data.eval_rows:
+            print_field("before", f"the loss of {plural(data.counts['held_out'], 'held-out conversation')}")
             results["eval_loss_before"] = trainer.evaluate()["eval_loss"]
+        if prompts:
+            print_field("before", f"the answers to {plural(len(prompts), 'question')}")
         results["samples"] = {"before": generate_answers(model, base.tokenizer, prompts)}
+        trainer.evaluation_seconds = time.monotonic() - began
         if not world.rank:
             write_json(args.output / RECORD, record)
+            write_samples(args.output / "samples.md", args.name, "Before training", results["samples"]["before"])
 
     stop.finish_step_first = True
     transformers.set_seed(args.seed)  # the same random numbers whether or not an evaluation came first
+    began = time.monotonic()
     train_within_memory(trainer, checkpoint, args.output, world)
+    results |= {
+        "seconds": round(time.monotonic() - began),
+        "resumed": bool(checkpoint),
+        "device": device_name(model.device),
+    }
     state = trainer.state
     if stop.agreed and state.global_step < state.max_steps:
         print(f"stopped at step {state.global_step} of {state.max_steps}; continue with:\n  {resume_command(world)}")
         sys.exit(128 + stop.agreed)
+    if args.early_stopping and state.global_step < state.max_steps:
+        without = (
+            f"{plural(args.early_stopping, 'evaluation')} without a better held-out loss than {state.best_metric:.4f}"
+        )
+        print_field(
+            "stopped", f"at step {state.global_step} of {state.max_steps}: {without} at step {state.best_global_step}"
+        )
+    if prompts:
+        print_field("after", f"the answers to {plural(len(prompts), 'question')}")
     results["samples"]["after"] = generate_answers(model, base.tokenizer, prompts)
     return trainer
 
@@ -480,6 +568,7 @@ def fit(
 def finish(args: argparse.Namespace, record: dict, trainer, config) -> None:
     """Write the adapter (the best by held-out loss), its record, card and loss curve; print what to type next."""
     state, results, data = trainer.state, record["results"], record["data"]
+    check_learned(trainer.model, args.learning_rate, state.global_step)
     trainer.save_model(str(args.output))
     config.save_pretrained(args.output)
     results["steps"] = state.global_step
@@ -487,14 +576,15 @@ def finish(args: argparse.Namespace, record: dict, trainer, config) -> None:
         results |= {"eval_loss_after": state.best_metric, "best_step": state.best_global_step}
     write_json(args.output / RECORD, record)
     tokens_per_step = data["tokens"] / data["steps_per_epoch"]
-    plot_losses(state.log_history, tokens_per_step, results.get("eval_loss_before"), args.output / "loss.png")
-    write_card(args.output, record)
+    plot_losses(state.log_history, results, tokens_per_step, args.name, args.output / "loss.png")
+    write_card(args.output, args, record)
     print_field("adapter", f"{args.output}/adapter_model.safetensors; README.md and loss.png describe the run")
     if "eval_loss_before" in results:
         before, after = results["eval_loss_before"], results["eval_loss_after"]
         change = f"loss {before:.4f} -> {after:.4f}, perplexity {np.exp(before):.2f} -> {np.exp(after):.2f}"
         print_field("held out", f"{change} (step {results['best_step']})")
-    print_field("next", merge_command(args.output))
+    script = str(Path(sys.argv[0]).with_name("merge_lora.py"))
+    print_field("next", merge_command(this_python(), script, args.output, args.name))
 
 
 # ---- Chat format ---------------------------------------------------------------------------------
@@ -1380,8 +1470,15 @@ def cached_folder(name: str, depends_on: list, make: Callable[[Path], None]) -> 
     key = repr([Path(__file__).read_text(encoding="utf-8"), *depends_on])
     folder = cache / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
     if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with open(folder.with_suffix(".lock"), "w") as lock:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            lock = open(folder.with_suffix(".lock"), "w")  # noqa: SIM115 - closed below
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            problem = f"the cache cannot be written ({str(error.strerror).lower()})"
+            raise InputError(f"{cache}: {problem}; set HF_HOME to a folder that can be") from None
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not folder.exists():
                 partial = folder.with_suffix(".partial")
@@ -1638,7 +1735,7 @@ def print_survey(found: dict[str, Any], shown: int = 5) -> None:
         grouped["3-8" if 3 <= int(number) <= 8 else "9+" if int(number) > 8 else number] += count
     more = f", … and {len(names) - shown:,} more" if len(names) > shown else ""
     print_field("files", ", ".join(names[:shown]) + more)
-    print_field("data", f"{found['conversations']:,} conversations, {found['characters']:,} characters")
+    print_field("data", f"{plural(found['conversations'], 'conversation')}, {plural(found['characters'], 'character')}")
     print_field("turns", ", ".join(f"{turns.get(role, 0):,} {role}" for role in ROLES))
     bins = ("1", "2", "3-8", "9+")
     print_field("exchanges", ", ".join(f"{grouped[bin]:,} with {bin}" for bin in bins if grouped[bin]))
@@ -1657,6 +1754,11 @@ def print_warnings(found: list, shown: int = 5) -> None:
             print(f"  … and {count - shown:,} more")
 
 
+def plural(count: int, noun: str) -> str:
+    """As `1 row`, `1,234 rows` or `0.5 rows`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def print_field(name: str, text: str) -> None:
     """Print one aligned paragraph."""
     print(wrap(f"{name:<10} {text}", 11), flush=True)
@@ -1668,7 +1770,7 @@ def wrap(text: str, indent: int) -> str:
 
 
 def print_data(args: argparse.Namespace, world: World, data: Data) -> None:
-    """Tokens, lengths, rows and steps; and which settings to change if the steps are too few to learn from."""
+    """Tokens, lengths, rows and steps; and which settings to change for small data."""
     counts = data.counts
     share = counts["trained_tokens"] / counts["tokens"]
     print_field("used", describe_use(counts))
@@ -1677,18 +1779,13 @@ def print_data(args: argparse.Namespace, world: World, data: Data) -> None:
         lost = f"{counts['lost_trained_tokens']:,} trained tokens lost"
         print_field("overlong", f"{counts['split']:,} conversations split, {dropped}, {lost}")
     print_field("tokens", f"{counts['tokens']:,}, of which {share:.0%} trained")
-    sizes, edges = np.histogram(data.lengths, bins=8, range=(0, args.max_length))
-    for size, (low, high) in zip(sizes, pairwise(edges), strict=True):
-        print(f"  {low:>7.0f} to {high:<7.0f}{size:>7,}  {'█' * round(40 * size / max(sizes))}")
+    print_lengths(data.lengths, args.max_length)
     print_field("rows", f"{counts['rows']:,} of at most {args.max_length:,} tokens, {counts['fill']:.1%} full")
-    steps = f"{counts['steps']:,} optimizer steps ({args.epochs:g} epochs, {counts['rows_per_step']} rows each)"
-    print_field("steps", steps)
-    if counts["steps"] < 30:
-        rows = counts["rows"] * args.epochs / args.train_batch_size / world.size
-        accum = max(1, min(args.grad_accum, int(rows // 30)))
-        epochs = args.epochs * max(1, -(-30 * accum // max(1, int(rows))))
-        more = int(rows * epochs / args.epochs // accum)
-        print_field("warning", f"few steps: --grad-accum {accum} --epochs {epochs:g} would make {more}")
+    passes = f"{args.epochs:g} {'epoch' if args.epochs == 1 else 'epochs'}"
+    each = f"{passes}, {plural(counts['rows_per_step'], 'row')} each"
+    print_field("steps", f"{plural(counts['steps'], 'optimizer step')} ({each})")
+    for advice in advise(args, world, counts):
+        print_field("advice", advice)
     print_warnings(data.warnings)
 
 
@@ -1700,6 +1797,60 @@ def describe_use(counts: dict[str, Any]) -> str:
         f"{counts[key]:,} {name}" for name, key in parts.items() if counts[key] or key in ("trained_on", "held_out")
     ]
     return f"{counts['conversations'] + counts['skipped']:,} conversations: {', '.join(shown)}"
+
+
+def print_lengths(lengths: np.ndarray, max_length: int) -> None:
+    """A histogram of the samples' tokens, from the shortest to the longest; lengths: int64 [N]."""
+    sizes, edges = np.histogram(lengths, bins=8, range=(0, max_length))
+    used = np.flatnonzero(sizes)
+    for i in range(used[0], used[-1] + 1):
+        print(f"  {edges[i]:>7.0f} to {edges[i + 1]:<7.0f}{sizes[i]:>7,}  {'█' * round(40 * sizes[i] / max(sizes))}")
+
+
+ENOUGH_STEPS = 30  # optimizer steps: with fewer, little is learned
+# More passes make the held-out loss rise: SmolLM2 on 12 conversations was best after MEASURED12 passes, on 50 after MEASURED50.
+MOST_EPOCHS = 5
+
+
+def advise(args: argparse.Namespace, world: World, counts: dict[str, Any]) -> list[str]:
+    """What small data needs: more steps, but not so many passes that it is learned by heart; more held-out data."""
+    advice = []
+    flags, steps = step_flags(args, world, counts)
+    few = f"{plural(counts['steps'], 'step')} will teach little"
+    if counts["steps"] < ENOUGH_STEPS and steps > counts["steps"]:
+        advice.append(f"{few}: {flags} would make {steps}")
+    elif counts["steps"] < ENOUGH_STEPS:
+        advice.append(f"{few}, and more passes would learn the data by heart: write more conversations")
+    if args.epochs > MOST_EPOCHS and counts["held_out"] and not args.early_stopping:
+        passes = f"{args.epochs:g} passes may learn the data by heart"
+        advice.append(f"{passes}: --early-stopping 2 stops when the held-out loss rises")
+    if 0 < counts["held_out"] < 5:
+        few = f"the loss of {plural(counts['held_out'], 'held-out conversation')} is mostly chance"
+        fraction = min(0.25, np.ceil(500 / counts["conversations"]) / 100)
+        advice.append(f"{few}: " + (
+            "give more --eval-files" if args.eval_files else f"--eval-fraction {fraction:g} holds out more"))  # fmt: skip
+    return advice
+
+
+def step_flags(args: argparse.Namespace, world: World, counts: dict[str, Any]) -> tuple[str, int]:
+    """Flags for at least ENOUGH_STEPS optimizer steps, if MOST_EPOCHS allow so many, and the steps that they make."""
+    batches = -(-counts["rows"] // (args.train_batch_size * world.size))  # of an epoch
+    accum = min(args.grad_accum, max(1, int(batches * args.epochs) // ENOUGH_STEPS))
+    per_epoch = -(-batches // accum)
+    epochs = max(args.epochs, min(MOST_EPOCHS, -(-ENOUGH_STEPS // per_epoch)))
+    flags = f"--grad-accum {accum} --epochs {epochs:g}"
+    if counts["held_out"] and epochs > 1:
+        if per_epoch < args.eval_steps:  # an evaluation after each pass
+            flags += f" --eval-steps {per_epoch} --save-steps {per_epoch}"
+        flags += f" --early-stopping {args.early_stopping or 2}"
+    return flags, int(np.ceil(epochs * per_epoch))
+
+
+def check_steps(args: argparse.Namespace, world: World, counts: dict[str, Any]) -> None:
+    """Refuse a run whose rows do not even fill one optimizer step."""
+    if counts["rows"] * args.epochs < counts["rows_per_step"]:
+        rows = f"{plural(counts['rows'], 'row')} of data, too few for one step of {counts['rows_per_step']}"
+        raise InputError(f"--grad-accum {args.grad_accum}: {rows}; use {step_flags(args, world, counts)[0]}")
 
 
 def print_rows(rows: Rows, count: int, tokenizer) -> None:
@@ -1854,7 +2005,7 @@ def memory_advice(args: argparse.Namespace, world: World, fits: Callable[[argpar
 def print_memory_plan(
     args: argparse.Namespace, world: World, config: dict, counts: dict, capacity: float, device: str
 ) -> dict[str, float]:
-    """Print the plan as a table for a device of `capacity` GiB, and what to change if it does not fit."""
+    """Print what a device of `capacity` GiB needs; if it does not fit, as a table, and what to change."""
     share, layers = counts["trained_tokens"] / counts["tokens"], config["num_hidden_layers"]
     limit = capacity * args.torch_memory_fraction
 
@@ -1865,11 +2016,13 @@ def print_memory_plan(
 
     uncheckpointed, parts = plan(args)
     need = sum(parts.values())
-    checkpointed = f"{layers - uncheckpointed} of {layers} layers checkpointed"
-    print_field("memory", f"GiB for rows of {args.max_length:,} x {args.train_batch_size}, {checkpointed}")
-    for name, amount in parts.items():
-        print(f"  {name:<20} {amount:6.2f}")
-    verdict = "fits"
+    rows = f"rows of {args.max_length:,} x {args.train_batch_size}"
+    rows += f", {layers - uncheckpointed} of {layers} layers checkpointed"
+    if need > limit:
+        print_field("memory", f"GiB for {rows}")
+        for name, amount in parts.items():
+            print(f"  {name:<20} {amount:6.2f}")
+    verdict = f"enough for {rows}"
     if need > limit:
         advice = memory_advice(args, world, lambda tried: sum(plan(tried)[1].values()) <= limit)
         verdict = f"does not fit: {advice or 'no flag makes it fit; take a smaller model or a larger GPU'}"
@@ -1987,18 +2140,45 @@ def find_base(args: argparse.Namespace) -> Base:
     targets = choose_targets(args.lora_target_modules, headers)
     config = load_config(args.model, folder)
     check_names(args.model, empty_model(args.model, config), headers, targets)
+    check_sizes(args, config.to_dict())
     tokenizer = load_tokenizer(args.model, folder)
     encode = load_encoder(args.model, folder, args.chat_format)
     tokenizer.chat_template = chat_template(encode.chat, adds_bos=bool(encode.start))
     return Base(folder, revision, config, tokenizer, encode, headers, targets)
 
 
+def local_model(name: str) -> str | None:
+    """The folder that --model names, or None for a Hub name; InputError if it is neither, or not a whole model."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if os.path.isdir(name):
+        check_whole_model(name, name)
+        return name
+    try:
+        if name.count("/") != 1:
+            raise HFValidationError
+        validate_repo_id(name)
+    except HFValidationError:
+        problem = "no such folder"
+        raise InputError(f"--model {name}: {problem}; give a local folder or a Hub name such as org/model") from None
+    return None
+
+
+def check_whole_model(name: str, folder: str) -> None:
+    """InputError for a folder without a model, or with an adapter of one."""
+    if os.path.isfile(os.path.join(folder, "adapter_config.json")):
+        base = read_json(Path(folder, "adapter_config.json")).get("base_model_name_or_path")
+        problem = "is a LoRA adapter, not a whole model"
+        raise InputError(f"--model {name}: {problem}; give its base ({base}), and --init-adapter {name} to continue it")
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        problem = "no config.json in this folder"
+        raise InputError(f"--model {name}: {problem}; give a model folder in Hugging Face's layout")
+
+
 def resolve_model(name: str) -> tuple[str, str | None]:
     """(local folder, Hub revision or None) of a folder or Hub name; downloads what is missing."""
     if folder := local_model(name):
         return folder, None
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise InputError(f"--model {name}: no such folder; give a local folder or a Hub name such as org/model")
     from huggingface_hub import errors, snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.jinja"]
@@ -2011,31 +2191,21 @@ def resolve_model(name: str) -> tuple[str, str | None]:
     except errors.RepositoryNotFoundError:
         problem = "not found on the Hub; check the name, or run `hf auth login` if it is private"
         raise InputError(f"--model {name}: {problem}") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError):
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise  # the cache cannot be written
         raise InputError(f"--model {name}: {not_found}") from None
+    check_whole_model(name, folder)
     return folder, os.path.basename(folder)
-
-
-def local_model(name: str) -> str | None:
-    """The name, if it is a folder that holds a model; None if it is no folder."""
-    if not os.path.isdir(name):
-        return None
-    if os.path.isfile(os.path.join(name, "adapter_config.json")):
-        problem = "this is an adapter; give its base model"
-        raise InputError(f"--model {name}: {problem}, and --init-adapter {name} to train it further")
-    if not os.path.isfile(os.path.join(name, "config.json")):
-        problem = "no config.json in this folder"
-        raise InputError(f"--model {name}: {problem}; give a model folder in Hugging Face's layout")
-    return name
 
 
 def cached_model(name: str) -> str | None:
     """The folder of a Hub model in the local cache, or None."""
     from huggingface_hub import try_to_load_from_cache
 
-    files = ("config.json", "tokenizer_config.json", "tokenizer.json") if name.count("/") == 1 else ()
+    files = ("config.json", "tokenizer_config.json", "tokenizer.json")
     found = [try_to_load_from_cache(name, file) for file in files]
-    return os.path.dirname(found[0]) if found and all(isinstance(file, str) for file in found) else None
+    return os.path.dirname(str(found[0])) if all(isinstance(file, str) for file in found) else None
 
 
 @contextlib.contextmanager
@@ -2165,6 +2335,18 @@ def empty_model(name: str, config):
     """The model without weights, on the meta device: names and shapes cost nothing there."""
     with explain(name, "give a causal language model", ValueError), torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def check_sizes(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    """Refuse more checkpointed layers, or longer rows, than the model has, from its config.json."""
+    layers, longest = config.get("num_hidden_layers"), config.get("max_position_embeddings")
+    if layers and isinstance(args.gradient_checkpointing, int) and args.gradient_checkpointing > layers:
+        problem = f"the model has {layers} layers"
+        raise InputError(
+            f"--gradient-checkpointing {args.gradient_checkpointing}: {problem}; give at most so many, or all"
+        )
+    if longest and args.max_length > longest:
+        raise InputError(f"--max-length {args.max_length}: the model reads at most {longest:,} tokens; lower it")
 
 
 LAYER_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(?:.+\.)?(\w+)\.weight")
@@ -2596,11 +2778,12 @@ def compile_layers(base, **options) -> None:
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def set_allocator(expandable: bool, max_split_size_mb: int) -> None:
+def set_allocator(expandable: bool, max_split_size_mb: int, quiet: bool = False) -> None:
     """Set CUDA's allocator. torch reads the variable on import, so this comes first."""
+    show = (lambda *_: None) if quiet else print_field
     for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         if variable in os.environ:
-            print_field("allocator", f"{variable}={os.environ[variable]} from the environment is kept")
+            show("allocator", f"{variable}={os.environ[variable]} from the environment is kept")
             return
     setting = f"max_split_size_mb:{max_split_size_mb}"
     on_wsl = "microsoft" in platform.release().lower()  # there they fail on some GPUs (pytorch issue 192330)
@@ -2608,7 +2791,7 @@ def set_allocator(expandable: bool, max_split_size_mb: int) -> None:
         # Together the two block the reuse of freed segments: 220 MiB reserved become 14,060 (pytorch issue 123548).
         setting = "expandable_segments:True"
         why = f"without --max-split-size-mb {max_split_size_mb}: together they waste memory"
-        print_field("allocator", f"expandable_segments, {why}")
+        show("allocator", f"expandable_segments, {why}")
     os.environ["PYTORCH_ALLOC_CONF"] = setting
 
 
@@ -2653,6 +2836,13 @@ def check_driver() -> None:
         raise InputError(f"GPU: {problem}; {fix}")
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's kind and cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {plural(os.cpu_count() or 1, 'core')})"
+
+
 def optimizer_on(optim: str, device_type: str) -> str:
     """The optimizer that does the same arithmetic on this device: paged state needs CUDA."""
     unpaged = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}
@@ -2689,6 +2879,10 @@ class Stop:
 def training_arguments(args: argparse.Namespace, evaluating: bool) -> transformers.TrainingArguments:
     """Our flags under transformers' names."""
     cuda = torch.cuda.is_available()
+    for _, variable in (TRACKERS[name] for name in args.report_to if name != "none"):
+        if variable:  # what trackers write stays in the output folder
+            folder = os.path.abspath(args.output)
+            os.environ.setdefault(variable, f"file://{folder}/mlruns" if variable.startswith("MLFLOW") else folder)
     arguments = transformers.TrainingArguments(
         output_dir=str(args.output),
         num_train_epochs=args.epochs,
@@ -2722,7 +2916,7 @@ def training_arguments(args: argparse.Namespace, evaluating: bool) -> transforme
     return arguments
 
 
-def make_trainer(args, world: World, model, tokenizer, train_rows, eval_rows, prompts: list[str], stop: Stop):
+def make_trainer(args, world: World, model, tokenizer, train_rows, eval_rows, prompts: list[Prompt], stop: Stop):
     """A Hugging Face Trainer with exact evaluation, complete checkpoints and one line for each step."""
     arguments = training_arguments(args, evaluating=eval_rows is not None)  # starts the process group
     if not args.output.is_dir():
@@ -2741,7 +2935,7 @@ def make_trainer(args, world: World, model, tokenizer, train_rows, eval_rows, pr
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(progress_callback(trainer, stop))
-    trainer.add_callback(checkpoint_callback(trainer, args.output, args.save_total_limit, prompts))
+    trainer.add_callback(checkpoint_callback(trainer, args.output, args.name, args.save_total_limit, prompts))
     if args.early_stopping and eval_rows:
         trainer.add_callback(transformers.EarlyStoppingCallback(args.early_stopping))
     return trainer
@@ -2752,6 +2946,7 @@ def trainer_class(shard_base: bool) -> type[transformers.Trainer]:
 
     class Trainer(transformers.Trainer):
         tokens = 0  # seen by this process
+        evaluation_seconds = 0.0  # of the evaluation before training, with its answers
         documents: tuple[str, ...] = ()  # of the current step
 
         def training_step(self, model, inputs, num_items_in_batch=None):
@@ -2774,6 +2969,17 @@ def trainer_class(shard_base: bool) -> type[transformers.Trainer]:
                 raise InputError(f"step {self.state.global_step + 1}: {problem}; {fix}")
             self.documents = ()
             return grad_norm
+
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            """The same schedule, read in the middle of each step: at its start, warm-up gives the first step rate 0."""
+            schedule = super().create_scheduler(num_training_steps, optimizer)
+
+            def in_the_middle(rate: Callable[[float], float]) -> Callable[[int], float]:
+                return lambda step: rate(step + 0.5)
+
+            rates = [in_the_middle(rate) for rate in schedule.lr_lambdas]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(schedule.optimizer, rates)
+            return self.lr_scheduler
 
         def floating_point_ops(self, inputs):
             """Skip a count that walks through all parameters for each batch and is wrong for LoRA."""
@@ -2800,24 +3006,48 @@ def progress_callback(trainer, stop: Stop) -> transformers.TrainerCallback:
     from tqdm import tqdm
 
     class Progress(transformers.TrainerCallback):
+        evaluations = 0  # since training began
+
         def on_train_begin(self, args, state, control, **kwargs):
             total, done = state.max_steps, state.global_step
             self.bar = tqdm(total=total, initial=done, unit="step", disable=not show_progress(), leave=False)
             self.began, self.first, self.tokens = time.monotonic(), done, trainer.tokens
+            self.spent, self.evaluations = 0.0, 0  # seconds in steps alone
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.step_began = time.monotonic()
 
         def on_step_end(self, args, state, control, **kwargs):
+            self.spent += time.monotonic() - self.step_began
             self.bar.update()
+            if state.global_step == self.first + 3 and (left := self.left(state)) > 60:
+                self.bar.write(
+                    f"{'estimate':<10} about {max(1, round(left / 60)):,} min left, until {clock(left)}",
+                    file=sys.stdout,
+                )
             if stop.any_rank_signaled(trainer.accelerator):
                 control.should_save = control.should_training_stop = True
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            self.evaluations += 1
+
+        def left(self, state) -> float:
+            """Seconds until the end: steps, and evaluations with their answers and checkpoints."""
+            every = state.eval_steps if trainer.eval_dataset else state.max_steps
+            evaluations = -(-state.max_steps // every) - state.global_step // every
+            each = trainer.evaluation_seconds
+            if self.evaluations:
+                each = (time.monotonic() - self.began - self.spent) / self.evaluations
+            step = self.spent / max(1, state.global_step - self.first)
+            return step * (state.max_steps - state.global_step) + each * evaluations
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if not state.is_world_process_zero or not hasattr(self, "bar"):
                 return
             step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
             if "loss" in logs:
-                spent, done = time.monotonic() - self.began, state.global_step - self.first
-                left = format_duration(spent / max(done, 1) * (state.max_steps - state.global_step))
-                speed = f"{(trainer.tokens - self.tokens) * args.world_size / spent:,.0f} tok/s"
+                left = format_duration(self.left(state))
+                speed = f"{(trainer.tokens - self.tokens) * args.world_size / self.spent:,.0f} tok/s"
                 values = f"loss {logs['loss']:.4f}  grad {logs['grad_norm']:.3f}  lr {logs['learning_rate']:.1e}"
                 self.bar.write(f"{step}  {values}  {speed}  left {left}", file=sys.stdout)
             elif "eval_loss" in logs:
@@ -2830,7 +3060,9 @@ def progress_callback(trainer, stop: Stop) -> transformers.TrainerCallback:
     return Progress()
 
 
-def checkpoint_callback(trainer, output: Path, limit: int, prompts: list[str]) -> transformers.TrainerCallback:
+def checkpoint_callback(
+    trainer, output: Path, name: str, limit: int, prompts: list[Prompt]
+) -> transformers.TrainerCallback:
     """Saves each new best at once, completes checkpoints, and lets the model answer after each evaluation."""
 
     class Checkpoints(transformers.TrainerCallback):
@@ -2842,9 +3074,16 @@ def checkpoint_callback(trainer, output: Path, limit: int, prompts: list[str]) -
                 return
             # Trainer would remember a best between two --save-steps, but keep the checkpoint of another step.
             control.should_save |= state.best_metric is None or metrics["eval_loss"] < state.best_metric
+            if evaluations_since_best(state.log_history) == RISING:
+                best = f"step {state.best_global_step} had the best held-out loss"
+                print_field(
+                    "advice",
+                    f"{best}, {RISING} evaluations ago: from here the data is learned by heart. "
+                    "The adapter will be that of the best step; Ctrl-C stops now, --early-stopping does it by itself",
+                )
             answers = generate_answers(trainer.model, trainer.processing_class, prompts)
             if state.is_world_process_zero:
-                write_samples(output / "samples.md", state.global_step, answers)
+                write_samples(output / "samples.md", name, f"Step {state.global_step}", answers)
 
         def on_save(self, args, state, control, **kwargs):
             trainer.accelerator.wait_for_everyone()  # each process adds its random state
@@ -2854,6 +3093,15 @@ def checkpoint_callback(trainer, output: Path, limit: int, prompts: list[str]) -
                 rotate(str(output), limit, state.best_model_checkpoint)
 
     return Checkpoints()
+
+
+RISING = 3  # evaluations without a better held-out loss: more than chance
+
+
+def evaluations_since_best(history: list[dict]) -> int:
+    """How many evaluations ago the held-out loss was best, in a Trainer's log history."""
+    losses = [log["eval_loss"] for log in history if "eval_loss" in log]
+    return len(losses) - 1 - int(np.argmin(losses))
 
 
 def restore_paging(optimizer) -> None:
@@ -2917,6 +3165,18 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
+def check_learned(model, learning_rate: float, steps: int) -> None:
+    """Refuse to present an adapter that changes nothing: every B is still zero, as it began."""
+    if not any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name):
+        problem = f"after {plural(steps, 'optimizer step')} the adapter is still zero, so nothing was learned"
+        raise InputError(f"--learning-rate {learning_rate:g}: {problem}; raise it, or train for more steps")
+
+
+def clock(seconds: float) -> str:
+    """The time of day in so many seconds."""
+    return time.strftime("%H:%M", time.localtime(time.time() + seconds))
+
+
 def format_duration(seconds: float) -> str:
     """As 1h05 or 4m09; a step line stays within 80 columns."""
     minutes, seconds = divmod(round(seconds), 60)
@@ -2926,7 +3186,7 @@ def format_duration(seconds: float) -> str:
 # ---- Checkpoints and the run's record ------------------------------------------------------------
 
 # These may differ when a run is resumed; batch size and accumulation may as long as their product does not.
-MAY_DIFFER = {"output", "input_format", "resume", "force_resume", "overwrite", "dry_run", "preview", "json", "report_to", "sample_prompts",
+MAY_DIFFER = {"output", "name", "input_format", "resume", "force_resume", "overwrite", "dry_run", "preview", "json", "report_to", "sample_prompts",
               "train_batch_size", "grad_accum", "eval_batch_size", "logging_steps", "save_steps", "save_total_limit",
               "gradient_checkpointing", "shard_base", "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb"}  # fmt: skip
 
@@ -3074,12 +3334,24 @@ def resume_command(world: World) -> str:
     if world.size > 1:
         return "the same command, launcher included, with --resume"
     options = [option for option in sys.argv if option not in ("--resume", "--overwrite")]
-    return shlex.join(["python3", *options, "--resume"])
+    return shlex.join([this_python(), *options, "--resume"])
 
 
 def read_json(file: Path) -> Any:
     """The content of a JSON file."""
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def check_writable(file: Path) -> None:
+    """InputError for a file that cannot be written, before any work is done for it."""
+    try:
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        partial = file.with_name(file.name + ".partial")
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise InputError(f"--json {file}: {str(error.strerror).lower()}; name a file that can be written") from None
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -3091,17 +3363,18 @@ def write_json(file: Path, content: Any) -> None:
 
 # ---- Report --------------------------------------------------------------------------------------
 
-PROMPTS = (
-    "Qui es-tu ?",
-    "Comment distinguer ce que je sais de ce que je crois ?",
-    "Je n'arrive pas à dormir. À quoi bon insister ?",
-)
+
+class Prompt(NamedTuple):
+    """A question that the model answers before, during and after training."""
+
+    text: str
+    input_ids: list[int]  # up to where the answer begins, as in training
 
 
-def read_prompts(file: Path | None) -> list[str]:
-    """The questions that the model answers before training and after each evaluation."""
+def read_prompts(file: Path | None) -> list[str] | None:
+    """The questions of --sample-prompts; None where it is not given."""
     if file is None:
-        return list(PROMPTS)
+        return None
     if str(file) == "none":
         return []
     try:
@@ -3111,7 +3384,34 @@ def read_prompts(file: Path | None) -> list[str]:
         raise InputError(f"--sample-prompts {file}: {problem}; write one question per line, or give none") from None
 
 
-def generate_answers(model, tokenizer, prompts: list[str], max_new_tokens: int = 80) -> dict[str, str]:
+def find_prompts(questions: list[str] | None, data: Data, encode: Encoder, count: int = 3) -> list[Prompt]:
+    """These questions; by default the first ones of held-out conversations, with their system turn.
+
+    Where nothing is held out, those of training conversations.
+    """
+    if questions is not None:
+        turns = [[Turn("user", question, 0), Turn("assistant", "-", 0)] for question in questions]
+        return [Prompt(q, before_answer(*tokens)) for q, tokens in zip(questions, encode(turns), strict=True)]
+    found: dict[str, Prompt] = {}
+    rows = data.eval_rows or data.train_rows
+    header, answer_header = (encode.chat.header.format(role=role) for role in ("user", "assistant"))
+    for i in sorted(chain.from_iterable(islice(rows.plan, 8 * count))):
+        sample = rows.samples[int(i)]
+        ids = before_answer(sample["input_ids"], sample["labels"])
+        text = encode.tokenizer.decode(ids, skip_special_tokens=False).rpartition(header)[2]
+        text = text.removesuffix(answer_header).removesuffix(encode.chat.turn_end).strip()
+        found.setdefault(text, Prompt(text, ids))
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def before_answer(input_ids: np.ndarray, labels: np.ndarray) -> list[int]:
+    """The ids before the first trained token: what a runtime sends to get that answer."""
+    return input_ids[: int(np.argmax(labels != IGNORE))].tolist()
+
+
+def generate_answers(model, tokenizer, prompts: list[Prompt], max_new_tokens: int = 80) -> dict[str, str]:
     """Greedy answers by their questions, one at a time: no padding, so the packed attention serves here too."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
@@ -3133,76 +3433,134 @@ def generate_answers(model, tokenizer, prompts: list[str], max_new_tokens: int =
     synced = torch.distributed.is_initialized()
     answers = {}
     for prompt in prompts:
-        messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-        ids = encoded["input_ids"].to(model.device)
+        ids = torch.tensor([prompt.input_ids], device=model.device)
         output = model.generate(ids, generation_config=greedy, synced_gpus=synced)
-        answers[prompt] = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        answers[prompt.text] = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
     return answers
 
 
-def write_samples(file: Path, step: int, answers: dict[str, str]) -> None:
-    """Append the answers of one evaluation to samples.md."""
+def write_samples(file: Path, name: str, heading: str, answers: dict[str, str]) -> None:
+    """Append answers to samples.md; the first ones come below a title."""
+    lines = [] if file.exists() else [f"# {name}: answers before and during training", ""]
+    lines += [f"## {heading}", ""]
+    for question, answer in answers.items():
+        lines += [f"**{one_line(question)}**", "", *quote(answer), ""]
     with open(file, "a", encoding="utf-8") as samples:
-        for prompt, text in answers.items():
-            samples.write(f"## Step {step}: {prompt}\n\n{text}\n\n")
+        samples.write("\n".join(lines) + "\n")
 
 
-def plot_losses(history: list[dict], tokens_per_step: float, before: float | None, file: Path) -> None:
-    """Plot training and held-out loss against tokens seen, with the learning rate below."""
+def one_line(text: str, width: int = 300) -> str:
+    """Text as one line of Markdown."""
+    return textwrap.shorten(text, width, placeholder=" …")
+
+
+def quote(text: str) -> list[str]:
+    """Text as a Markdown quotation: a heading in it does not break the page."""
+    return [f"> {line}".rstrip() for line in text.split("\n")]
+
+
+def plot_losses(history: list[dict], results: dict[str, Any], tokens_per_step: float, title: str, file: Path) -> None:
+    """Plot training and held-out loss by optimizer step, with the learning rate below and the adapter's step marked."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     logs = [log for log in history if "loss" in log]
-    tokens = [log["step"] * tokens_per_step for log in logs]
-    held_out = [(0, before)] if before is not None else []
-    held_out += [(log["step"] * tokens_per_step, log["eval_loss"]) for log in history if "eval_loss" in log]
+    steps, losses = [log["step"] for log in logs], [log["loss"] for log in logs]
+    held_out = [(0, results["eval_loss_before"])] if "eval_loss_before" in results else []
+    held_out += [(log["step"], log["eval_loss"]) for log in history if "eval_loss" in log]
     figure, (loss, rate) = pyplot.subplots(2, sharex=True, height_ratios=(3, 1), figsize=(7, 4.5), layout="constrained")
-    loss.plot(tokens, [log["loss"] for log in logs], lw=1, label="training")
+    window = max(1, len(losses) // 25)
+    if window > 1:
+        loss.plot(steps, losses, lw=0.6, alpha=0.35, color="tab:blue")
+        label = f"training, mean of {window} steps"
+    else:
+        label = "training"
+    loss.plot(
+        steps[window - 1 :], np.convolve(losses, np.ones(window) / window, "valid"), color="tab:blue", label=label
+    )
     if held_out:
-        loss.plot(*zip(*held_out, strict=True), marker="o", ms=4, label="held out")
-    loss.set_ylabel("loss (nats per token)")
+        loss.plot(*zip(*held_out, strict=True), marker="o", ms=4, color="tab:orange", label="held out")
+    if "best_step" in results:
+        best, value = results["best_step"], results["eval_loss_after"]
+        mark = f"adapter: step {best}, {value:.2f}"
+        loss.plot([best], [value], "*", ms=13, color="tab:red", zorder=3, label=mark)
+    loss.set_title(f"{title}: loss")
+    loss.set_ylabel("nats per token")
     loss.legend(frameon=False)
     loss.grid(alpha=0.3)
-    rate.plot(tokens, [log["learning_rate"] for log in logs], lw=1, color="grey")
+    rate.plot(steps, [log["learning_rate"] for log in logs], lw=1, color="grey")
     rate.set_ylabel("learning rate")
-    rate.set_xlabel("tokens seen")
+    rate.set_xlabel(f"optimizer step (about {tokens_per_step:,.0f} tokens each)")
+    rate.xaxis.get_major_locator().set_params(integer=True)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    rate.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 
 
-def write_card(output: Path, record: dict[str, Any]) -> None:
+SNIPPET = """\
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+folder = "."  # this folder, or its name on the Hub
+model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+chat = [{"role": "user", "content": @question@}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**inputs, max_new_tokens=200)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+
+
+def write_card(output: Path, args: argparse.Namespace, record: dict[str, Any]) -> None:
     """The adapter's README.md: a model card with what was done, measured and answered."""
     from huggingface_hub import ModelCardData
 
     base, results = record["base"], record["results"]
-    hub = {"base_model": base["model"]} if base["revision"] else {}
-    card = ModelCardData(
-        language="fr", library_name="peft", pipeline_tag="text-generation", tags=["lora", "sft", "dolores"], **hub
-    )
+    hub = {"base_model": base["model"], "base_model_relation": "adapter"} if base["revision"] else {}
+    card = ModelCardData(library_name="peft", pipeline_tag="text-generation", tags=["lora", "sft"], **hub)
     revision = f" at revision `{base['revision']}`" if base["revision"] else ""
-    lines = ["---", card.to_yaml().strip(), "---", "# Dolores v5", "", f"LoRA adapter for `{base['model']}`{revision}"]
+    lines = ["---", card.to_yaml().strip(), "---", f"# {args.name}", ""]
+    lines += [f"LoRA adapter for `{without_folder(base['model'], base['revision'])}`{revision}"]
     lines += ["", "![Loss](loss.png)", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in card_rows(record).items()]
     before, after = results["samples"]["before"], results["samples"]["after"]
     lines += ["", "## Before and after"] if after else []
     for prompt in after:  # a resumed run may ask what was not asked before
-        lines += ["", f"**{prompt}**"]
+        lines += ["", f"**{one_line(prompt)}**"]
         for when, text in (("before", before.get(prompt, "(not asked)")), ("after", after[prompt])):
-            lines += ["", f"*{when}*", "", *(f"> {line}" for line in text.split("\n"))]
-    settings = " ".join(f"{name}={value}" for name, value in record["args"].items())
+            lines += ["", f"*{when}*", "", *quote(text)]
+    question = json.dumps(one_line(next(iter(after), "Hello!")), ensure_ascii=False)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    lines += ["", "## Merge and run", "", "```bash", f"python3 merge_lora.py --adapter {output} --output dolores_v5_full",
-              "ollama create dolores-v5 -f dolores_v5_full/Modelfile", "ollama run dolores-v5", "```", "",
-              "## Reproduce", "", f"Settings: {settings}", "", f"Versions: {versions}", "",
+    folder = Path(output.name) if output.is_absolute() else output
+    lines += ["", "## Merge and run", "", "```bash", merge_command("python3", "merge_lora.py", folder, args.name),
+              f"ollama create {args.name} -f {merged_folder(args.name)}/Modelfile", f"ollama run {args.name}", "```", "",
+              "## Use it in Python", "", "```python", SNIPPET.replace("@question@", question), "```", "",
+              "## Reproduce", "", "```bash", training_command(args), "```", "", f"Versions: {versions}", "",
               "The license of the base model applies to this adapter and to what is merged from it."]  # fmt: skip
     (output / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def without_folder(name: str, on_hub: Any = None) -> str:
+    """A name for others to read: an absolute path says nothing outside of this machine."""
+    return os.path.basename(name.rstrip("/")) if os.path.isabs(name) and not on_hub else name
+
+
+def training_command(args: argparse.Namespace) -> str:
+    """The command of a run: all flags that are not the default."""
+    once = {"resume", "force_resume", "overwrite", "dry_run", "preview", "json"}
+    command, defaults = ["python3", "train_sft_dolores.py"], vars(parse_args([]))
+    for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
+        if name in once or value == defaults[name]:
+            continue
+        if isinstance(value, bool):
+            command.append(flag if value else flag.replace("--", "--no-", 1))
+        elif name == "lora_target_modules":
+            command += [flag, ",".join(value)]
+        else:
+            command += [flag, *(without_folder(f"{v:g}" if isinstance(v, float) else str(v))
+                                for v in (value if isinstance(value, list) else [value]))]  # fmt: skip
+    return shlex.join(command)
 
 
 def card_rows(record: dict[str, Any]) -> dict[str, str]:
@@ -3213,18 +3571,33 @@ def card_rows(record: dict[str, Any]) -> dict[str, str]:
         "tokens per epoch": f"{data['tokens']:,}, of which {data['trained_tokens']:,} trained",
         "optimizer steps": f"{results['steps']:,}",
         "chat format": record["chat_format"]["name"],
+        "training time": f"{format_duration(results['seconds'])} on {results['device']}"
+        + (", after the last --resume" if results["resumed"] else ""),
     }
     if "eval_loss_before" in results:
         before, after = results["eval_loss_before"], results["eval_loss_after"]
         rows["held-out loss"] = f"{before:.4f} → {after:.4f}"
         rows["held-out perplexity"] = f"{np.exp(before):.2f} → {np.exp(after):.2f}"
         rows["adapter from"] = f"step {results['best_step']}, the best by held-out loss"
-    return rows | {f"`{name}`": f"sha256 `{value[:16]}…`" for name, value in data["sha256"].items()}
+    return rows | {f"`{without_folder(name)}`": f"sha256 `{value[:16]}…`" for name, value in data["sha256"].items()}
 
 
-def merge_command(output: Path) -> str:
+def merge_command(python: str, script: str, output: Path, name: str) -> str:
     """What to type after training."""
-    return "python3 merge_lora.py" + ("" if output == DEFAULT_OUTPUT else f" --adapter {output} --output OUTPUT")
+    folders = [] if output == DEFAULT_OUTPUT else ["--adapter", str(output), "--output", merged_folder(name)]
+    return shlex.join([python, script, *folders])
+
+
+def merged_folder(name: str) -> str:
+    """Where the merged model of this name goes: dolores_v5_full for dolores-v5."""
+    return name.split("/")[-1].replace("-", "_") + "_full"
+
+
+def this_python() -> str:
+    """The interpreter as the user can type it: by its path from here if it is below this folder."""
+    here = Path.cwd()
+    python = Path(sys.executable)
+    return str(python.relative_to(here)) if python.is_relative_to(here) else "python3"
 
 
 if __name__ == "__main__":
