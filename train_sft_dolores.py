@@ -22,7 +22,9 @@ if sys.version_info < (3, 11):  # noqa: UP036 - an older Python fails at the imp
     sys.exit(2)
 
 import argparse
+import codecs
 import contextlib
+import csv
 import errno
 import functools
 import glob
@@ -76,7 +78,7 @@ COMPLETE = "complete.json"  # written last into a checkpoint: its files and thei
 
 
 class InputError(Exception):
-    """An error the user can fix: one line `place: what is wrong; how to fix it`, exit status 2."""
+    """An error the user can fix: `place: what is wrong; how to fix it`, a line each, exit status 2."""
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("most often changed").add_argument
     add("--model", metavar="NAME", default="meta-llama/Llama-3.1-8B-Instruct", help="Hub name or local folder")
-    add("--train-files", metavar="FILE", nargs="+", default=["train.chatml"], help="data files or globs")
+    add("--train-files", metavar="FILE", nargs="+", default=["train.chatml"], help="data files, folders or globs")
     add("--output", metavar="DIR", type=Path, default=DEFAULT_OUTPUT, help="folder for the adapter")
     add("--name", metavar="NAME", type=model_name, default="dolores-v5", help="the model's name, as in Ollama")
     add("--epochs", metavar="N", type=above_zero, default=1.0, help="passes over the data")
@@ -146,7 +148,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="delete the contents of --output first")
 
     add = parser.add_argument_group("data").add_argument
-    add("--input-format", choices=("chatml", "messages"), default="chatml", help="role tags, or JSON and Parquet")
+    add("--input-format", choices=("auto", "chatml", "messages"), default="auto",
+        help="role tags, or rows of JSON, CSV or Parquet; auto: as each file looks")  # fmt: skip
     add("--eval-files", metavar="FILE", nargs="+", default=[], help="held-out data, instead of --eval-fraction")
     add(
         "--eval-fraction",
@@ -157,6 +160,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--chat-format", choices=tuple(FORMATS), default="dolores", help="the text that wraps each turn")
     add("--overlong", choices=("split", "drop", "error"), default="split", help="conversations over --max-length")
+    add("--skip-bad", action="store_true", help="train without the conversations that have errors")
     add("--packing", action=switch, default=True, help="put several whole conversations into a row")
 
     add = parser.add_argument_group("training").add_argument
@@ -175,7 +179,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lora-dropout", metavar="N", type=bounded(float, 0, 0.99), default=0.05, help="dropout before the adapter")
     add("--lora-target-modules", metavar="NAMES", type=comma_separated,
         default=comma_separated("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"),
-        help="linear layers to adapt, separated by commas (default: all seven projections of a Llama layer)")  # fmt: skip
+        help="linear layers to adapt, separated by commas, or all-linear (default: all seven projections of a Llama layer)")  # fmt: skip
+    add("--init-adapter", metavar="DIR", type=Path, help="train this adapter further, with its rank, alpha and targets")
     add("--bf16", action=switch, default=True, help="weights and activations in bfloat16, otherwise float32")
     add("--bnb-nf4", action=switch, default=True, help="base weights in 4 bits (NF4, double quantized)")
     add("--bnb-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute type of NF4")
@@ -282,6 +287,8 @@ class Base(NamedTuple):
     config: transformers.PreTrainedConfig
     tokenizer: transformers.PreTrainedTokenizerFast  # for saving and generating
     encode: Encoder  # for the data
+    headers: dict[str, StoredTensor]  # of the weights, by name
+    targets: list[str]  # the linear layers that get adapters
 
 
 class Data(NamedTuple):
@@ -304,6 +311,8 @@ def main() -> None:
     try:
         check_launch(args.shard_base, world.size)
         check_trackers(args.report_to)
+        if args.init_adapter:
+            args = inherit_lora(args)
         if args.dry_run:
             dry_run(args, world)
         else:
@@ -365,13 +374,14 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
     report = dict(inputs.survey)
     folder = local_model(args.model) or cached_model(args.model)
     if folder:
-        config = read_json(Path(folder, "config.json"))
+        headers, config = read_headers(args.model, folder), read_config(args.model, folder)
+        check_base(args.model, config, headers)
         check_sizes(args, config)
-        if linear := linear_layers_on_disk(args.model, folder):
-            check_target_names(args.lora_target_modules, linear)
+        choose_targets(args.lora_target_modules, headers)
         encode = load_encoder(args.model, folder, args.chat_format)
         data = prepare_data(args, world, inputs.train_files, inputs.eval_files, encode)
         print_data(args, world, data)
+        config = plan_config(config, headers)
         plan = print_memory_plan(args, world, config, data.counts, capacity=24, device="a 24 GiB GPU")
         report |= data.counts | {
             "memory_gib": plan,
@@ -402,15 +412,17 @@ def train(args: argparse.Namespace, world: World) -> None:
     device = choose_device(args, world)
     base = find_base(args)
 
+    if args.init_adapter:
+        check_ancestor(args.init_adapter, base)
     data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
     print_data(args, world, data)
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
-        print_memory_plan(args, world, base.config.to_dict(), data.counts, card.total_memory / 2**30, card.name)
+        config = plan_config(base.config.to_dict(), base.headers)
+        print_memory_plan(args, world, config, data.counts, card.total_memory / 2**30, card.name)
 
     record = run_record(args, base, inputs, data.counts)
     checkpoint = None
-    check_weights(args.model, base.folder)  # before anything is deleted
     check_steps(args, world, data.counts)
     if not world.rank:
         if args.resume:
@@ -427,27 +439,31 @@ def train(args: argparse.Namespace, world: World) -> None:
 
 
 def read_inputs(args: argparse.Namespace) -> Inputs:
-    """Find and check all input files; InputError for the first that is wrong."""
+    """Find and check all input files; InputError that lists what is wrong in them."""
     train_files, eval_files = find_files(args.train_files), find_files(args.eval_files)
     prompts = read_prompts(args.sample_prompts)
-    return Inputs(train_files, eval_files, survey(train_files | eval_files, args.input_format), prompts)
+    return Inputs(train_files, eval_files, survey(train_files | eval_files, args.input_format, args.skip_bad), prompts)
 
 
 def prepare_data(
     args: argparse.Namespace, world: World, train_files: dict[str, str], eval_files: dict[str, str], encode: Encoder
 ) -> Data:
     """Encode, hold out and pack files {name: sha256}; InputError where nothing would be trained."""
-    samples, found = encode_files(train_files, args, encode)
-    digests, tokens, trained = measure(samples)
-    eval_samples, eval_tokens = samples, tokens
+    both = train_files.keys() & eval_files.keys()
+    samples, found, tally = encode_files({f: d for f, d in train_files.items() if f not in both}, args, encode)
+    digests, tokens, trained, part = measure(samples)
+    eval_samples, eval_tokens, eval_tally = samples, tokens, dict.fromkeys(tally, 0)
     if eval_files:
-        eval_samples, eval_found = encode_files(eval_files, args, encode)
-        eval_digests, eval_tokens, eval_trained = measure(eval_samples)
+        eval_samples, eval_found, eval_tally = encode_files(eval_files, args, encode)
+        eval_digests, eval_tokens, eval_trained, _ = measure(eval_samples)
         held_out, evaluated = np.isin(digests, eval_digests), np.arange(len(eval_tokens))
-        found = found + eval_found + warn_held_out(samples, held_out)
+        found = found + eval_found + [(file, 1, "held out", "also in --eval-files: not trained on") for file in both]
+        found += warn_held_out(samples, held_out)
     else:
         held_out = hold_out(digests, args.eval_fraction, args.seed)
-        evaluated, eval_digests = np.flatnonzero(held_out), digests[held_out]
+        evaluated = np.flatnonzero(held_out)
+        if args.eval_fraction and not len(evaluated):
+            found += [(next(iter(train_files)), 1, "held out", "nothing is: the data is one conversation")]
     chosen = np.flatnonzero(~held_out)
 
     if args.early_stopping and not len(evaluated):
@@ -461,7 +477,7 @@ def prepare_data(
 
     too_long = f"no answer fits into --max-length {args.max_length}"
     if not trained[chosen].sum():
-        why = "all of it is in --eval-files" if len(digests) and held_out.all() else too_long
+        why = "all of it is in --eval-files" if both or (len(digests) and held_out.all()) else too_long
         raise InputError(f"{', '.join(train_files)}: nothing to train on; {why}")
     if eval_files and not eval_trained.sum():
         raise InputError(f"{', '.join(eval_files)}: nothing to evaluate; {too_long}")
@@ -470,9 +486,11 @@ def prepare_data(
     eval_rows = make_rows(eval_samples, evaluated, eval_tokens, args) if len(evaluated) else None
     rows_per_step = args.train_batch_size * args.grad_accum * world.size
     steps_per_epoch = -(-len(train_rows) // rows_per_step)
-    counts = {
-        "conversations": len(np.union1d(digests, eval_digests)),
-        "held_out": len(np.unique(eval_digests)),
+    tally = {name: count + eval_tally[name] for name, count in tally.items()}
+    trained_on = int(np.count_nonzero(part[chosen] == 0))
+    counts = tally | {
+        "trained_on": trained_on,
+        "held_out": tally["conversations"] - tally["dropped"] - trained_on,
         "tokens": int(tokens[chosen].sum()),
         "trained_tokens": int(trained[chosen].sum()),
         "rows": len(train_rows),
@@ -491,7 +509,7 @@ def load_model(args: argparse.Namespace, world: World, base: Base, train_rows: R
     model = load_base(args, base.folder, device)
     check_head(model, base.config.vocab_size)
     install_chunked_loss(model)
-    model = add_lora(model, args, base.revision)
+    model = add_lora(model, args, base.targets, base.revision)
     if args.shard_base:
         shard_base(model, device)
     # Without a device PEFT loads the best checkpoint, and the one to resume from, onto cuda:0 in every process.
@@ -611,13 +629,23 @@ def special_tokens(vocabulary: Vocabulary) -> dict[str, int]:
     return {token.content: token_id for token_id, token in added.items() if token.special}
 
 
-def chat_template(chat: ChatFormat) -> str:
-    """The format as a Jinja template, for chat_template.jinja and tokenizer.apply_chat_template."""
+def chat_template(chat: ChatFormat, adds_bos: bool = False) -> str:
+    """The format as a Jinja template: it renders the text that training sees.
+
+    adds_bos: whether the tokenizer puts a BOS token before a text. Then the template writes it, because whoever calls
+    tokenizer.apply_chat_template, such as a chat server, adds no special tokens to the rendered text.
+    """
     before, after = (json.dumps(part, ensure_ascii=False) for part in chat.header.split("{role}"))
     turn_end, answer_end = (json.dumps(part, ensure_ascii=False) for part in (chat.turn_end, chat.answer_end))
+    bos = "{{ bos_token }}" if adds_bos else ""
+    # Consecutive messages of one role are one turn, as in the training data and in Ollama.
     return (
-        f"{{% for message in messages %}}{{{{ {before} + message['role'] + {after} + message['content'] }}}}"
-        f"{{{{ {answer_end} if message['role'] == 'assistant' else {turn_end} }}}}{{% endfor %}}"
+        f"{bos}{{% for message in messages %}}"
+        "{% if loop.first or messages[loop.index0 - 1]['role'] != message['role'] %}"
+        f"{{{{ {before} + message['role'] + {after} }}}}{{% else %}}{{{{ '\\n\\n' }}}}{{% endif %}}"
+        "{{ message['content'] }}"
+        "{% if loop.last or messages[loop.index0 + 1]['role'] != message['role'] %}"
+        f"{{{{ {answer_end} if message['role'] == 'assistant' else {turn_end} }}}}{{% endif %}}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{{{{ {json.dumps(chat.header.format(role='assistant'))} }}}}{{% endif %}}"
     )
 
@@ -631,6 +659,7 @@ class Turn(NamedTuple):
     role: str
     content: str  # stripped: white space at its edges would merge with the format's own tokens
     line: int
+    trained: bool = True  # False: this answer is only context for the next ones
 
 
 class Conversation(NamedTuple):
@@ -642,6 +671,7 @@ class Conversation(NamedTuple):
 
 
 Warn = Callable[[str, int, str, str], None]  # (file, line, kind, text)
+Refuse = Callable[[str, list[tuple[int, str]]], None]  # (file, all (line, "what is wrong; fix") of a conversation)
 
 NAME = r"[^|<>\s]{1,40}"
 TAG = re.compile(rf"<\|{NAME}\|>")
@@ -651,7 +681,17 @@ ESCAPED_IM_START = re.compile(r"\\+<\|im_start\|>")
 IM_END = re.compile(r"(?<!\\)<\|im_end\|>")
 # A misspelled tag at the start of a line, such as `<| user|>` or `<|user>`.
 LIKE_TAG = re.compile(r"([<|｜/\s]*)(system|user|assistant|endoftext|im_start|im_end)(?!\w)([|｜>\s]*)", re.IGNORECASE)
-SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROW_FILES = {".json": "JSON", ".jsonl": "JSON", ".ndjson": "JSON", ".csv": "CSV", ".tsv": "CSV", ".parquet": "Parquet"}
+# What a tag or message may name: the role, and whether its answers are trained.
+ROLE_NAMES = {"system": ("system", True), "developer": ("system", True), "user": ("user", True),
+              "assistant": ("assistant", True), "assistant:context": ("assistant", False)}  # fmt: skip
+SHAREGPT = {"human": "user", "gpt": "assistant"}
+TOOL_ROLES = {"tool", "function", "ipython", "observation", "tool_call", "tool_calls", "function_call", "tool_response"}
+# Tokens with which other formats end a turn or a text.
+END_TOKENS = ("<|end|>", "<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|eom_id|>", "</s>", "<end_of_turn>", "<eos>")
+FENCE = re.compile(r"^ {0,3}```", re.MULTILINE)
+NOT_CLOSED = "this turn is not closed; end it with <|im_end|>"
+NO_TOOLS = "tool turns cannot be trained on; delete them, or write the tool's result into a user turn"
 
 
 def find_files(patterns: list[str]) -> dict[str, str]:
@@ -659,7 +699,8 @@ def find_files(patterns: list[str]) -> dict[str, str]:
     names = []
     for pattern in patterns:
         matches = [] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        names += matches or [pattern]
+        for name in matches or [pattern]:
+            names += files_in(name) if os.path.isdir(name) else [name]
     for name in names:
         if not os.path.isfile(name):
             raise InputError(f"{name}: no such file; give the path of a data file or a glob that matches one")
@@ -673,53 +714,101 @@ def find_files(patterns: list[str]) -> dict[str, str]:
     return {name: sha256(name) for name in dict.fromkeys(names)}
 
 
+def files_in(folder: str) -> list[str]:
+    """The data files in a folder, in alphabetical order."""
+    known = (".chatml", ".txt", *ROW_FILES)
+    try:
+        entries = sorted(name for name in os.listdir(folder) if name.lower().endswith(known) and name[0] != ".")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror}); make it readable") from None
+    found = [path for path in (os.path.join(folder, name) for name in entries) if os.path.isfile(path)]
+    if not found:
+        raise InputError(f"{folder}: no data file in this folder; their names end in {', '.join(known)}")
+    return found
+
+
 def sha256(file: str | Path) -> str:
     """The file's SHA-256 in hexadecimal."""
     with open(file, "rb") as source:
         return hashlib.file_digest(source, "sha256").hexdigest()
 
 
-def read_conversations(files: Iterable[str], input_format: str, warn: Warn = lambda *_: None) -> Iterator[Conversation]:
-    """Yield the conversations of all files, one at a time; only a JSON list is read as a whole."""
-    reader = {"chatml": read_chatml, "messages": read_messages}[input_format]
+def read_conversations(
+    files: Iterable[str], input_format: str, warn: Warn = lambda *_: None, refuse: Refuse | None = None
+) -> Iterator[Conversation]:
+    """Yield the conversations of all files, one at a time; only a JSON list is read as a whole.
+
+    A conversation with errors goes to `refuse`, by default as InputError. InputError too where the rest
+    of a file cannot be read.
+    """
     for file in files:
-        found = False
-        for conversation in reader(file, warn):
+        found, detected = False, detect_format(file)
+        if input_format == "chatml" and detected != "chatml":
+            raise InputError(f"{file}: looks like {detected}; leave out --input-format chatml")
+        reader = read_chatml if "chatml" in (input_format, detected) and input_format != "messages" else read_messages
+        for turns in reader(file, warn):
             found = True
-            yield conversation
+            if problems := find_problems(turns):
+                (refuse or raise_first)(file, problems)
+            else:
+                yield build_conversation(turns, file, warn)
         if not found:
             raise InputError(f"{file}: no conversation in it; see the README on the data format")
 
 
-def read_chatml(file: str, warn: Warn) -> Iterator[Conversation]:
+def detect_format(file: str) -> str:
+    """chatml, JSON, CSV or Parquet: by the first bytes where they are clear, otherwise by the extension."""
+    with open(file, "rb") as source:
+        start = source.read(1 << 12)
+    if start.startswith(b"PAR1"):
+        return "Parquet"
+    start = start.removeprefix(codecs.BOM_UTF8).lstrip()
+    if start.startswith(b"<|"):
+        return "chatml"
+    by_name = ROW_FILES.get(os.path.splitext(file)[1].lower())
+    return by_name or ("JSON" if re.match(rb'\{\s*["}]|\[\s*[{\]]', start) else "chatml")
+
+
+def raise_first(file: str, problems: list[tuple[int, str]]) -> None:
+    """InputError for the first error of a conversation."""
+    line, text = problems[0]
+    raise InputError(f"{file}:{line}: {text}")
+
+
+def read_chatml(file: str, warn: Warn) -> Iterator[list[Turn]]:
     """Yield a ChatML file's conversations: each starts at its start, a system turn or a line `<|endoftext|>`."""
     turns: list[Turn] = []
     for turn in chatml_turns(file, warn):
         if turns and turn.role in ("system", "endoftext"):
-            yield build_conversation(turns, file, warn)
+            yield turns
             turns = []
         if turn.role != "endoftext":
             turns.append(turn)
     if turns:
-        yield build_conversation(turns, file, warn)
+        yield turns
 
 
 def chatml_turns(file: str, warn: Warn) -> Iterator[Turn]:
-    """Yield the turns of both dialects, and one with role `endoftext` for each such line.
+    """Yield the turns of both dialects, one with role `endoftext` for each such line, and `error` where text is wrong.
 
     Role tags at the start of a line (`<|user|>`, content on the same line or the next ones), or
     `<|im_start|>user` … `<|im_end|>`. A backslash before a tag makes it text.
     """
     opened, parts = None, []  # a turn that <|im_end|> has not closed yet, and its content so far
+    fence = 0  # the line of the turn before, if a code block is still open at its end
     for line, tag, text in split_at_tags(file):
+        cut, fence = fence, 0
+        if cut and tag:
+            problem = f"this <|{escape_controls(tag)[:60]}|> stands in the code block (```) of the turn in line {cut}"
+            warn(file, line, "code block", f"{problem} and cuts it; write a backslash before it, or close the block")
         if tag == "im_start":
             if opened:
-                break
-            role, _, text = text.partition("\n")
-            role = role.strip()
-            if role not in ROLES:
-                raise InputError(f"{file}:{line}: unknown role {shorten(role)}; {suggest(role, ROLES)}")
-            opened, parts, tag, line = Turn(role, "", line), [], None, line + 1
+                yield opened._replace(role="error", content=NOT_CLOSED)
+            name, _, text = text.partition("\n")
+            role, trained = ROLE_NAMES.get(name.strip(), ("error", False))
+            if role == "error":
+                yield Turn(role, unknown_role(name.strip()), line)
+            opened, parts, tag, line = Turn(role, "", line, trained), [], None, line + 1
         if opened:  # everything up to <|im_end|> is text
             part = f"<|{tag}|>{text}" if tag else text
             end = IM_END.search(part)
@@ -727,21 +816,25 @@ def chatml_turns(file: str, warn: Warn) -> Iterator[Turn]:
             text = text.replace("\\<|im_end|>", "<|im_end|>")
             parts.append(unescape_tags(text, line, ESCAPED_IM_START, file, warn))
             if end:
-                yield opened._replace(content="".join(parts).strip())
+                if opened.role != "error":
+                    yield opened._replace(content="".join(parts).strip())
                 opened = None
                 line += text.count("\n")
-                require_blank(part[end.end() :], line, file, "after <|im_end|>; put it inside a turn")
-        elif tag in ROLES:
-            yield Turn(tag, unescape_tags(text, line, ESCAPED_TAG, file, warn).strip(), line)
+                yield from stray_text(part[end.end() :], line, "after <|im_end|>; put it inside a turn")
+        elif tag in ROLE_NAMES:
+            role, trained = ROLE_NAMES[tag]
+            yield Turn(role, unescape_tags(text, line, ESCAPED_TAG, file, warn).strip(), line, trained)
+            if "```" in text and not cut and len(FENCE.findall(text)) % 2:
+                fence = line
         elif tag == "endoftext":
             yield Turn(tag, "", line)
-            require_blank(text, line, file, "after <|endoftext|>; put the separator alone on its line")
+            yield from stray_text(text, line, "after <|endoftext|>; put the separator alone on its line")
         elif tag:
-            raise InputError(f"{file}:{line}: unknown role tag <|{escape_controls(tag)[:60]}|>; {suggest_tag(tag)}")
+            yield Turn("error", NO_TOOLS if tag in TOOL_ROLES else unknown_tag(tag), line)
         else:
-            require_blank(text, line, file)
+            yield from stray_text(text, line)
     if opened:
-        raise InputError(f"{file}:{opened.line}: this turn is not closed; end it with <|im_end|>")
+        yield opened._replace(role="error", content=NOT_CLOSED)
 
 
 def split_at_tags(file: str) -> Iterator[tuple[int, str | None, str]]:
@@ -776,11 +869,46 @@ def read_blocks(file: str) -> Iterator[tuple[int, str]]:
             except UnicodeDecodeError as error:
                 number += raw.count(b"\n", 0, error.start)
                 problem = f"not UTF-8 (byte 0x{raw[error.start]:02x})"
-                raise InputError(f"{file}:{number}: {problem}; save the file as UTF-8") from None
+                raise InputError(f"{file}:{number}: {problem}{conversion_hint(file)}") from None
+            if number == 1 and "\0" in text[:2] and "; convert" in (hint := conversion_hint(file)):
+                raise InputError(f"{file}:1: not UTF-8 (a zero byte in each character){hint}")
             if number == 1:
                 text = text.removeprefix("\ufeff")
             yield number, text.replace("\r\n", "\n")
             number += raw.count(b"\n")
+
+
+def conversion_hint(file: str) -> str:
+    """How to save a file as UTF-8, with its encoding and the command where its first 16 MiB show which it is."""
+    with open(file, "rb") as source:
+        raw = source.read(1 << 24)
+    encoding = None
+    if raw.startswith(codecs.BOM_UTF32_LE):
+        encoding = "UTF-32"
+    elif raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "UTF-16"
+    elif raw[:1] == raw[2:3] == b"\0" != raw[1:2]:
+        encoding = "UTF-16BE"
+    elif raw[1:2] == raw[3:4] == b"\0" != raw[:1]:
+        encoding = "UTF-16LE"
+    elif looks_like_windows_1252(raw):
+        encoding = "WINDOWS-1252"
+    if not encoding:
+        return "; save the file as UTF-8"
+    stem, suffix = os.path.splitext(file)
+    command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(file)} > {shlex.quote(f'{stem}.utf8{suffix}')}"
+    return f", it looks like {encoding.title() if 'W' in encoding else encoding}; convert it with {command}"
+
+
+def looks_like_windows_1252(raw: bytes) -> bool:
+    """More bytes that UTF-8 does not allow than characters that it does, and all of them have a meaning there."""
+    good = [character for character in raw.decode("utf-8", "ignore") if character > "\x7f"]
+    bad = len(raw.translate(None, bytes(range(128)))) - len("".join(good).encode())
+    try:
+        raw.decode("cp1252")
+    except UnicodeDecodeError:
+        return False
+    return bad > len(good) and not re.search(rb"\xed[\xa0-\xbf][\x80-\xbf]", raw)  # that is a surrogate
 
 
 def read_lines(file: str) -> Iterator[tuple[int, str]]:
@@ -794,14 +922,12 @@ def show_progress() -> bool:
     return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
 
 
-def require_blank(text: str, line: int, file: str, where: str | None = None) -> None:
-    """Refuse text outside of turns; `where` describes it if it stands on the first of these lines."""
+def stray_text(text: str, line: int, where: str | None = None) -> Iterator[Turn]:
+    """An error for text outside of turns; `where` describes it if it stands on the first of these lines."""
     if text.strip():
         below = text[: -len(text.lstrip())].count("\n")
-        problem = (
-            f"text {where}" if where and not below else "text outside of a turn; start with a tag such as <|user|>"
-        )
-        raise InputError(f"{file}:{line + below}: {problem}")
+        outside = "text outside of a turn; start with a tag such as <|user|>"
+        yield Turn("error", f"text {where}" if where and not below else outside, line + below)
 
 
 def unescape_tags(text: str, line: int, escaped: re.Pattern, file: str, warn: Warn) -> str:
@@ -813,7 +939,7 @@ def unescape_tags(text: str, line: int, escaped: re.Pattern, file: str, warn: Wa
         if escaped.match(text, at):
             lines[i] = content[1:]
         elif found := TAG.search(content):
-            warn(file, line + i, "tag", f"{escape_controls(found[0])[:60]} inside a turn is text, not a tag")
+            warn(file, line + i, *describe_tag(found[0]))
         elif (found := LIKE_TAG.match(content)) and set("<>") & set(found[0]) and set("|｜") & set(found[0]):
             tag = f"<|{found[2].lower()}|>"
             warn(file, line + i, "tag", f"{shorten(found[0].strip())} looks like a tag; write {tag} if it is one")
@@ -821,56 +947,156 @@ def unescape_tags(text: str, line: int, escaped: re.Pattern, file: str, warn: Wa
     return "\n".join(lines)
 
 
-def read_messages(file: str, warn: Warn) -> Iterator[Conversation]:
-    """Yield the conversations of JSON or Parquet rows: OpenAI's `messages` or ShareGPT's `conversations`."""
+def describe_tag(tag: str, by_row: bool = False) -> tuple[str, str]:
+    """(kind, text) of the warning about a tag inside a turn; by_row: no tag of this file separates conversations."""
+    shown = escape_controls(tag)[:60]
+    if tag in END_TOKENS or (tag == "<|endoftext|>" and by_row):
+        return "end token", f"{shown} is trained as text; delete it if it ends an answer: the chat format adds its own"
+    if tag == "<|endoftext|>":
+        return (
+            "separator",
+            f"{shown} inside a line is trained as text; put it alone on a line to separate conversations",
+        )
+    if tag[2:-2] in ROLE_NAMES and not by_row:
+        return "tag", f"{shown} inside a line is text; write it at the start of a line if it opens a turn"
+    return "tag", f"{shown} inside a turn is text, not a tag"
+
+
+def read_messages(file: str, warn: Warn) -> Iterator[list[Turn]]:
+    """Yield the conversations of JSON, CSV or Parquet rows."""
     for row, record in read_records(file):
-        messages = isinstance(record, dict) and (record.get("messages") or record.get("conversations"))
-        if not isinstance(messages, list):
-            problem = "no list 'messages' (or 'conversations')"
-            raise InputError(f"{file}:{row}: {problem}; each row must be one conversation")
-        turns = [message_turn(message, f"{file}:{row}", row) for message in messages]
+        turns = record_turns(record, row)
         for turn in turns:
-            if found := TAG.search(turn.content):
-                warn(file, row, "tag", f"{escape_controls(found[0])[:60]} inside a turn is text, not a tag")
-        yield build_conversation(turns, file, warn, start=row)
+            if turn.role != "error" and (found := TAG.search(turn.content)):
+                warn(file, row, *describe_tag(found[0], by_row=True))
+        if isinstance(record, dict) and (record.get("tools") or record.get("functions")):
+            warn(file, row, "tools", "the definitions of tools are ignored")
+        yield turns
 
 
-def message_turn(message: Any, place: str, row: int) -> Turn:
-    """The turn that one message holds, in OpenAI's keys or ShareGPT's."""
+def record_turns(record: Any, row: int) -> list[Turn]:
+    """The turns of one row; what is wrong in it has the role `error`."""
+    if isinstance(record, Turn):  # the row could not be read
+        return [record]
+    messages = find_messages(record) if isinstance(record, dict) else None
+    if not isinstance(messages, list):
+        problem = "no 'messages', 'conversations', 'prompt' and 'completion', or 'instruction' and 'output'"
+        if isinstance(record, dict) and (known := [key for key in ("messages", "conversations") if key in record]):
+            problem = f"{known[0]!r} is empty or not a list"
+        elif isinstance(record, dict) and record:
+            problem += f" in {shorten(', '.join(map(str, record)))}"
+        return [Turn("error", f"{problem}; write one conversation a row, its columns named so", row)]
+    if record.get("history"):
+        return [Turn("error", "'history' is not read; write its exchanges as 'messages'", row)]
+    if record.get("system"):  # ShareGPT's and Anthropic's place for the system turn
+        messages = [{"role": "system", "content": record["system"]}, *messages]
+    return [message_turn(message, row) for message in messages]
+
+
+def find_messages(record: dict) -> Any:
+    """The messages of a row: OpenAI's, ShareGPT's, prompt and completion (texts or messages), or Alpaca's."""
+    if messages := record.get("messages") or record.get("conversations"):
+        return messages
+    if "prompt" in record and "completion" in record:
+        sides = (("user", record["prompt"]), ("assistant", record["completion"]))
+        return list(
+            chain(*(text if isinstance(text, list) else [{"role": role, "content": text}] for role, text in sides))
+        )
+    if "instruction" in record and "output" in record:
+        parts = [part for part in (record["instruction"], record.get("input")) if part]
+        question = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else None
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
+    return None
+
+
+def message_turn(message: Any, row: int) -> Turn:
+    """The turn that one message holds, in OpenAI's keys or ShareGPT's; what is wrong has the role `error`."""
     if not isinstance(message, dict):
-        raise InputError(f"{place}: a message must be an object; write {{'role': …, 'content': …}}")
-    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        return Turn("error", "a message must be an object; write {'role': …, 'content': …}", row)
+    name, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
-    if not isinstance(role, str) or role not in SHAREGPT:
-        raise InputError(f"{place}: unknown role {shorten(role)}; {suggest(str(role), ROLES)}")
+
+    def wrong(problem: str) -> Turn:
+        return Turn("error", problem, row)
+
+    weight = message.get("weight")  # OpenAI's: 0 for an answer that is only context
+    role, trained = ROLE_NAMES.get(SHAREGPT.get(name, name), ("", False)) if isinstance(name, str) else ("", False)
+    if message.get("tool_calls") or message.get("function_call"):
+        return wrong(NO_TOOLS)
+    if not role:
+        return wrong(unknown_role(name))
     if not isinstance(content, str):
-        raise InputError(f"{place}: the content of a {role} message is not text; only text can be trained on")
+        return wrong(f"the content of a {role} message is not text; only text can be trained on")
     if re.search("[\ud800-\udfff]", content):
-        raise InputError(f"{place}: a lone surrogate in a {role} message; repair the text's encoding")
-    return Turn(SHAREGPT[role], content.strip(), row)
+        return wrong(f"a lone surrogate in a {role} message; repair the text's encoding")
+    if weight not in (None, 0, 1):
+        return wrong(f"unknown weight {shorten(weight)}; write 1 for a trained answer, 0 for one that is only context")
+    return Turn(role, content.strip(), row, trained and (role != "assistant" or weight != 0))
 
 
 def read_records(file: str) -> Iterator[tuple[int, Any]]:
-    """Yield (row number, record) of a JSON-lines, JSON or Parquet file."""
-    if file.endswith(".parquet"):
-        yield from read_parquet(file)
-        return
+    """Yield (row number, record) of a file; a row that cannot be read is an error turn."""
+    detected = detect_format(file)
+    if detected == "chatml":  # --input-format says that it is not
+        detected = ROW_FILES.get(os.path.splitext(file)[1].lower(), "JSON")
+    yield from {"JSON": read_json_rows, "CSV": read_csv, "Parquet": read_parquet}[detected](file)
+
+
+def read_json_rows(file: str) -> Iterator[tuple[int, Any]]:
+    """Yield (line, record) of JSON lines, or (row, record) of a JSON list."""
     lines = read_lines(file)
-    first = next(((number, line) for number, line in lines if line.strip()), (1, ""))
-    number, is_list = first[0], first[1].lstrip().startswith("[")
+    first, start = next(((number, line) for number, line in lines if line.strip()), (1, ""))
+    if start.lstrip().startswith("["):
+        records = parse_json("\n".join([start, *(line for _, line in lines)]), first)
+        if isinstance(records, Turn):
+            raise InputError(f"{file}:{records.line}: {records.content}")
+        yield from enumerate(records, 1)
+        return
+    for number, line in chain([(first, start)], lines):
+        if line.strip():
+            record = parse_json(line, number)
+            if isinstance(record, Turn) and number == first:  # not even the first line: another format
+                raise InputError(f"{file}:{number}: {record.content}")
+            yield number, record
+
+
+def parse_json(text: str, line: int) -> Any:
+    """The value of a JSON text that begins on this line, or an error turn."""
     try:
-        if is_list:
-            yield from enumerate(json.loads("\n".join([first[1], *(line for _, line in lines)])), 1)
-            return
-        for number, line in chain([first], lines):
-            if line.strip():
-                yield number, json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:  # the latter where it is nested too deeply
-        if is_list and isinstance(error, json.JSONDecodeError):
-            number = first[0] + error.lineno - 1
+        line += error.lineno - 1 if isinstance(error, json.JSONDecodeError) else 0
         problem = getattr(error, "msg", None) or first_line(error)
-        raise InputError(f"{file}:{number}: not JSON ({problem}); write one object per line, or one list") from None
+        return Turn("error", f"not JSON ({problem}); write one object per line, or one list", line)
+
+
+def read_csv(file: str) -> Iterator[tuple[int, Any]]:
+    """Yield (line, record) of a CSV file with a header; the delimiter is a comma, semicolon or tab."""
+    lines = (line + "\n" for _, line in read_lines(file))
+    header = next(lines)
+    csv.field_size_limit(2**31 - 1)  # an answer may be longer than csv's 131,072 characters
+    reader = csv.reader(chain([header], lines), delimiter=max(",;\t", key=header.count), strict=True)
+    row = 1
+    try:
+        names = [name.strip().lower() for name in next(reader)]
+        if find_messages(dict.fromkeys(names, "x")) is None:
+            problem = (
+                f"no columns 'prompt' and 'completion', or 'instruction' and 'output' in {shorten(','.join(names))}"
+            )
+            raise InputError(f"{file}:1: {problem}; rename the columns in the first line")
+        row = reader.line_num + 1
+        for values in reader:
+            if values and len(values) != len(names):
+                problem = f"{len(values)} fields where the first line has {len(names)}"
+                yield row, Turn("error", f"{problem}; put quotes around texts that contain the delimiter", row)
+            elif values:
+                yield row, dict(zip(names, values, strict=True))
+            row = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(
+            f"{file}:{row}: not CSV ({error}); double each quote inside a quoted text, and close it"
+        ) from None
 
 
 def read_parquet(file: str) -> Iterator[tuple[int, dict]]:
@@ -887,30 +1113,53 @@ def read_parquet(file: str) -> Iterator[tuple[int, dict]]:
         raise InputError(f"{file}: not a Parquet file; give JSON lines, JSON or Parquet") from None
 
 
-def build_conversation(turns: list[Turn], file: str, warn: Warn, start: int | None = None) -> Conversation:
-    """Join neighboring turns of one role as Ollama does; InputError for a conversation that cannot be trained on."""
-    start = start or turns[0].line
+def find_problems(turns: list[Turn]) -> list[tuple[int, str]]:
+    """(line, what is wrong; fix) of all that keeps these turns from being trained on."""
+    wrong, empty, first, answers, context = [], [], "", 0, 0
+    for role, content, line, trained in turns:
+        if role == "error":
+            wrong.append((line, content))
+        elif role != "system":
+            first = first or role
+            if role == "assistant":
+                answers += 1
+                context += not trained
+            if not content:
+                empty.append((line, f"empty {role} turn; fill it or delete it"))
+    if wrong or empty:
+        return wrong or empty  # what an error hides would only look like another one
+    if not answers:
+        return [(turns[0].line, "a conversation without an assistant turn; add an answer or delete it")]
+    if first == "assistant":
+        line = next(turn.line for turn in turns if turn.role == "assistant")
+        return [(line, "the assistant speaks first; put a user turn before it")]
+    if context == answers:
+        return [(turns[0].line, "every answer is only context; let one be trained, or delete the conversation")]
+    if not context:
+        return []
+    problem = "neighboring answers, one trained and one only context; mark both alike or join them"
+    spoken = [turn for turn in turns if turn.content]
+    return [(b.line, problem) for a, b in pairwise(spoken) if a.role == b.role and a.trained != b.trained]
+
+
+def build_conversation(turns: list[Turn], file: str, warn: Warn) -> Conversation:
+    """Join neighboring turns of one role as Ollama does; warn about what is ignored."""
     groups: list[list[Turn]] = []
     for turn in turns:
+        if turn.content.endswith(("</s>", "<end_of_turn>", "<eos>")):  # TAG has found those with bars
+            warn(file, turn.line, *describe_tag(turn.content[turn.content.rindex("<") :]))
         if not turn.content:
-            if turn.role != "system":
-                raise InputError(f"{file}:{turn.line}: empty {turn.role} turn; fill it or delete it")
             warn(file, turn.line, "empty system", "an empty system turn is ignored")
         elif groups and groups[-1][0].role == turn.role:
             groups[-1].append(turn)
         else:
             groups.append([turn])
     joined = [group[0]._replace(content="\n\n".join(turn.content for turn in group)) for group in groups]
-    if not any(turn.role == "assistant" for turn in joined):
-        raise InputError(f"{file}:{start}: a conversation without an assistant turn; add an answer or delete it")
-    first = next(turn for turn in joined if turn.role != "system")
-    if first.role == "assistant":
-        raise InputError(f"{file}:{first.line}: the assistant speaks first; put a user turn before it")
     if joined[-1].role != "assistant":
         warn(file, joined[-1].line, "no answer", f"the last {joined[-1].role} turn has no answer and is ignored")
         while joined[-1].role != "assistant":
             joined.pop()
-    return Conversation(joined, file, start)
+    return Conversation(joined, file, turns[0].line)
 
 
 def shorten(value: Any) -> str:
@@ -930,10 +1179,21 @@ def suggest(name: str, choices: Iterable[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"use one of {', '.join(choices)}"
 
 
-def suggest_tag(name: str) -> str:
-    """What to write instead of a tag that isn't a known role."""
-    near = get_close_matches(name.lower(), ROLES, n=1, cutoff=0.6)
-    return f"did you mean <|{near[0]}|>?" if near else f"write \\<|{escape_controls(name)[:60]}|> if it is text"
+def unknown_role(name: Any) -> str:
+    """What is wrong with a role's name, and how to fix it."""
+    if isinstance(name, str) and name in TOOL_ROLES:
+        return NO_TOOLS
+    return f"unknown role {shorten(name)}; {suggest(str(name), ROLE_NAMES)}"
+
+
+def unknown_tag(name: str) -> str:
+    """What is wrong with a tag that isn't a known role, and how to fix it."""
+    near = get_close_matches(name.lower(), ROLE_NAMES, n=1, cutoff=0.6)
+    tag = f"<|{escape_controls(name)[:60]}|>"
+    fix = f"did you mean <|{near[0]}|>?" if near else f"write \\{tag} if it is text"
+    if f"<|{name}|>" in END_TOKENS:
+        fix = f"delete it if it ends a turn (the chat format adds its own), or write \\{tag} if it is text"
+    return f"unknown role tag {tag}; {fix}"
 
 
 # ---- Turns -> tokens -----------------------------------------------------------------------------
@@ -955,6 +1215,7 @@ class Sample(NamedTuple):
     digest: int  # of the whole conversation
     file: str
     line: int
+    part: int  # 0 for a whole conversation or its first part
 
 
 class Encoder:
@@ -987,14 +1248,14 @@ class Encoder:
         """Yield (text or a special token's id, whether it is trained) of a conversation."""
         yield from ((bos, False) for bos in self.start)
         text = ""  # untrained text since the last special token or answer
-        for role, content, _ in turns:
-            for piece, trained in (*self.before[role], (content, role == "assistant"), *self.after[role]):
-                if isinstance(piece, str) and not trained:
+        for role, content, _, trained in turns:
+            for piece, answer in (*self.before[role], (content, role == "assistant"), *self.after[role]):
+                if isinstance(piece, str) and not answer:
                     text += piece
                     continue
                 if text:
                     yield text, False
-                yield piece, trained
+                yield piece, answer and trained
                 text = ""
         if text:
             yield text, False
@@ -1022,24 +1283,45 @@ BLANKS = re.compile(r"(?<![^\S\r\n])[^\S\r\n]{1000000}")
 
 
 def encode_conversations(
-    conversations: Iterable[Conversation], encode: Encoder, max_length: int, overlong: str, warn: Warn
+    conversations: Iterable[Conversation],
+    encode: Encoder,
+    max_length: int,
+    overlong: str,
+    warn: Warn,
+    tally: Counter | None = None,
 ) -> Iterator[list[Sample]]:
-    """Yield batches of samples; none is longer than max_length."""
+    """Yield batches of samples; none is longer than max_length.
+
+    `tally` counts conversations, those split and dropped, dropped exchanges and the trained tokens lost with them.
+    InputError that lists the conversations over max_length if `overlong` is error.
+    """
+    tally, too_long = Counter() if tally is None else tally, []
     for batch in batch_conversations(conversations):
         for turns, file, _ in batch:
             for turn in turns:
                 if len(turn.content) > 1_000_000 and BLANKS.search(turn.content):
                     raise InputError(f"{file}:{turn.line}: a million blanks in a row; delete them")
         samples = []
+        tally["conversations"] += len(batch)
         for conversation, tokens in zip(batch, encode([c.turns for c in batch]), strict=True):
+            turns, file, line = conversation
             parts = [tokens]
-            if len(tokens.input_ids) > max_length:
-                parts = handle_overlong(conversation, len(tokens.input_ids), encode, max_length, overlong, warn)
-            key = digest(conversation.turns)
-            for ids, labels in parts:
-                trained = int(np.count_nonzero(labels != IGNORE))
-                samples.append(Sample(ids, labels, trained, key, conversation.file, conversation.line))
+            if len(tokens.input_ids) > max_length and overlong == "error":
+                problem = f"{len(tokens.input_ids)} tokens, above --max-length {max_length}"
+                too_long.append((file, line, f"{problem}; shorten it or use --overlong split"))
+            elif len(tokens.input_ids) > max_length:
+                parts = handle_overlong(conversation, tokens, encode, max_length, overlong, warn, tally)
+            key = digest(turns)
+            for part, (ids, labels) in enumerate(parts):
+                samples.append(Sample(ids, labels, count_trained(labels), key, file, line, part))
         yield samples
+    if too_long:
+        raise InputError(list_errors(too_long, []))
+
+
+def count_trained(labels: np.ndarray) -> int:
+    """How many labels are trained."""
+    return int(np.count_nonzero(labels != IGNORE))
 
 
 def batch_conversations(conversations: Iterable[Conversation], characters=1 << 21) -> Iterator[list[Conversation]]:
@@ -1056,21 +1338,32 @@ def batch_conversations(conversations: Iterable[Conversation], characters=1 << 2
 
 
 def handle_overlong(
-    conversation: Conversation, length: int, encode: Encoder, max_length: int, overlong: str, warn: Warn
+    conversation: Conversation,
+    tokens: Tokens,
+    encode: Encoder,
+    max_length: int,
+    overlong: str,
+    warn: Warn,
+    tally: Counter,
 ) -> list[Tokens]:
     """The parts of a conversation of more than max_length tokens that are kept, as --overlong says."""
     turns, file, line = conversation
-    if overlong == "error":
-        problem = f"{length} tokens, above --max-length {max_length}"
-        raise InputError(f"{file}:{line}: {problem}; shorten it or use --overlong split")
+    parts, lost = [], []
+    if overlong == "split":
+        parts, lost = split_conversation(turns, encode, max_length)
+        parts = [part for part in parts if count_trained(part.labels)]  # the others hold only context
+    size, kept = len(tokens.input_ids), sum(count_trained(part.labels) for part in parts)
+    tally["dropped"] += not parts
+    tally["split"] += len(parts) > 1
+    tally["dropped_exchanges"] += len(lost) if parts else 0
+    tally["lost_trained_tokens"] += count_trained(tokens.labels) - kept
     if overlong == "drop":
-        warn(file, line, "overlong", f"dropped: {length} tokens")
+        warn(file, line, "dropped", f"a conversation of {size:,} tokens")
         return []
-    parts, lost = split_conversation(turns, encode, max_length)
     if len(parts) > 1:
-        warn(file, line, "overlong", f"{length:,} tokens: split into {len(parts)}")
+        warn(file, line, "split", f"{size:,} tokens: split into {len(parts)}")
     for turn in lost:
-        warn(file, turn.line, "overlong", "dropped: this exchange alone is longer than a row")
+        warn(file, turn.line, "dropped", "this exchange alone is longer than a row")
     return parts
 
 
@@ -1111,32 +1404,56 @@ def split_conversation(turns: list[Turn], encode: Encoder, max_length: int) -> t
 
 def digest(turns: list[Turn]) -> int:
     """63 bits that identify a conversation by its content."""
-    text = "\0".join([part for role, content, _ in turns for part in (role, content)])
+    text = "\0".join(
+        [part for role, content, _, trained in turns for part in (role if trained else f"{role}:context", content)]
+    )
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
 
 
 # ---- Tokens -> rows ------------------------------------------------------------------------------
 
 
-def encode_files(files: dict[str, str], args: argparse.Namespace, encode: Encoder):
-    """(samples, warnings) of these files {name: sha256}; samples is a memory-mapped datasets.Dataset.
+class Encoded(NamedTuple):
+    """The samples of some files, and what happened to their conversations."""
 
-    Its columns are the fields of Sample. A second start with the same files, tokenizer, format and
+    samples: Any  # a memory-mapped datasets.Dataset; its columns are the fields of Sample
+    warnings: list  # (file, line, kind, text)
+    tally: dict[str, int]  # of encode_conversations, and how many conversations --skip-bad has skipped
+
+
+def encode_files(files: dict[str, str], args: argparse.Namespace, encode: Encoder) -> Encoded:
+    """The samples of these files {name: sha256}.
+
+    A second start with the same files, tokenizer, format and
     length finds them in the cache.
     """
     import datasets
 
     def make(folder: Path) -> None:
         found: list = []
-        conversations = read_conversations(files, args.input_format)
-        warn = lambda *warning: found.append(warning)  # noqa: E731
-        samples = encode_conversations(conversations, encode, args.max_length, args.overlong, warn)
-        write_arrow(samples, folder / "samples.arrow")
-        write_json(folder / "warnings.json", found)
+        tally = Counter(skipped=0, conversations=0, split=0, dropped=0, dropped_exchanges=0, lost_trained_tokens=0)
 
-    settings = [encode.tokenizer.to_str(), encode.chat, args.input_format, args.max_length, args.overlong]
+        def warn(*warning) -> None:
+            found.append(warning)
+
+        def skip(*_) -> None:
+            tally["skipped"] += 1
+
+        conversations = read_conversations(files, args.input_format, refuse=skip if args.skip_bad else None)
+        samples = encode_conversations(conversations, encode, args.max_length, args.overlong, warn, tally)
+        write_arrow(samples, folder / "samples.arrow")
+        write_json(folder / "found.json", {"warnings": found, "tally": tally})
+
+    settings = [
+        encode.tokenizer.to_str(),
+        encode.chat,
+        args.input_format,
+        args.skip_bad,
+        args.max_length,
+        args.overlong,
+    ]
     folder = cached_folder("samples", [*settings, *files.items()], make)
-    return datasets.Dataset.from_file(str(folder / "samples.arrow")), read_json(folder / "warnings.json")
+    return Encoded(datasets.Dataset.from_file(str(folder / "samples.arrow")), **read_json(folder / "found.json"))
 
 
 def cached_folder(name: str, depends_on: list, make: Callable[[Path], None]) -> Path:
@@ -1180,23 +1497,26 @@ def write_arrow(batches: Iterable[list[Sample]], file: Path) -> None:
     import pyarrow as pa
 
     ids = pa.large_list(pa.int32())
-    schema = pa.schema(zip(Sample._fields, (ids, ids, pa.int32(), pa.int64(), pa.string(), pa.int32()), strict=True))
+    schema = pa.schema(
+        zip(Sample._fields, (ids, ids, pa.int32(), pa.int64(), pa.string(), pa.int32(), pa.int32()), strict=True)
+    )
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
         for batch in filter(None, batches):
             columns = [pa.array([sample[i] for sample in batch], kind) for i, kind in enumerate(schema.types)]
             stream.write_batch(pa.record_batch(columns, schema))
 
 
-def measure(samples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(digest, tokens, trained tokens) of each sample, int64 [N] each; the tokens themselves are not read."""
+def measure(samples) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(digest, tokens, trained tokens, part) of each sample, int64 [N] each; the tokens themselves are not read."""
     from pyarrow.compute import list_value_length
 
-    columns = [(np.zeros(0, np.int64),) * 3]
+    columns = [(np.zeros(0, np.int64),) * 4]
     for batch in samples.with_format("arrow").iter(10_000):
         lengths = list_value_length(batch["input_ids"]).to_numpy()
-        columns.append((batch["digest"].to_numpy(), lengths, batch["trained"].to_numpy().astype(np.int64)))
-    digests, lengths, trained = (np.concatenate(column) for column in zip(*columns, strict=True))
-    return digests, lengths, trained
+        trained, part = (batch[name].to_numpy().astype(np.int64) for name in ("trained", "part"))
+        columns.append((batch["digest"].to_numpy(), lengths, trained, part))
+    digests, lengths, trained, part = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return digests, lengths, trained, part
 
 
 def hold_out(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -1311,47 +1631,101 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 MOJIBAKE = re.compile("Ã[\u0080-\u00bf©¨ª«´§¹]|â€|Â[«»°\u00a0]|\ufffd")
 LONG_TURN = 20_000  # characters
+MANY_EXCHANGES = 30  # in one conversation: rather several that nothing separates
 
 
-def survey(files: dict[str, str], input_format: str) -> dict[str, Any]:
-    """Counts and warnings (file, line, kind, text) of the data, cached; InputError for what is wrong in it."""
+def survey(files: dict[str, str], input_format: str, skip_bad: bool = False) -> dict[str, Any]:
+    """Counts and warnings (file, line, kind, text) of the data, cached; InputError that lists the errors in it.
+
+    With skip_bad, conversations with errors are counted as skipped, and each error is a warning.
+    """
 
     def make(folder: Path) -> None:
         write_json(folder / "survey.json", survey_conversations(files, input_format))
 
-    return read_json(cached_folder("survey", [input_format, *files.items()], make) / "survey.json")
+    found = read_json(cached_folder("survey", [input_format, *files.items()], make) / "survey.json")
+    errors, unreadable = found.pop("errors"), found.pop("unreadable")
+    if unreadable or (errors and not skip_bad):
+        raise InputError(list_errors([] if skip_bad else errors, unreadable))
+    if not found["conversations"]:
+        raise InputError(f"{', '.join(files)}: all conversations have errors; leave out --skip-bad to see them")
+    found["warnings"] += [(file, line, "skipped", text) for file, line, text in errors]
+    return found
+
+
+def list_errors(errors: list, unreadable: list[str], shown: int = 20) -> str:
+    """One line for each of the first errors: (file, line, text) of conversations, and of files that cannot be read."""
+    lines = unreadable + [f"{file}:{line}: {text}" for file, line, text in errors]
+    more = [f"and {len(lines) - shown:,} more"] if len(lines) > shown else []
+    if len(errors) > 1 and not unreadable:
+        more = [
+            f"{', '.join([*more, f'{len(errors):,} errors in all'])}; --skip-bad trains without these conversations"
+        ]
+    return "\n".join(lines[:shown] + more)
 
 
 def survey_conversations(files: Iterable[str], input_format: str) -> dict[str, Any]:
-    """Read and check all conversations; only counts and warnings are kept."""
-    turns, exchanges, seen, found = Counter(), Counter(), {}, []
-    conversations, characters = 0, 0
+    """Read and check all conversations; only counts, warnings and errors are kept."""
+    turns, exchanges, seen, found, errors, unreadable = Counter(), Counter(), {}, [], [], []
+    conversations, characters, skipped = 0, 0, 0
+    system, shared = None, True  # the first conversation's system turn, and whether all others have the same
 
     def warn(*warning) -> None:
         found.append(warning)
 
-    for conversation in read_conversations(files, input_format, warn):
+    def refuse(file: str, problems: list[tuple[int, str]]) -> None:
+        nonlocal skipped
+        skipped += 1
+        errors.extend((file, line, text) for line, text in problems)
+
+    def readable() -> Iterator[Conversation]:
+        for file in files:
+            try:
+                yield from read_conversations([file], input_format, warn, refuse)
+            except InputError as error:
+                unreadable.append(str(error))
+
+    for conversation in readable():
+        opening = conversation.turns[0]
+        instruction = opening.content if opening.role == "system" else None
+        system = instruction if not conversations else system
+        shared = shared and instruction == system
         conversations += 1
-        exchanges[sum(turn.role == "assistant" for turn in conversation.turns)] += 1
+        count = sum(turn.role == "assistant" for turn in conversation.turns)
+        exchanges[count] += 1
+        if count >= MANY_EXCHANGES:
+            warn(conversation.file, conversation.line, "one conversation", separation_hint(conversation.file, count))
         place = f"{conversation.file}:{conversation.line}"
         first = seen.setdefault(digest(conversation.turns), place)
         if first != place:
             warn(conversation.file, conversation.line, "duplicate", f"the same conversation as {first}")
-        for role, content, line in conversation.turns:
+        for role, content, line, _ in conversation.turns:
             turns[role] += 1
             characters += len(content)
             if wrong := MOJIBAKE.search(content):
                 warn(conversation.file, line, "encoding", f"{wrong[0]!r} looks like text decoded with a wrong encoding")
             if len(content) > LONG_TURN:
                 warn(conversation.file, line, "long", f"a turn of {len(content):,} characters")
+    if conversations == 1 and 1 < count < MANY_EXCHANGES:  # where nothing can be held out, two are enough
+        warn(conversation.file, conversation.line, "one conversation", separation_hint(conversation.file, count))
     return {
         "files": list(files),
         "conversations": conversations,
+        "skipped": skipped,
         "turns": dict(turns),
         "exchanges": dict(sorted(exchanges.items())),
         "characters": characters,
+        "system": system if shared else None,
         "warnings": found,
+        "errors": errors,
+        "unreadable": unreadable,
     }
+
+
+def separation_hint(file: str, exchanges: int) -> str:
+    """What to do about dialogues that were read as one conversation."""
+    fix = "put a line <|endoftext|> between them" if detect_format(file) == "chatml" else "give each a row of its own"
+    return f"all {exchanges} exchanges are one conversation; if they are {exchanges} separate dialogues, {fix}"
 
 
 def print_survey(found: dict[str, Any], shown: int = 5) -> None:
@@ -1365,6 +1739,8 @@ def print_survey(found: dict[str, Any], shown: int = 5) -> None:
     print_field("turns", ", ".join(f"{turns.get(role, 0):,} {role}" for role in ROLES))
     bins = ("1", "2", "3-8", "9+")
     print_field("exchanges", ", ".join(f"{grouped[bin]:,} with {bin}" for bin in bins if grouped[bin]))
+    if found["skipped"]:
+        print_field("skipped", f"{found['skipped']:,} conversations that have errors (--skip-bad)")
     print_warnings(found["warnings"], shown)
 
 
@@ -1397,8 +1773,12 @@ def print_data(args: argparse.Namespace, world: World, data: Data) -> None:
     """Tokens, lengths, rows and steps; and which settings to change for small data."""
     counts = data.counts
     share = counts["trained_tokens"] / counts["tokens"]
-    held_out = f"{plural(counts['held_out'], 'conversation')} held out"
-    print_field("tokens", f"{counts['tokens']:,}, of which {share:.0%} trained; {held_out}")
+    print_field("used", describe_use(counts))
+    if counts["split"] or counts["dropped"] or counts["dropped_exchanges"]:
+        dropped = f"{counts['dropped']:,} conversations and {counts['dropped_exchanges']:,} exchanges of others dropped"
+        lost = f"{counts['lost_trained_tokens']:,} trained tokens lost"
+        print_field("overlong", f"{counts['split']:,} conversations split, {dropped}, {lost}")
+    print_field("tokens", f"{counts['tokens']:,}, of which {share:.0%} trained")
     print_lengths(data.lengths, args.max_length)
     print_field("rows", f"{counts['rows']:,} of at most {args.max_length:,} tokens, {counts['fill']:.1%} full")
     passes = f"{args.epochs:g} {'epoch' if args.epochs == 1 else 'epochs'}"
@@ -1407,6 +1787,16 @@ def print_data(args: argparse.Namespace, world: World, data: Data) -> None:
     for advice in advise(args, world, counts):
         print_field("advice", advice)
     print_warnings(data.warnings)
+
+
+def describe_use(counts: dict[str, Any]) -> str:
+    """Where all conversations went, for the screen and the model card."""
+    parts = {"trained on": "trained_on", "held out": "held_out", "dropped (--overlong)": "dropped",
+             "skipped (--skip-bad)": "skipped"}  # fmt: skip
+    shown = [
+        f"{counts[key]:,} {name}" for name, key in parts.items() if counts[key] or key in ("trained_on", "held_out")
+    ]
+    return f"{counts['conversations'] + counts['skipped']:,} conversations: {', '.join(shown)}"
 
 
 def print_lengths(lengths: np.ndarray, max_length: int) -> None:
@@ -1496,10 +1886,12 @@ def memory_plan(
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or h // heads
     q, kv = heads * width, config.get("num_key_value_heads", heads) * width
-    shapes = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h),
-              "gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}  # fmt: skip
+    shapes = config.get("layer_shapes") or {
+        "q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h),
+        "gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}  # fmt: skip
     projections = layers * sum(rows * columns for rows, columns in shapes.values())
-    adapted = {name: shapes[name] for name in args.lora_target_modules if name in shapes}
+    wanted = [*args.lora_target_modules, *map(FUSED.get, args.lora_target_modules)]
+    adapted = {name: shape for name, shape in shapes.items() if name in wanted or "all-linear" in wanted}
     lora_layer = args.lora_r * sum(rows + columns for rows, columns in adapted.values())
     size = 2 if args.bf16 else 4  # bytes of a weight or activation
     # NF4: 4 bits, and for each block of 64 an 8-bit scale, whose own blocks of 256 have a float32 scale.
@@ -1537,6 +1929,30 @@ def memory_plan(
     return {name: amount / 2**30 for name, amount in parts.items()}
 
 
+def plan_config(config: dict[str, Any], headers: dict[str, StoredTensor]) -> dict[str, Any]:
+    """The config with the sizes that the weights have: config.json may leave some out. Unchanged without headers."""
+    if not headers:
+        return config
+    shapes = layer_shapes(headers)
+    vocabulary, h = headers["model.embed_tokens.weight"].shape
+    q = shapes["o_proj"][0] if "o_proj" in shapes else h
+    kv = shapes["k_proj"][1] if "k_proj" in shapes else (shapes["qkv_proj"][1] - q) // 2 if "qkv_proj" in shapes else q
+    f = shapes["down_proj"][0] if "down_proj" in shapes else config.get("intermediate_size", 4 * h)
+    heads = config.get("num_attention_heads") or q // (config.get("head_dim") or 64)
+    return {
+        **config,
+        "vocab_size": vocabulary,
+        "hidden_size": h,
+        "intermediate_size": f,
+        "num_hidden_layers": len({found[1] for found in map(LAYER_WEIGHT.fullmatch, headers) if found}),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv * heads // q,
+        "head_dim": q // heads,
+        "tie_word_embeddings": "lm_head.weight" not in headers,
+        "layer_shapes": shapes,
+    }
+
+
 def kept_bytes(h: int, f: int, q: int, kv: int, heads: int, size: int, args: argparse.Namespace, adapted: dict) -> int:
     """Bytes that a layer keeps of each token for its backward: counted with tests/fake_cuda, tensor by tensor."""
     kept = 2 * (4 * h + 4)  # two norms: the input in float32 and its inverse root
@@ -1545,8 +1961,10 @@ def kept_bytes(h: int, f: int, q: int, kv: int, heads: int, size: int, args: arg
     kept += size * args.lora_r * len(adapted)  # A x
     if args.lora_dropout:  # each adapter has its own dropped input, and a mask of one byte
         return kept + (size + 1) * sum(rows for rows, _ in adapted.values())
-    kept += size * h * any(name in adapted for name in ("q_proj", "k_proj", "v_proj"))  # one input for all three
-    kept += size * h * any(name in adapted for name in ("gate_proj", "up_proj"))
+    kept += (
+        size * h * any(name in adapted for name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))
+    )  # one input for all three
+    kept += size * h * any(name in adapted for name in ("gate_proj", "up_proj", "gate_up_proj"))
     return kept + size * f * ("down_proj" in adapted)  # o_proj's input is the attention's output
 
 
@@ -1716,13 +2134,17 @@ def load_libraries() -> None:
 def find_base(args: argparse.Namespace) -> Base:
     """The base model, downloaded if necessary and checked as far as its weights need not be read."""
     folder, revision = resolve_model(args.model)
+    headers = read_headers(args.model, folder)
+    check_base(args.model, read_config(args.model, folder), headers)
+    check_weights(args.model, folder)
+    targets = choose_targets(args.lora_target_modules, headers)
     config = load_config(args.model, folder)
+    check_names(args.model, empty_model(args.model, config), headers, targets)
     check_sizes(args, config.to_dict())
     tokenizer = load_tokenizer(args.model, folder)
-    check_targets(empty_model(args.model, config), args.lora_target_modules)
     encode = load_encoder(args.model, folder, args.chat_format)
-    tokenizer.chat_template = chat_template(encode.chat)
-    return Base(folder, revision, config, tokenizer, encode)
+    tokenizer.chat_template = chat_template(encode.chat, adds_bos=bool(encode.start))
+    return Base(folder, revision, config, tokenizer, encode, headers, targets)
 
 
 def local_model(name: str) -> str | None:
@@ -1747,7 +2169,7 @@ def check_whole_model(name: str, folder: str) -> None:
     if os.path.isfile(os.path.join(folder, "adapter_config.json")):
         base = read_json(Path(folder, "adapter_config.json")).get("base_model_name_or_path")
         problem = "is a LoRA adapter, not a whole model"
-        raise InputError(f"--model {name}: {problem}; give its base ({base}), or the folder that merge_lora.py writes")
+        raise InputError(f"--model {name}: {problem}; give its base ({base}), and --init-adapter {name} to continue it")
     if not os.path.isfile(os.path.join(folder, "config.json")):
         problem = "no config.json in this folder"
         raise InputError(f"--model {name}: {problem}; give a model folder in Hugging Face's layout")
@@ -1815,26 +2237,93 @@ def load_tokenizer(name: str, folder: str):
         return transformers.AutoTokenizer.from_pretrained(folder)
 
 
+def read_config(name: str, folder: str) -> dict[str, Any]:
+    """The base's config.json."""
+    with explain(name, "copy or download it again", ValueError, OSError, problem="config.json does not load ({})"):
+        return dict(read_json(Path(folder, "config.json")))
+
+
 def load_config(name: str, folder: str):
-    """The base's config; InputError for a base that cannot be trained."""
+    """The base's config as transformers reads it."""
     with explain(name, "give a causal language model", ValueError, OSError, KeyError):
-        config = transformers.AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None):
-        problem = "it is already quantized"
-        raise InputError(f"--model {name}: {problem}; give the 16-bit original, --bnb-nf4 quantizes it")
-    return config
+        return transformers.AutoConfig.from_pretrained(folder)
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a safetensors file; start and end are bytes from the beginning of the file."""
+
+    file: Path
+    dtype: str
+    shape: list[int]
+    start: int
+    end: int
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The base's weight files, sorted by name; they need not exist."""
+    index = Path(folder, "model.safetensors.index.json")
+    names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    return [Path(folder, name) for name in sorted(names)]
+
+
+def read_headers(name: str, folder: str) -> dict[str, StoredTensor]:
+    """The base's tensors by name, or {} where files are missing; InputError for a damaged file."""
+    files = weight_files(folder)
+    if not all(file.is_file() for file in files):
+        return {}
+    tensors = {}
+    for file in files:
+        found, size = {}, file.stat().st_size
+        # A file that is not safetensors may have any bytes here.
+        with explain(
+            name, "copy or download it again", ValueError, KeyError, TypeError, AttributeError,
+            problem=f"{file.name} is damaged or incomplete",
+        ):  # fmt: skip
+            found = read_header(file)
+            if any(tensor.end > size for tensor in found.values()):
+                raise ValueError
+        tensors |= found
+    return tensors
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file: 8 bytes of length, a JSON header, the data."""
+    with open(file, "rb") as stream:
+        data = 8 + int.from_bytes(stream.read(8), "little")
+        if data > file.stat().st_size:
+            raise ValueError
+        header = json.loads(stream.read(data - 8))
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(
+            file, tensor["dtype"], tensor["shape"], *(data + offset for offset in tensor["data_offsets"])
+        )
+        for name, tensor in header.items()
+    }
 
 
 def check_weights(name: str, folder: str) -> None:
-    """Read the headers of the weights, to find truncated files."""
-    from safetensors import SafetensorError, safe_open
+    """Refuse a base whose weights are missing."""
+    for file in weight_files(folder):
+        if not file.is_file():
+            problem = f"no {file.name}" if file.name != "model.safetensors" else "no *.safetensors"
+            raise InputError(f"--model {name}: {problem} in it; give a folder with the weights")
 
-    files = glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))
-    if not files:
-        raise InputError(f"--model {name}: no *.safetensors in it; give a folder with the weights")
-    for file in files:
-        with explain(name, "copy or download it again", SafetensorError, problem=f"{os.path.basename(file)}: {{}}"):
-            safe_open(file, framework="pt").keys()
+
+def fingerprint(folder: str | Path) -> str:
+    """A sha256 that tells models of the same shape apart; merge_lora.py computes the same.
+
+    Hashes, for every tensor in the order of their names, the line "name dtype [shape]" and the first 4096 bytes.
+    """
+    tensors = {name: tensor for file in weight_files(folder) for name, tensor in read_header(file).items()}
+    digest = hashlib.sha256()
+    with contextlib.ExitStack() as stack:
+        streams = {file: stack.enter_context(open(file, "rb", buffering=0)) for file in weight_files(folder)}
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+            streams[tensor.file].seek(tensor.start)
+            digest.update(streams[tensor.file].read(min(tensor.end - tensor.start, 4096)))
+    return digest.hexdigest()
 
 
 def first_line(error: Exception) -> str:
@@ -1846,26 +2335,6 @@ def empty_model(name: str, config):
     """The model without weights, on the meta device: names and shapes cost nothing there."""
     with explain(name, "give a causal language model", ValueError), torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-
-
-def check_targets(model, targets: list[str]) -> None:
-    """Each --lora-target-modules name must be a linear layer below the head, which stays frozen."""
-    head = model.get_output_embeddings()
-    modules = (pair for pair in model.named_modules() if isinstance(pair[1], torch.nn.Linear) and pair[1] is not head)
-    check_target_names(targets, sorted({name.split(".")[-1] for name, _ in modules}))
-
-
-def linear_layers_on_disk(name: str, folder: str) -> list[str]:
-    """Names of the linear layers below the head, from the headers of the weights: no torch, empty without weights."""
-    from safetensors import SafetensorError, safe_open
-
-    found = set()
-    for file in glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
-        with explain(name, "copy or download it again", SafetensorError, problem=f"{os.path.basename(file)}: {{}}"):
-            weights = safe_open(file, framework="numpy")
-        matrices = (key for key in weights.keys() if len(weights.get_slice(key).get_shape()) == 2)  # noqa: SIM118
-        found |= {key.split(".")[-2] for key in matrices if re.search(r"\.layers\.\d+\.", key)}
-    return sorted(found)
 
 
 def check_sizes(args: argparse.Namespace, config: dict[str, Any]) -> None:
@@ -1880,12 +2349,87 @@ def check_sizes(args: argparse.Namespace, config: dict[str, Any]) -> None:
         raise InputError(f"--max-length {args.max_length}: the model reads at most {longest:,} tokens; lower it")
 
 
-def check_target_names(targets: list[str], linear: list[str]) -> None:
-    """InputError for a name that is none of these linear layers."""
-    for name in targets or [""]:
-        if name not in linear:
+LAYER_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(?:.+\.)?(\w+)\.weight")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # how configs name a mixture of experts
+# Some bases, such as Phi-3, compute several projections in one layer.
+FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
+         "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}  # fmt: skip
+
+
+def check_base(name: str, config: dict[str, Any], headers: dict[str, StoredTensor]) -> None:
+    """Refuse a base that cannot be trained here or whose adapter could not be merged, before its weights are loaded."""
+    kind = config.get("model_type", "this model")
+    named = any(map(LAYER_WEIGHT.fullmatch, headers)) and "model.embed_tokens.weight" in headers
+    sized = all(config.get(key) for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
+    if config.get("quantization_config"):
+        problem, fix = "it is already quantized", "give the 16-bit original, --bnb-nf4 quantizes it"
+    elif "text_config" in config:
+        problem, fix = f"{kind} reads images too, and merge_lora.py merges text models only", "give a text model"
+    elif any(config.get(key) for key in EXPERTS) or any(".experts." in tensor for tensor in headers):
+        problem, fix = f"{kind} is a mixture of experts, which merge_lora.py cannot merge", "give a dense model"
+    elif headers and not named:
+        problem = f"{kind} is not built like a Llama: its weights have no model.embed_tokens and model.layers.0"
+        fix = "give a Llama, Qwen, Mistral, Gemma or Phi model"
+    elif not headers and not sized:
+        problem = f"{kind} is not built like a Llama: config.json has no hidden_size, num_hidden_layers or vocab_size"
+        fix = "give a Llama, Qwen, Mistral, Gemma or Phi model"
+    else:
+        return
+    raise InputError(f"--model {name}: {problem}; {fix}")
+
+
+def layer_shapes(headers: dict[str, StoredTensor]) -> dict[str, tuple[int, int]]:
+    """{name: (inputs, outputs)} of the linear layers in the first decoder layer that has them."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, tensor in headers.items():
+        found = LAYER_WEIGHT.fullmatch(name)
+        if found and len(tensor.shape) == 2:
+            outputs, inputs = tensor.shape
+            shapes.setdefault(found[2], (inputs, outputs))
+    return shapes
+
+
+def choose_targets(names: list[str], headers: dict[str, StoredTensor]) -> list[str]:
+    """This base's names of the layers to adapt, with one line where they are not the given ones. Without headers []."""
+    if not headers:
+        return []
+    targets = lora_targets(names, layer_shapes(headers))
+    if names != ["all-linear"] and not set(targets) <= set(names):
+        print_field("lora", f"this base has {', '.join(sorted(set(targets) - set(names)))} instead: adapting it")
+    return targets
+
+
+def lora_targets(names: list[str], linear: Iterable[str]) -> list[str]:
+    """The linear layers that --lora-target-modules means; InputError for a name that is none."""
+    linear = sorted(linear)
+    if names == ["all-linear"]:
+        return linear
+    targets = []
+    for name in names or [""]:
+        target = name if name in linear else FUSED.get(name, name)
+        if target not in linear:
             problem = "matches no linear layer of the model"
+            if name in ("lm_head", "embed_tokens"):
+                problem = "embedding and output head are never adapted"
             raise InputError(f"--lora-target-modules {name}: {problem}; {suggest(name, linear)}")
+        targets.append(target)
+    return list(dict.fromkeys(targets))
+
+
+def check_names(name: str, model, headers: dict[str, StoredTensor], targets: list[str]) -> None:
+    """Refuse a base whose files do not hold the model's weights by the same names: its adapter could not be merged."""
+    tied = set(model.all_tied_weights_keys)
+    for parameter, value in model.named_parameters():
+        if parameter not in headers and parameter not in tied:
+            problem = f"its files hold no {parameter}, so merge_lora.py could not merge into them"
+            raise InputError(f"--model {name}: {problem}; give a complete model with the names of transformers")
+        if parameter in headers and headers[parameter].shape != list(value.shape):
+            problem = f"{parameter} is {headers[parameter].shape}, but config.json says {list(value.shape)}"
+            raise InputError(f"--model {name}: {problem}; copy or download it again")
+    for module_name, module in model.named_modules():
+        if module_name.split(".")[-1] in targets and not isinstance(module, torch.nn.Linear):
+            kind = type(module).__name__
+            raise InputError(f"--lora-target-modules {module_name.split('.')[-1]}: is a {kind}; give linear layers")
 
 
 def load_base(args: argparse.Namespace, folder: str, device: torch.device):
@@ -1942,16 +2486,31 @@ def quantized_on(device: torch.device) -> Iterator[None]:
 
 
 def check_head(model, vocabulary: int) -> None:
-    """Refuse a model that changes its head's logits (a softcap, a scale): our loss would be wrong."""
+    """Refuse a model that changes its head's logits in a way that head_logits does not: our loss would be wrong."""
     ids = torch.arange(8, device=model.device)[None] % vocabulary
+    head, logits = model.get_output_embeddings(), head_logits(model)
     with torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits
-        ours = model.get_output_embeddings()(model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state)
-    if not torch.allclose(expected.float(), ours.float(), rtol=1e-2, atol=1e-2):
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        # Near zero a softcap changes nothing, so both sides see logits of up to 100.
+        scale = 100 / head(hidden).abs().max().clamp(min=1e-6)
+        hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * scale,))
+        expected, ours = model(input_ids=ids, use_cache=False).logits, logits(hidden)
+        hook.remove()
+    if not torch.allclose(expected.float(), ours.float(), rtol=1e-2, atol=1e-1):
         raise InputError("--model: its logits are not those of a plain linear head; give a Llama-like model")
 
 
-def add_lora(model, args: argparse.Namespace, revision: str | None):
+def head_logits(model) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The model's way from hidden states to logits: its head, and Gemma's softcap."""
+    head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(head(hidden) / cap) * cap if cap else head(hidden)
+
+    return logits
+
+
+def add_lora(model, args: argparse.Namespace, targets: list[str], revision: str | None):
     """A PeftModel whose adapters are float32 and compute in the type of the activations."""
     from peft.tuners.lora import LoraLayer
 
@@ -1959,16 +2518,70 @@ def add_lora(model, args: argparse.Namespace, revision: str | None):
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_r,
-        lora_alpha=args.lora_alpha,
+        # Ollama and others refuse 64.0 in adapter_config.json.
+        lora_alpha=int(args.lora_alpha) if args.lora_alpha.is_integer() else args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=args.lora_target_modules,
+        target_modules=targets,
         revision=revision,
     )
     model = peft.get_peft_model(model, config)
+    if args.init_adapter:
+        weights = peft.load_peft_weights(str(args.init_adapter), device="cpu")
+        with explain_adapter(args.init_adapter, RuntimeError):
+            peft.set_peft_model_state_dict(model, weights)
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.forward = lean_lora_forward.__get__(module)
     return model
+
+
+def inherit_lora(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags with the rank, alpha and targets of --init-adapter in place of their own."""
+    folder = args.init_adapter
+    config = read_adapter_file(folder, "adapter_config.json")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise InputError(
+            f"--init-adapter {folder}: no adapter_model.safetensors in it; give a folder that training wrote"
+        )
+    if args.overwrite and args.output.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise InputError(f"--init-adapter {folder}: --overwrite would delete it; give another --output")
+    with explain_adapter(folder, KeyError):
+        r, alpha, targets = config["r"], config["lora_alpha"], sorted(config["target_modules"])
+    print_field("lora", f"r {r}, alpha {alpha:g} and {', '.join(targets)}, from {folder}")
+    inherited = {"lora_r": r, "lora_alpha": float(alpha), "lora_target_modules": targets}
+    return argparse.Namespace(**vars(args) | inherited)
+
+
+def read_adapter_file(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON file of the folder that --init-adapter names; the run's record may be in the folder above a checkpoint."""
+    file = folder / name
+    if name == RECORD and not file.is_file() and folder.name.startswith("checkpoint-"):
+        file = folder.parent / name
+    with explain_adapter(folder, OSError, ValueError):
+        return read_json(file)
+
+
+@contextlib.contextmanager
+def explain_adapter(folder: Path, *errors: type[Exception]):
+    """Turn a library's error about --init-adapter into one line."""
+    try:
+        yield
+    except errors as error:
+        problem = f"no {error} in its files" if isinstance(error, KeyError) else first_line(error)
+        raise InputError(f"--init-adapter {folder}: {problem}; give a folder that training wrote") from None
+
+
+def check_ancestor(folder: Path, base: Base) -> None:
+    """Refuse to train an adapter further on another base or in another chat format."""
+    record = read_adapter_file(folder, RECORD)
+    with explain_adapter(folder, KeyError):
+        recorded, chat = record["base"].get("fingerprint"), record["chat_format"]
+    if recorded and recorded != fingerprint(base.folder):
+        problem = f"it was trained on another base, {record['base']['model']}"
+        raise InputError(f"--init-adapter {folder}: {problem}; give that as --model")
+    if {key: chat.get(key) for key in ChatFormat._fields} != base.encode.chat._asdict():
+        problem = f"it was trained in the chat format {chat['name']}"
+        raise InputError(f"--init-adapter {folder}: {problem}; use --chat-format {chat['name']}")
 
 
 def shard_base(model, device: torch.device) -> None:
@@ -2033,33 +2646,70 @@ def packed_attention() -> str:
         varlen_attn, grouped = None, False
 
     def attention(
-        module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling=None,
+        cu_seq_lens_q=None,
+        max_length_q=None,
+        sliding_window=None,  # how many tokens a token sees, itself included
+        softcap=None,
+        **kwargs,
     ):
         """query [1, heads, T, d], key and value [1, kv_heads, T, d] -> [1, T, heads, d]"""
+        if cu_seq_lens_q is None and (softcap or (sliding_window and key.shape[2] > sliding_window)):
+            key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+            mask = causal_window(query.shape[2], key.shape[2], sliding_window, query.device)
+            return masked_attention(query, key, value, mask, scaling, softcap).transpose(1, 2), None
         if cu_seq_lens_q is None:  # generation: one sequence, no padding
             kwargs = {"dropout": 0.0, "scaling": scaling, "is_causal": kwargs.get("is_causal")}
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        varlen = query.is_cuda and varlen_attn and query.dtype in (torch.bfloat16, torch.float16)
+        varlen = query.is_cuda and varlen_attn and not softcap and query.dtype in (torch.bfloat16, torch.float16)
         if not (varlen and grouped):
             key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
         if varlen:
             q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
             ends, longest = (cu_seq_lens_q,) * 2, (max_length_q,) * 2
             more = {"enable_gqa": True} if grouped else {}
-            return varlen_attn(q, k, v, *ends, *longest, scale=scaling, window_size=(-1, 0), **more)[None], None
+            window = (sliding_window - 1 if sliding_window else -1, 0)
+            return varlen_attn(q, k, v, *ends, *longest, scale=scaling, window_size=window, **more)[None], None
         sdpa = torch.nn.functional.scaled_dot_product_attention
         if torch.compiler.is_compiling():  # one graph for all lengths: the documents as a mask
             place = torch.arange(query.shape[2], device=query.device)
             document = torch.searchsorted(cu_seq_lens_q, place, right=True, out_int32=True)
-            mask = (document[:, None] == document) & (place[:, None] >= place)
-            return sdpa(query, key, value, attn_mask=mask, scale=scaling).transpose(1, 2), None
-        spans = [slice(*span) for span in pairwise(cu_seq_lens_q.tolist())]
-        out = [sdpa(query[:, :, s], key[:, :, s], value[:, :, s], is_causal=True, scale=scaling) for s in spans]
+            mask = (document[:, None] == document) & causal_window(len(place), len(place), sliding_window, place.device)
+            return masked_attention(query, key, value, mask, scaling, softcap).transpose(1, 2), None
+        out = []
+        for begin, end in pairwise(cu_seq_lens_q.tolist()):
+            q, k, v, length = query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end], end - begin
+            if softcap or (sliding_window and length > sliding_window):
+                mask = causal_window(length, length, sliding_window, query.device)
+                out.append(masked_attention(q, k, v, mask, scaling, softcap))
+            else:
+                out.append(sdpa(q, k, v, is_causal=True, scale=scaling))
         return torch.cat(out, 2).transpose(1, 2), None
 
     # transformers finds no mask function of this name, so it builds no mask and does not wait for the GPU.
     transformers.AttentionInterface.register("packed", attention)
     return "packed"
+
+
+def causal_window(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """bool [queries, keys]: which keys the last `queries` positions see: no later one, and `window` in all."""
+    place = torch.arange(keys, device=device)
+    distance = place[keys - queries :, None] - place
+    return (distance >= 0) & (distance < (window or keys))
+
+
+def masked_attention(query, key, value, mask: torch.Tensor, scaling: float, softcap: float | None) -> torch.Tensor:
+    """Attention [1, heads, T, d] with a bool mask [T, keys] and Gemma 2's softcap, which sdpa does not know."""
+    if softcap is None:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scaling / softcap)
+    shares = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
+    return shares.to(value.dtype) @ value
 
 
 def install_chunked_loss(model) -> None:
@@ -2071,13 +2721,13 @@ def install_chunked_loss(model) -> None:
     """
     from transformers.modeling_outputs import CausalLMOutput
 
-    model_forward, decoder, head = model.forward, model.get_decoder(), model.get_output_embeddings()
+    model_forward, decoder, logits = model.forward, model.get_decoder(), head_logits(model)
 
     def forward(*args, shift_labels=None, labels=None, logits_to_keep=0, num_items_in_batch=None, **kwargs):
         if shift_labels is None:
             return model_forward(*args, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
         hidden = decoder(*args, use_cache=False, **kwargs).last_hidden_state[0].index_select(0, logits_to_keep)
-        total = chunked_cross_entropy(hidden, head, shift_labels[0], logit_rows(model.config.vocab_size))
+        total = chunked_cross_entropy(hidden, logits, shift_labels[0], logit_rows(model.config.vocab_size))
         return CausalLMOutput(loss=total / (shift_labels.numel() if num_items_in_batch is None else num_items_in_batch))
 
     model.forward = forward
@@ -2088,8 +2738,8 @@ def logit_rows(vocabulary: int) -> int:
     return max(1, 2**25 // vocabulary)
 
 
-def chunked_cross_entropy(hidden: torch.Tensor, head, targets: torch.Tensor, rows: int) -> torch.Tensor:
-    """Sum of the cross-entropies of head(hidden) and targets: [N, h], [N] -> scalar, float32.
+def chunked_cross_entropy(hidden: torch.Tensor, logits: Callable, targets: torch.Tensor, rows: int) -> torch.Tensor:
+    """Sum of the cross-entropies of logits(hidden) and targets: [N, h], [N] -> scalar, float32.
 
     The head is frozen, so backward only needs the gradient of `hidden`: it is computed chunk by
     chunk along with the loss, and at most `rows` x vocabulary logits exist at a time.
@@ -2103,7 +2753,7 @@ def chunked_cross_entropy(hidden: torch.Tensor, head, targets: torch.Tensor, row
             for chunk, target in zip(hidden.split(rows), targets.split(rows), strict=True):
                 with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                     chunk = chunk.detach().requires_grad_(ctx.needs_input_grad[0])
-                    loss = torch.nn.functional.cross_entropy(head(chunk).float(), target, reduction="sum")
+                    loss = torch.nn.functional.cross_entropy(logits(chunk).float(), target, reduction="sum")
                 total += loss.detach()
                 if ctx.needs_input_grad[0]:
                     grads += torch.autograd.grad(loss, chunk)
@@ -2536,7 +3186,7 @@ def format_duration(seconds: float) -> str:
 # ---- Checkpoints and the run's record ------------------------------------------------------------
 
 # These may differ when a run is resumed; batch size and accumulation may as long as their product does not.
-MAY_DIFFER = {"output", "name", "resume", "force_resume", "overwrite", "dry_run", "preview", "json", "report_to", "sample_prompts",
+MAY_DIFFER = {"output", "name", "input_format", "resume", "force_resume", "overwrite", "dry_run", "preview", "json", "report_to", "sample_prompts",
               "train_batch_size", "grad_accum", "eval_batch_size", "logging_steps", "save_steps", "save_total_limit",
               "gradient_checkpointing", "shard_base", "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb"}  # fmt: skip
 
@@ -2638,10 +3288,23 @@ def run_record(args: argparse.Namespace, base: Base, inputs: Inputs, counts: dic
     libraries = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "safetensors", "tokenizers")
     return {
         "chat_format": {"name": args.chat_format, **base.encode.chat._asdict()},
-        "base": {"model": args.model if base.revision else os.path.abspath(args.model), "revision": base.revision},
+        "base": {
+            "model": args.model if base.revision else os.path.abspath(args.model),
+            "revision": base.revision,
+            "fingerprint": fingerprint(base.folder),
+        },
+        "init_adapter": args.init_adapter
+        and {
+            "name": args.init_adapter.resolve().name,
+            "sha256": sha256(args.init_adapter / "adapter_model.safetensors"),
+        },
         "quantization": {"bnb_nf4": args.bnb_nf4, "bnb_dtype": args.bnb_dtype, "bnb_double_quant": args.bnb_nf4},
         "args": vars(args),
-        "data": {"sha256": inputs.train_files | inputs.eval_files, **counts},
+        "data": {
+            "sha256": inputs.train_files | inputs.eval_files,
+            "system": inputs.survey["system"],  # the one that all conversations share
+            **counts,
+        },
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in libraries}},
     }
 
@@ -2660,6 +3323,7 @@ def comparable(record: dict) -> dict[str, Any]:
     return {
         **{f"data {file}": digest for file, digest in record["data"]["sha256"].items()},
         **{f"base {key}": value for key, value in record["base"].items()},
+        **{f"--init-adapter's {key}": value for key, value in (record.get("init_adapter") or {}).items()},
         "rows per step (--train-batch-size x --grad-accum x processes)": record["data"]["rows_per_step"],
         **{f"--{key.replace('_', '-')}": value for key, value in record["args"].items() if key not in MAY_DIFFER},
     }
@@ -2751,7 +3415,13 @@ def generate_answers(model, tokenizer, prompts: list[Prompt], max_new_tokens: in
     """Greedy answers by their questions, one at a time: no padding, so the packed attention serves here too."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    # What is not set here comes from the base's own settings, and Llama 3.1's sample. Without sampling transformers
+    # warns about any values of the other three but these.
     greedy = transformers.GenerationConfig(
+        do_sample=False,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
         max_new_tokens=max_new_tokens,
         use_cache=True,
         eos_token_id=[tokenizer.eos_token_id, *ends],
@@ -2897,7 +3567,7 @@ def card_rows(record: dict[str, Any]) -> dict[str, str]:
     """The card's table."""
     data, results = record["data"], record["results"]
     rows = {
-        "conversations": f"{data['conversations']:,}, of which {data['held_out']:,} held out",
+        "data": describe_use(data),
         "tokens per epoch": f"{data['tokens']:,}, of which {data['trained_tokens']:,} trained",
         "optimizer steps": f"{results['steps']:,}",
         "chat format": record["chat_format"]["name"],

@@ -33,11 +33,24 @@ import parts  # noqa: E402
 KIND = "".join(sys.argv[1:2])
 READER = "chatml" if KIND == "chatml" else "messages"
 FILE = str(Path(tempfile.mkdtemp(prefix="fuzz")) / ("d.parquet" if KIND == "parquet" else "d"))
-NAMES = ["system", "user", "assistant", "endoftext", "im_start", "im_end", "usr", "User", "eot_id", "é", "\x1b[31m", "a;b"]  # fmt: skip
+NAMES = ["system", "user", "assistant", "assistant:context", "endoftext", "im_start", "im_end", "usr", "User", "eot_id", "é", "\x1b[31m", "a;b"]  # fmt: skip
 ATOMS = [*(f"<|{name}|>" for name in NAMES), "<|im_start|>user\n", "<|im_start|> assistant \n", "<|im_end|>\n", "\n", "\n\n",
          "\r\n", "\r", "\\", "\\<|user|>", "\\\\<|im_end|>", "<|user", "|user|>", "<| user |>", "<user|>", " ", "\t", "\0", "\ufeff",
          "\u202e", "\x85", "\u2028", "\x1b[2J", "Ã©", "é", "e\u0301", "🙂", "\U0010ffff", "q ?", "a.", "{{ x }}", "<s>"]  # fmt: skip
-KEYS = ["messages", "conversations", "role", "content", "from", "value", "type", "text"]
+KEYS = [
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    "system",
+    "weight",
+    "role",
+    "content",
+    "from",
+    "value",
+    "type",
+    "text",
+]
 VALUES = ["user", "assistant", "system", "human", "gpt", "tool", "", "q", "text", "\ud800", *ATOMS]
 
 
@@ -155,7 +168,9 @@ def check_encoding(encode: sft.Encoder, conversations: list):
         trained = ids[labels != sft.IGNORE].tolist()
         assert (labels[labels != sft.IGNORE] == ids[labels != sft.IGNORE]).all()
         if not any(UNSAYABLE.search(turn.content) for turn in turns):
-            answers = "".join(turn.content + chat.eos_token for turn in turns if turn.role == "assistant")
+            answers = "".join(
+                turn.content + chat.eos_token for turn in turns if turn.role == "assistant" and turn.trained
+            )
             assert encode.tokenizer.decode(trained, skip_special_tokens=False) == answers
             assert encode.tokenizer.decode(ids.tolist(), skip_special_tokens=False) == "".join(map("".join, rendered))
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -51,6 +52,7 @@ def messages(content, file="d.jsonl"):
 def in_tmp_path(tmp_path, monkeypatch):
     """Messages name files as the user gave them: short names, when the test works in their folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 # ---- the two dialects ----
@@ -226,7 +228,12 @@ CHATML_ERRORS = [  # (text, place, a fact in the message)
     (U + "<|Assistant|>\na\n", "d.chatml:3", "<|assistant|>"),
     (U + "<|eot_id|>\n" + A, "d.chatml:3", "\\<|eot_id|>"),
     ("<|im_start|>usr\nq<|im_end|>\n", "d.chatml:1", "user"),
-    ("<|im_start|>tool\nq<|im_end|>\n", "d.chatml:1", "system, user, assistant"),
+    ("<|im_start|>bot\nq<|im_end|>\n", "d.chatml:1", "system, developer, user, assistant, assistant:context"),
+    ("<|im_start|>tool\nq<|im_end|>\n" + OK, "d.chatml:1", "tool"),
+    (U + A + "<|tool|>\n{}\n" + A, "d.chatml:5", "tool"),
+    (U + "<|assistant:contxt|>\na\n" + A, "d.chatml:3", "<|assistant:context|>"),
+    (U + "<|assistant:context|>\na\n", "d.chatml:1", "only context"),
+    (U + "<|assistant:context|>\na\n" + A, "d.chatml:5", "only context"),
     ("\nBonjour\n" + OK, "d.chatml:2", "<|user|>"),
     (" <|user|>\nq\n" + A, "d.chatml:1", "<|user|>"),
     (OK + "<|endoftext|>\ntext\n", "d.chatml:6", "<|user|>"),
@@ -243,6 +250,78 @@ CHATML_ERRORS = [  # (text, place, a fact in the message)
     (OK + "<|im_start|>user\nq\n", "d.chatml:5", "<|im_end|>"),
     ("<|im_start|>user\nq<|im_end|> r\n", "d.chatml:2", "<|im_end|>"),
 ]
+
+
+def test_system_has_a_second_name():
+    assert chatml("<|developer|>\nS\n" + OK) == messages(row(("developer", "S"), *QA)) == [[("system", "S"), *QA]]
+
+
+def trained_answers(*files, input_format):
+    """[(content, trained)] of all answers."""
+    found = sft.read_conversations(files, input_format)
+    return [(turn.content, turn.trained) for c in found for turn in c.turns if turn.role == "assistant"]
+
+
+def test_answers_that_are_only_context():
+    write("d", U + "<|assistant:context|> a\n" + U + "<|assistant|>\nb\n")
+    write("im", U + "<|im_start|>assistant:context\na<|im_end|>\n" + U + "<|im_start|>assistant\nb<|im_end|>\n")
+    weights = [{"role": "assistant", "content": "a", "weight": 0}, {"role": "assistant", "content": "b", "weight": 1}]
+    write("m", json.dumps({"messages": [OPENAI[1], weights[0], OPENAI[1], weights[1]]}))
+    expected = [("a", False), ("b", True)]
+    assert trained_answers("d", input_format="chatml") == trained_answers("im", input_format="chatml") == expected
+    assert trained_answers("m", input_format="messages") == expected
+    (other,) = sft.read_conversations(["d"], "chatml")
+    plain = other.turns[1]._replace(trained=True)
+    assert sft.digest(other.turns) != sft.digest([other.turns[0], plain, *other.turns[2:]])
+
+
+# ---- all errors at once ----
+
+
+def listed(skip_bad=False) -> list[str]:
+    """The lines of the error that the survey of the file d raises."""
+    return error_of(sft.survey, sft.find_files(["d"]), "chatml", skip_bad).split("\n")
+
+
+def test_all_errors_of_the_data_are_listed():
+    good, bad = "<|endoftext|>\n" + OK, "<|endoftext|>\n<|user|>\nq\n<|assitant|>\na\n<|usr|>\n"
+    write("d", good + bad + good + "<|endoftext|> r\n" + U + good + "<|endoftext|>\n" + A)
+    write("e", OK + "\n" + U + "\xff\n" + "<|im_start|>user\nq\n<|im_start|>assistant\na<|im_end|>\n")
+    lines = error_of(sft.survey, sft.find_files(["d", "e"]), "chatml").split("\n")
+    places = [line.split(": ")[0] for line in lines]
+    assert places[:5] == ["d:9", "d:11", "d:17", "d:26", "e:9"] and len(lines) == 6
+    assert "5 errors" in lines[5] and "--skip-bad" in lines[5]
+    write("d", bad * 30)
+    lines = listed()
+    assert len(lines) == 21 and all(re.match(r"d:\d+: ", line) for line in lines[:20]) and "40 more" in lines[20]
+
+
+def test_skip_bad():
+    write("d", OK + "<|endoftext|>\n<|user|>\nq\n<|assitant|>\na\n<|endoftext|>\n" + OK.replace("q", "r"))
+    found = sft.survey(sft.find_files(["d"]), "chatml", skip_bad=True)
+    assert (found["conversations"], found["skipped"]) == (2, 1)
+    ((file, line, kind, text),) = found["warnings"]
+    assert (file, line, kind) == ("d", 8, "skipped") and "<|assistant|>" in text
+    write("d", A)
+    assert_says(listed(skip_bad=True)[0], "d", "--skip-bad")
+
+
+def test_what_cannot_be_read_is_not_skipped():
+    """How many conversations would be lost is not known."""
+    write("d", OK.encode() + b"\xe9")
+    assert_says(listed(skip_bad=True)[0], "d:5", "0xe9")
+    write("d", OK + "<|user|>\n" + A), write("e", b"\xe9")
+    lines = error_of(sft.survey, sft.find_files(["e", "d"]), "chatml").split("\n")
+    assert [line.split(": ")[0] for line in lines] == ["e:1", "d:5"]
+
+
+def test_a_bad_row_does_not_hide_the_next():
+    write("d.jsonl", "\n".join([row(*QA), "{", row(("usr", "q"), ("assistant", 1)), row(*QA)]))
+    files = sft.find_files(["d.jsonl"])
+    lines = error_of(sft.survey, files, "messages").split("\n")
+    assert [line.split(": ")[0] for line in lines[:3]] == ["d.jsonl:2", "d.jsonl:3", "d.jsonl:3"] and len(lines) == 4
+    found = sft.survey(files, "messages", skip_bad=True)
+    assert (found["conversations"], found["skipped"]) == (2, 2)
 
 
 @pytest.mark.parametrize("text, place, fact", CHATML_ERRORS)
@@ -300,6 +379,65 @@ def test_warnings():
     assert [warning[:2] for warning in warnings] == [(1, "empty system"), (7, "no answer")]
 
 
+def warned(text: str) -> list[tuple]:
+    """[(line, kind, text)] of the warnings of a ChatML file."""
+    return read(write("d", text))[1]
+
+
+FOREIGN = ["<|end|>", "<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "</s>", "<end_of_turn>"]
+
+
+@pytest.mark.parametrize("token", FOREIGN)
+def test_end_tokens_of_other_formats(token):
+    """They would be trained as text: a warning in both formats, and an error alone on a line if it looks like a tag."""
+    ((line, kind, text),) = warned(U + f"<|assistant|>\na{token}\n")
+    assert (line, kind) == (4 if "|" in token else 3, "end token") and token in text and "delete" in text
+    ((line, kind, text),) = read(write("m", row(QA[0], ("assistant", "a" + token))), input_format="messages")[1]
+    assert (line, kind) == (1, "end token") and token in text
+    if "|" in token:
+        assert_says(error_of(chatml, U + token + "\n" + A), "d.chatml:3", "delete", "\\" + token)
+    assert warned(U + "<|assistant|>\nIn HTML <s>a</s> is struck out.") == []
+
+
+def test_a_separator_at_the_end_of_a_line():
+    ((line, kind, text),) = warned(U + "<|assistant|>\na<|endoftext|>\n" + OK)
+    assert (line, kind) == (4, "separator") and "line" in text
+    ((line, kind, text),) = read(write("m", row(QA[0], ("assistant", "a<|endoftext|>"))), input_format="messages")[1]
+    assert (line, kind) == (1, "end token")
+
+
+CODE = "<|assistant|>\nSo:\n```\n<|user|>\nq\n```\nThere.\n"
+
+
+def test_a_tag_in_a_code_block():
+    ((line, kind, text),) = warned(U + CODE + A)
+    assert (line, kind) == (6, "code block") and "line 3" in text and "<|user|>" in text
+    assert [w[:2] for w in warned(U + CODE.replace("user", "endoftext").replace("q\n```", U + A))] == [
+        (6, "code block")
+    ]
+    assert warned(U + CODE.replace("<|user|>", "\\<|user|>") + OK) == []
+    assert warned(U + "<|assistant|>\n```\na\n```\n" + U + "<|assistant|>\nWrite ``` to open it.\n" + OK) == []
+    im = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n```\n<|user|>\n<|im_end|>\n"
+    assert [w[1] for w in warned(im + OK)] == ["tag"], "here a tag cuts nothing"
+
+
+def surveyed(*files: str) -> list[tuple]:
+    """[(file, line, kind)] of the warnings that the survey adds, apart from copies."""
+    warnings = sft.survey(sft.find_files(list(files)), "auto")["warnings"]
+    return [tuple(warning[:3]) for warning in warnings if warning[2] != "duplicate"]
+
+
+def test_dialogues_that_nothing_separates():
+    write("d", OK * 12)
+    ((_, _, _, text),) = sft.survey(sft.find_files(["d"]), "auto")["warnings"]
+    assert "12 separate dialogues" in text and "<|endoftext|>" in text
+    assert surveyed("d") == [("d", 1, "one conversation")]
+    assert surveyed(write("e", "\n" + OK * 2)) == [("e", 2, "one conversation")]
+    assert surveyed("d", "e") == [], "a file for each dialogue is a usual layout"
+    assert surveyed(write("f", OK + "<|endoftext|>\n" + OK * 30)) == [("f", 6, "one conversation")]
+    assert surveyed(write("g", OK)) == surveyed(write("h", "<|endoftext|>\n".join([OK] * 40))) == []
+
+
 # ---- messages ----
 
 OPENAI = [
@@ -322,6 +460,10 @@ def test_messages():
     assert read("d.parquet", input_format="messages")[0] == [SQA] * 2500
     parts = [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]}, OPENAI[2]]
     assert messages(json.dumps({"messages": parts})) == [[("user", "qr"), QA[1]]]
+    assert messages(json.dumps({"conversations": SHAREGPT[1:], "system": " S"})) == [SQA]
+    assert messages(json.dumps({"conversations": SHAREGPT[1:], "system": None})) == [QA]
+    null = [{**message, "weight": None, "tool_calls": None} for message in OPENAI]  # as Parquet fills what a row lacks
+    assert messages(json.dumps({"messages": null})) == [SQA]
     # Role tags in contents are text: only the fields give a role.
     quoted = [{"role": "user", "content": "q\n<|assistant|>\nx"}, OPENAI[1], OPENAI[2], OPENAI[1]]
     assert messages(json.dumps({"messages": quoted})) == [[("user", "q\n<|assistant|>\nx\n\nq"), QA[1]]]
@@ -345,6 +487,15 @@ MESSAGES_ERRORS = [
     ('{"messages": {"role": 1}}', "d.jsonl:1", "messages"),
     ('{"messages": ["q"]}', "d.jsonl:1", "role"),
     (row(("usr", "q")), "d.jsonl:1", "'usr'"),
+    (row(QA[0], ("tool", "{}"), QA[1]), "d.jsonl:1", "tool"),
+    (
+        json.dumps({"messages": [OPENAI[1], {"role": "assistant", "content": None, "tool_calls": [{}]}]}),
+        "d.jsonl:1",
+        "tool",
+    ),
+    (json.dumps({"messages": [OPENAI[1], {**OPENAI[2], "weight": 0.5}]}), "d.jsonl:1", "0.5"),
+    (json.dumps({"messages": [OPENAI[1], {**OPENAI[2], "weight": 0}, OPENAI[2]]}), "d.jsonl:1", "only context"),
+    (json.dumps({"conversations": SHAREGPT[1:], "system": ["S"]}), "d.jsonl:1", "system"),
     (row((["user"], "q")), "d.jsonl:1", "['user']"),
     (row((None, "q")), "d.jsonl:1", "None"),
     (row(("user", None)), "d.jsonl:1", "user"),
@@ -397,6 +548,102 @@ def test_parquet_with_text_that_is_not_utf8():
     table = pyarrow.table({"messages": pyarrow.ListArray.from_arrays(pyarrow.array([0, 2], pyarrow.int32()), turn)})
     pyarrow.parquet.write_table(table, "d.parquet")
     assert_says(error_of(read, "d.parquet", input_format="messages"), "d.parquet", "UTF-8")
+
+
+# ---- formats are detected ----
+
+PROMPT = {"prompt": "q", "completion": " a"}
+ALPACA = {"instruction": "q", "input": "", "output": "a"}
+LAYOUTS = {
+    "OpenAI": ({"messages": OPENAI}, SQA),
+    "ShareGPT": ({"conversations": SHAREGPT}, SQA),
+    "prompt": (PROMPT, QA),
+    "prompt of messages": ({"prompt": OPENAI[:2], "completion": OPENAI[2:]}, SQA),
+    "prompt with system": ({**PROMPT, "system": "S"}, SQA),
+    "Alpaca": (ALPACA, QA),
+    "Alpaca with input": ({**ALPACA, "input": "r", "text": "x"}, [("user", "q\n\nr"), QA[1]]),
+    "Alpaca without input": ({"instruction": "q", "output": "a"}, QA),
+}
+
+
+@pytest.mark.parametrize("record, expected", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts_of_rows(record, expected):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), "d")
+    for content in (json.dumps(record), json.dumps([record, record], indent=1), Path("d").read_bytes()):
+        for name in ("d", "d.txt", "d.json", "d.JSONL", "d.chatml"):
+            found, warnings = read(write(name, content), input_format="auto")
+            assert found[0] == expected and set(map(str, found)) == {str(expected)} and not warnings
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_csv(delimiter):
+    lines = ["Prompt|Completion|note", "q|a|", '"q, ""r"";\n\ts"|" a\n"|x', "", "q|a|y"]
+    text = "\ufeff" + "\r\n".join(line.replace("|", delimiter) for line in lines)
+    file = write("d.csv", text)
+    assert read(file, input_format="auto")[0] == [QA, [("user", 'q, "r";\n\ts'), QA[1]], QA]
+    assert [c.line for c in sft.read_conversations([file], "auto")] == [2, 3, 7]
+    write("d.csv", "instruction,input,output,system\nq,r,a,S\n")
+    assert read(file, input_format="auto")[0] == [[("system", "S"), ("user", "q\n\nr"), QA[1]]]
+    write("d.csv", "prompt,completion\nq," + "a" * 300_000)
+    assert read(file, input_format="auto")[0] == [[QA[0], ("assistant", "a" * 300_000)]]
+
+
+AUTO_ERRORS = [  # (name, content, place, facts)
+    ("d.csv", "question,answer\nq,a\n", "d.csv:1", ("question,answer", "prompt")),
+    ("d.csv", "prompt,completion\nq,a\nq,a,b\n", "d.csv:3", ("3 fields", "2")),
+    ("d.csv", 'prompt,completion\nq,a\n"q,a\nq,a\n', "d.csv:3", ("CSV",)),
+    ("d.csv", "prompt,completion\nq,\n", "d.csv:2", ("empty assistant",)),
+    ("d.csv", "prompt,completion\n", "d.csv", ("README",)),
+    ("d.jsonl", '{"question": "q", "answer": "a"}', "d.jsonl:1", ("question, answer", "prompt")),
+    ("d.jsonl", json.dumps({**ALPACA, "history": [["q", "a"]]}), "d.jsonl:1", ("history", "messages")),
+    ("d.jsonl", json.dumps({**PROMPT, "prompt": None}), "d.jsonl:1", ("user",)),
+    ("d.jsonl", json.dumps({**ALPACA, "input": 1}), "d.jsonl:1", ("user",)),
+    ("d.txt", "Bonjour\n" + OK, "d.txt:1", ("<|user|>",)),
+    ("d.parquet", b"PAR1 ...", "d.parquet", ("Parquet",)),
+    ("mes données.txt", "<|user|>\nÉté à la mer ?\n".encode("cp1252"), "mes données.txt:2",
+     ("Windows-1252", "iconv -f WINDOWS-1252 -t UTF-8 'mes données.txt' > 'mes données.utf8.txt'")),
+    ("d.jsonl", row(("user", "é"), QA[1]).encode("utf-16"), "d.jsonl:1", ("UTF-16", "iconv -f UTF-16 -t UTF-8 d.jsonl > d.utf8.jsonl")),
+    ("d.chatml", OK.encode("utf-16-le"), "d.chatml:1", ("iconv -f UTF-16LE -t UTF-8 d.chatml > d.utf8.chatml",)),
+    ("d.chatml", OK.encode("utf-16-be"), "d.chatml:1", ("iconv -f UTF-16BE -t UTF-8",)),
+    ("d.chatml", OK.encode("utf-32"), "d.chatml:1", ("iconv -f UTF-32 -t UTF-8",)),
+    ("d.csv", "prompt;completion\nça;a\n".encode("cp1252"), "d.csv:2", ("WINDOWS-1252",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, content, place, facts", AUTO_ERRORS)
+def test_errors_of_detected_formats(name, content, place, facts):
+    assert_says(error_of(read, write(name, content), input_format="auto"), place, *facts)
+
+
+def test_the_proposed_iconv_command_works():
+    for name, encoding in (("a b.txt", "cp1252"), ("c.txt", "utf-16"), ("d.txt", "utf-16-le"), ("e.txt", "utf-32")):
+        text = OK.replace("q", "« Où ? » – l’été…")
+        error = error_of(read, write(name, text.encode(encoding)), input_format="auto")
+        subprocess.run(re.search(r"iconv .*", error)[0], shell=True, check=True)
+        assert Path(name.replace(".txt", ".utf8.txt")).read_text(encoding="utf-8").removeprefix("\ufeff") == text
+
+
+def test_damaged_utf8_is_not_called_another_encoding():
+    """Converting the whole file would destroy the characters that are right."""
+    error = error_of(read, write("d", OK.replace("q", "été à").encode() + b"<|user|>\n\xe9"), input_format="auto")
+    assert_says(error, "d:6", "0xe9")
+    assert "iconv" not in error
+
+
+def test_the_flag_overrides():
+    assert messages(row(*QA), "d.chatml") == [QA]
+    assert_says(error_of(messages, OK, "d.json"), "d.json:1", "JSON")
+    for name, content, kind in (("d", row(*QA), "JSON"), ("d.csv", "q", "CSV"), ("d", b"PAR1", "Parquet")):
+        assert_says(error_of(read, write(name, content)), name, kind, "--input-format chatml")
+
+
+def test_a_folder_means_its_data_files():
+    for name in ("x/b.chatml", "x/a.JSONL", "x/c.csv", "x/notes.md", "x/.hidden.txt", "x/sub/d.chatml", "empty/x.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        write(name, "x")
+    assert list(sft.find_files(["x"])) == list(sft.find_files(["x/"])) == ["x/a.JSONL", "x/b.chatml", "x/c.csv"]
+    assert list(sft.find_files(["x/c.csv", "x", "x/s*"])) == ["x/c.csv", "x/a.JSONL", "x/b.chatml", "x/sub/d.chatml"]
+    assert_says(error_of(sft.find_files, ["empty"]), "empty", ".jsonl")
 
 
 # ---- hostile data ----
@@ -504,7 +751,28 @@ JSON = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["role", "content", "from", "value", "type", "text", "messages"]), inner, max_size=3
+            st.sampled_from(
+                [
+                    "role",
+                    "content",
+                    "from",
+                    "value",
+                    "type",
+                    "text",
+                    "messages",
+                    "weight",
+                    "system",
+                    "prompt",
+                    "completion",
+                    "instruction",
+                    "input",
+                    "output",
+                    "tools",
+                    "tool_calls",
+                ]
+            ),
+            inner,
+            max_size=3,
         )
     ),
     max_leaves=8,
@@ -515,7 +783,7 @@ JSON = st.recursive(
 @given(st.binary(max_size=60) | st.lists(st.sampled_from(TEXT), max_size=25).map(lambda parts: "".join(parts).encode()))
 def test_any_bytes(tmp_path_factory, data):
     file = write(str(tmp_path_factory.getbasetemp() / "any"), data)
-    for input_format in ("chatml", "messages"):
+    for input_format in ("chatml", "messages", "auto"):
         try:
             assert_sound(read(file, input_format=input_format)[0])
         except sft.InputError as error:
@@ -532,3 +800,19 @@ def test_any_json(tmp_path_factory, data, lines):
         assert_sound(read(file, input_format="messages")[0])
     except sft.InputError as error:
         assert re.fullmatch(re.escape(file) + r"(:\d+)?: [^;\n]+; [^\n]+", str(error))
+
+
+def test_the_system_turn_that_all_conversations_share(tmp_path):
+    """Whole files: with one other system turn, or one conversation without any, there is none."""
+    pair, other = "<|user|>\nun ?\n<|assistant|>\ndeux.\n", tmp_path / "other.chatml"
+    same = f"<|system|>\nTu es Dolores.\n{pair}"
+    for text, system in (
+        (same * 3, "Tu es Dolores."),
+        (same, "Tu es Dolores."),
+        (same + same.replace("Dolores", "Maeve"), None),
+        (f"{pair}<|endoftext|>\n{same}", None),
+        (f"{same}<|endoftext|>\n{pair}{same}", None),
+        (f"{pair}<|endoftext|>\n{pair}", None),
+    ):
+        other.write_text(text)
+        assert sft.survey_conversations([str(other)], "chatml")["system"] == system

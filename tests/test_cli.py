@@ -51,10 +51,12 @@ VALUES = {
 
 
 def test_the_documented_run_is_the_default():
+    """It names the format of train.chatml, which `auto`, the default, detects."""
     documented = vars(sft.parse_args(shlex.split(DOCUMENTED)))
     assert {name: documented[name] for name in VALUES} == VALUES
     assert set(VALUES) == {flag[2:].replace("-", "_") for flag in re.findall(r"--[a-z0-9-]+", DOCUMENTED)}
-    assert vars(sft.parse_args([])) == documented
+    assert vars(sft.parse_args([])) == {**documented, "input_format": "auto"}
+    assert sft.detect_format(str(SCRIPT.with_name("train.chatml"))) == "chatml"
 
 
 def test_every_switch_can_be_turned_off():
@@ -120,7 +122,12 @@ def run(folder: Path, *options, **environment) -> tuple[int, str, str, set[str]]
 def test_help(tmp_path):
     code, out, err, modules = run(tmp_path, "--help")
     assert code == 0 and err == "" and not HEAVY & modules
-    shown = {**VALUES, "train_files": "train.chatml", "lora_target_modules": "all seven projections of a Llama layer"}
+    shown = {
+        **VALUES,
+        "input_format": "auto",
+        "train_files": "train.chatml",
+        "lora_target_modules": "all seven projections of a Llama layer",
+    }
     for name, value in shown.items():
         flag = "--" + name.replace("_", "-")
         (entry,) = (part for part in out.split("\n  -") if re.match(rf"{flag[1:]}[ ,]", part))
@@ -226,10 +233,13 @@ def workdir(tmp_path, monkeypatch):
 
 @pytest.fixture
 def base(smollm2, workdir) -> Path:
-    """SmolLM2's folder with weights that cannot be loaded: every other error comes before loading."""
+    """SmolLM2's folder; of the weights only the headers are real, so no test may get as far as training."""
     folder = workdir / "base"
     shutil.copytree(smollm2, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    (folder / "model.safetensors").write_bytes(b"no weights")
+    with open(smollm2 / "model.safetensors", "rb") as weights, open(folder / "model.safetensors", "wb") as copy:
+        length = weights.read(8)
+        copy.write(length + weights.read(int.from_bytes(length, "little")))
+        copy.truncate(os.path.getsize(smollm2 / "model.safetensors"))  # takes no room on the disk
     return folder
 
 
@@ -353,7 +363,8 @@ NO_MODEL = {
     "no tokenizer": (lambda base: [file.unlink() for file in base.glob("tokenizer*")], ""),
     "broken tokenizer": (lambda base: (base / "tokenizer.json").write_text('{"version": "1.0"}'), ""),
     "tokenizer that is not JSON": (lambda base: (base / "tokenizer.json").write_bytes(b"\xff\0"), ""),
-    "broken weights": (lambda base: None, ""),
+    "no safetensors": (lambda base: (base / "model.safetensors").write_bytes(b"no weights"), "model.safetensors"),
+    "truncated weights": (lambda base: os.truncate(base / "model.safetensors", 200_000_000), "model.safetensors"),
 }  # fmt: skip
 
 

@@ -167,7 +167,8 @@ def test_each_conversation_is_in_one_row(cache, encode, packing):
     assert len({s[2] for s in outside}) == 8 and not {s[2] for s in inside} & {s[2] for s in outside}
     tokens = [sum(map(len, train[i]["input_ids"])) for i in range(len(train))]
     assert max(tokens) <= 256
-    assert counts["conversations"] == 40 and counts["held_out"] == 8 and counts["rows"] == len(train)
+    assert counts["conversations"] == 50 and counts["held_out"] == len(outside) and counts["rows"] == len(train)
+    assert counts["trained_on"] == len(inside) and counts["dropped"] == counts["skipped"] == 0
     assert counts["tokens"] == sum(tokens) and counts["fill"] == round(sum(tokens) / 256 / len(train), 4)
     assert counts["trained_tokens"] == sum(label != IGNORE for s in inside for label in s[1])
     assert counts["steps_per_epoch"] == -(-len(train) // 32)
@@ -205,8 +206,9 @@ def test_what_is_evaluated_is_not_trained_on(cache, encode):
     assert sorted(samples_of(held_out)) == sorted(expected_samples("e", encode))
     copies = {sample[2] for sample in expected_samples("e", encode)}
     assert sorted(samples_of(train)) == sorted(s for s in expected_samples("d", encode) if s[2] not in copies)
-    assert counts["held_out"] == 2 and counts["conversations"] == 42
-    assert [warning[0] for warning in warnings if warning[2] == "held out"] == ["d", "e", "e"]
+    # The copy in d is not trained on either; e is read once, and named once.
+    assert counts["held_out"] == 3 and counts["conversations"] == 53 and counts["trained_on"] == 50
+    assert sorted(warning[0] for warning in warnings if warning[2] == "held out") == ["d", "e"]
     error = error_of(prepare, arguments("--train-files", "e", "--eval-files", "d", "e"), encode)
     assert_says(error, "e", "--eval-files")
 
@@ -221,6 +223,29 @@ def test_parts_of_a_long_conversation_stay_on_one_side(cache, encode):
     assert not {s[2] for s in inside} & {s[2] for s in outside}
     trained = [label for s in inside + outside for label in s[1] if label != IGNORE]
     assert trained.count(encode.special_ids["<|im_end|>"]) == 300  # every answer of every conversation, once
+
+
+def test_every_conversation_is_counted_once(cache, encode):
+    """Read = trained on + held out + dropped, as the survey counts them; those with errors are apart."""
+    long = "".join(dialogue(f"q{i}", "a " * 200) + dialogue(*(["r", f"b{i} "] * 30)) for i in range(3))
+    Path("d").write_text(corpus() + long + "<|endoftext|>\n<|assistant|>\na\n" + dialogue("q", "a"))
+    Path("e").write_text(dialogue("q", "a") + long)
+    for options in ((), ("--eval-files", "e"), ("--eval-files", "e", "d", "--train-files", "e", "x")):
+        Path("x").write_text(corpus() + dialogue("x", "y"))
+        args = arguments("--max-length", "128", "--skip-bad", *options)
+        counts = prepare(args, encode).counts
+        train = args.train_files if "x" in options else ["d"]
+        read = sft.survey(sft.find_files(train) | sft.find_files(args.eval_files), "auto", skip_bad=True)
+        assert (counts["conversations"], counts["skipped"]) == (read["conversations"], read["skipped"])
+        assert counts["trained_on"] + counts["held_out"] + counts["dropped"] == counts["conversations"]
+        assert counts["dropped"] >= 3 and counts["split"] >= 3 and counts["lost_trained_tokens"] > 3 * 200
+
+
+def test_one_conversation_leaves_nothing_to_hold_out(cache, encode):
+    Path("d").write_text(dialogue("q", "a", "r", "b"))
+    data = prepare(arguments(), encode)
+    assert data.eval_rows is None and [warning[:3] for warning in data.warnings] == [("d", 1, "held out")]
+    assert prepare(arguments("--eval-fraction", "0"), encode).warnings == []
 
 
 def test_a_run_that_would_train_on_nothing_stops(cache, encode):
@@ -239,16 +264,17 @@ def test_a_run_that_would_train_on_nothing_stops(cache, encode):
 def test_prepare_finds_its_cache_again(cache, encode):
     Path("d").write_text(corpus() + dialogue("q", "a " * 300))
     args = arguments("--max-length", "256")
-    samples, warnings = sft.encode_files(sft.find_files(["d"]), args, encode)
+    samples, warnings, tally = sft.encode_files(sft.find_files(["d"]), args, encode)
     (made,) = samples.cache_files
     before, encoded = os.stat(made["filename"]), encode.encoded
     assert encoded > 50 and Path(made["filename"]).is_relative_to(cache)
-    assert [warning[1:3] for warning in warnings] == [[expected_samples("d", encode)[-1][3], "overlong"]]
+    assert [warning[1:3] for warning in warnings] == [[expected_samples("d", encode)[-1][3], "dropped"]]
+    assert tally["conversations"] == 51 and tally["dropped"] == 1 and tally["lost_trained_tokens"] > 300
 
     encode.encoded = 0
-    again, warned_again = sft.encode_files(sft.find_files(["d"]), args, encode)
+    again, warned_again, same_tally = sft.encode_files(sft.find_files(["d"]), args, encode)
     after = os.stat(made["filename"])
-    assert again.cache_files == [made] and encode.encoded == 0 and warned_again == warnings
+    assert again.cache_files == [made] and encode.encoded == 0 and (warned_again, same_tally) == (warnings, tally)
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert again.to_dict() == samples.to_dict() and len(again) == 50
 
@@ -260,7 +286,7 @@ def test_prepare_notices_every_change(cache, encode, smollm2_tokenizer):
 
     def prepared(args=plain, encode=encode):
         encode.encoded = 0
-        samples, _ = sft.encode_files(sft.find_files(["d"]), args, encode)
+        samples = sft.encode_files(sft.find_files(["d"]), args, encode).samples
         assert encode.encoded and samples.cache_files[0]["filename"] not in seen, "not noticed"
         seen.add(samples.cache_files[0]["filename"])
         return samples

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from runs import NO_GPU, SCRIPT, TINY, dialogues, error_of, run
-from test_chatml import CHATML_ERRORS, MESSAGES_ERRORS, chatml, messages
+from test_chatml import AUTO_ERRORS, CHATML_ERRORS, MESSAGES_ERRORS, chatml, messages, read, write
 from test_cli import NONSENSE
 from test_train import LLAMA_8B
 
@@ -85,9 +85,25 @@ def test_dry_run_without_the_model(folder):
 def test_warnings(tmp_path):
     ok = "<|user|>\nq\n<|assistant|>\na\n"
     parts = [ok] * 8 + [f"<|system|>\n\n<|user|>\n{q}\n<|assistant|>\na\n" for q in (
-        "Ã©tÃ©", "x" * 20_001, "q\n<| user |> r", "a <|eot_id|> b", "\\<|user|>", "é" * 50)]  # fmt: skip
+        "Ã©tÃ©", "x" * 20_001, "q\n<| user |> r", "a <|eot_id|> b", "\\<|user|>", "é" * 50, "a <|user|> b",
+        "\n```\n<|system|>\nS\n```\n<|user|>\nq", "q<|endoftext|>")]  # fmt: skip
+    parts += ["<|user|>\nq\n<|assistant|>\na</s>\n", "".join(ok.replace("q", f"q{i}") for i in range(30)), "Lost.\n"]
     (tmp_path / "d.chatml").write_text("<|endoftext|>\n".join(parts) + "<|user|>\nUnanswered.\n")
-    check("warnings", screen(tmp_path, "--dry-run", "--train-files", "d.chatml"))
+    check("warnings", screen(tmp_path, "--dry-run", "--skip-bad", "--train-files", "d.chatml"))
+
+
+def test_one_conversation(tmp_path):
+    """The file of a beginner: nothing separates its dialogues."""
+    (tmp_path / "d.txt").write_text("<|user|>\nq\n<|assistant|>\na\n" * 12)
+    check("one_conversation", screen(tmp_path, "--dry-run", "--train-files", "d.txt"))
+
+
+def test_all_errors_at_once(tmp_path):
+    bad = "<|endoftext|>\n<|user|>\nq\n<|assitant|>\na\n<|usr|>\n"
+    (tmp_path / "d.txt").write_text(bad * 12)
+    done = subprocess.run(command("--train-files", "d.txt"), capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    check("all_errors", done.stderr)
 
 
 def unquoted_choices(line: str) -> str:
@@ -100,6 +116,7 @@ def test_errors(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = [error_of(chatml, text) for text, *_ in CHATML_ERRORS]
     lines += [error_of(messages, text) for text, *_ in MESSAGES_ERRORS]
+    lines += [error_of(read, write(name, text), input_format="auto") for name, text, *_ in AUTO_ERRORS]
     (tmp_path / "empty").touch()
     lines += [error_of(sft.find_files, [name]) for name in ("missing", "empty")]
     monkeypatch.setattr(sys, "argv", [SCRIPT.name])  # argparse begins its lines with it

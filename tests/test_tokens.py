@@ -145,6 +145,15 @@ def test_exact_renderings(llama31_tokenizer):
     )
 
 
+def test_an_answer_that_is_only_context(chat):
+    """Its ids are the same as those of a trained one; nothing of it is trained, its end token neither."""
+    context = [SMALL[0], SMALL[1], SMALL[2]._replace(trained=False), *SMALL[3:]]
+    ((ids, labels),), ((same, trained),) = chat.encode([context]), chat.encode([SMALL])
+    assert ids.tolist() == same.tolist()
+    first, second = trained_spans(trained)
+    assert trained_spans(labels) == [second] and (labels[first] == IGNORE).all()
+
+
 def test_formats_that_do_not_fit(llama31_tokenizer, smollm2_tokenizer):
     for tokenizer, name, eos in (
         (llama31_tokenizer, "chatml", "<|im_end|>"),
@@ -265,7 +274,7 @@ def parts_of(conversations, encode, max_length, overlong="split"):
     warned = []
 
     def warn(file, line, kind, text):
-        assert kind == "overlong"
+        assert kind in ("split", "dropped")
         warned.append((line, text))
 
     data = [Conversation(turns, "d", turns[0].line) for turns in conversations]
@@ -305,6 +314,34 @@ def test_drop_and_error(small):
     assert line == 1 and f"{size} tokens" in text
     error = error_of(parts_of, [short, long], small.encode, 64, "error")
     assert_says(error, "d:1", f"{size} tokens", "--max-length 64", "--overlong split")
+
+
+def test_what_is_split_and_dropped_is_counted(small):
+    """Conversations, exchanges and the trained tokens that are lost; an answer that is only context loses none."""
+    whole = turns_of("q", "a", system="S")
+    split = turns_of("q1", "a1", "q2", "a2 " + "long " * 60, "q3", "a3", "q4", "a4 " + "x " * 20, system="S")
+    gone = turns_of("q", "a " * 100)
+    context = [*gone[:1], gone[1]._replace(trained=False), *turns_of("q", "a")]
+    data = [Conversation(turns, "d", n) for n, turns in enumerate([whole, split, gone, context])]
+
+    def trained(*turns):
+        return sum((labels != IGNORE).sum() for _, labels in small.encode(list(turns)))
+
+    def tally(overlong):
+        counts = sft.Counter()
+        samples = list(chain(*sft.encode_conversations(data, small.encode, 64, overlong, lambda *_: None, counts)))
+        return samples, dict(counts)
+
+    samples, counts = tally("split")
+    lost = int(trained(split[3:5], gone))
+    assert counts == {"conversations": 4, "split": 1, "dropped": 1, "dropped_exchanges": 2, "lost_trained_tokens": lost}
+    assert [(sample.line, sample.part) for sample in samples] == [(0, 0), (1, 0), (1, 1), (1, 2), (3, 0)]
+    samples, counts = tally("drop")
+    lost = int(trained(split, gone, context))
+    assert counts == {"conversations": 4, "split": 0, "dropped": 3, "dropped_exchanges": 0, "lost_trained_tokens": lost}
+    assert [sample.line for sample in samples] == [0]
+    lines = error_of(tally, "error").split("\n")
+    assert [line.split(": ")[0] for line in lines[:3]] == ["d:1", "d:2", "d:3"]
 
 
 def test_a_system_turn_as_long_as_a_row_drops_every_exchange(small):

@@ -70,7 +70,7 @@ def lora_model(folder, *options, precision=("--no-bf16", "--no-bnb-nf4")):
     args = arguments("--model", folder, "--lora-r", 4, *precision, *options)
     model = sft.load_base(args, str(folder), "cpu")
     sft.install_chunked_loss(model)
-    return sft.add_lora(model, args, None)
+    return sft.add_lora(model, args, args.lora_target_modules, None)
 
 
 def batch(length=40, documents=2, trained=0.5):
