@@ -1848,7 +1848,7 @@ def step_flags(args: argparse.Namespace, world: World, counts: dict[str, Any]) -
 
 def check_steps(args: argparse.Namespace, world: World, counts: dict[str, Any]) -> None:
     """Refuse a run whose rows do not even fill one optimizer step."""
-    if counts["rows"] * args.epochs < counts["rows_per_step"]:
+    if counts["rows"] * max(1, args.epochs) < counts["rows_per_step"]:  # less than a pass is meant to be short
         rows = f"{plural(counts['rows'], 'row')} of data, too few for one step of {counts['rows_per_step']}"
         raise InputError(f"--grad-accum {args.grad_accum}: {rows}; use {step_flags(args, world, counts)[0]}")
 
