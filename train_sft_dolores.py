@@ -1308,7 +1308,7 @@ def encode_conversations(
             parts = [tokens]
             if len(tokens.input_ids) > max_length and overlong == "error":
                 problem = f"{len(tokens.input_ids)} tokens, above --max-length {max_length}"
-                too_long.append((file, line, f"{problem}; shorten it or use --overlong split"))
+                too_long.append(f"{file}:{line}: {problem}; shorten it or use --overlong split")
             elif len(tokens.input_ids) > max_length:
                 parts = handle_overlong(conversation, tokens, encode, max_length, overlong, warn, tally)
             key = digest(turns)
@@ -1316,7 +1316,7 @@ def encode_conversations(
                 samples.append(Sample(ids, labels, count_trained(labels), key, file, line, part))
         yield samples
     if too_long:
-        raise InputError(list_errors(too_long, []))
+        raise InputError(list_errors(too_long))
 
 
 def count_trained(labels: np.ndarray) -> int:
@@ -1646,22 +1646,20 @@ def survey(files: dict[str, str], input_format: str, skip_bad: bool = False) -> 
     found = read_json(cached_folder("survey", [input_format, *files.items()], make) / "survey.json")
     errors, unreadable = found.pop("errors"), found.pop("unreadable")
     if unreadable or (errors and not skip_bad):
-        raise InputError(list_errors([] if skip_bad else errors, unreadable))
+        lines = unreadable + ([] if skip_bad else [f"{file}:{line}: {text}" for file, line, text in errors])
+        remedy = "" if unreadable else "--skip-bad trains without these conversations"
+        raise InputError(list_errors(lines, remedy))
     if not found["conversations"]:
         raise InputError(f"{', '.join(files)}: all conversations have errors; leave out --skip-bad to see them")
     found["warnings"] += [(file, line, "skipped", text) for file, line, text in errors]
     return found
 
 
-def list_errors(errors: list, unreadable: list[str], shown: int = 20) -> str:
-    """One line for each of the first errors: (file, line, text) of conversations, and of files that cannot be read."""
-    lines = unreadable + [f"{file}:{line}: {text}" for file, line, text in errors]
-    more = [f"and {len(lines) - shown:,} more"] if len(lines) > shown else []
-    if len(errors) > 1 and not unreadable:
-        more = [
-            f"{', '.join([*more, f'{len(errors):,} errors in all'])}; --skip-bad trains without these conversations"
-        ]
-    return "\n".join(lines[:shown] + more)
+def list_errors(lines: list[str], remedy: str = "", shown: int = 20) -> str:
+    """The first lines, how many more there are, and what helps against several at once."""
+    last = [f"and {len(lines) - shown:,} more"] if len(lines) > shown else []
+    last += [f"{len(lines):,} errors in all; {remedy}"] if len(lines) > 1 and remedy else []
+    return "\n".join([*lines[:shown], *([", ".join(last)] if last else [])])
 
 
 def survey_conversations(files: Iterable[str], input_format: str) -> dict[str, Any]:

@@ -394,6 +394,7 @@ def test_overwrite_deletes_nothing_before_the_new_run_can_start(base, error):
     Path("out/.lock").touch()  # as a run leaves it
     error("--overwrite", "--model", "nowhere")
     error("--overwrite", "--model", "base", "--lora-target-modules", "q_porj")
+    Path("train.chatml").write_text(OK.split("<|endoftext|>\n")[1])  # one conversation, so one line
     error("--overwrite", "--model", "base", "--max-length", "16", "--overlong", "error")
     assert old.read_bytes() == b"hours of work"
 
