@@ -336,7 +336,9 @@ def main() -> None:
             raise
         request = re.search(r"ried to allocate [\d.]+ \w+", str(error))
         detail = f" (t{request[0]})" if request else ""
-        print(f"out of memory{detail}; {memory_advice(args, world)} needs less", file=sys.stderr)
+        advice = memory_advice(args, world)
+        fix = f"{advice} needs less" if advice else "take a smaller model or a larger GPU"
+        print(f"out of memory{detail}; {fix}", file=sys.stderr)
         sys.exit(2)
 
 
