@@ -167,6 +167,7 @@ def test_a_run(folder, short_smollm2):
     )
     assert code == 0, shown
     assert [line for line in (folder / "log.txt").read_text().splitlines() if len(line) > 80] == []
+    shown = shown.replace(str(short_smollm2), "base").replace(f"{SCRIPT.parent}/", "")
     check("run", re.sub(r"\d+\.\d+(e[+-]\d+)?|[\d,]+ tok/s|\d+m\d\d", "#", shown), wide=[""])
 
 
