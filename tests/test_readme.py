@@ -11,11 +11,11 @@ from runs import ROOT
 import merge_lora
 import train_sft_dolores as sft
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "README.fr.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 COMMANDS = [
     shlex.split(line, comments=True)
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for block in dict.fromkeys(re.findall(r"```bash\n(.*?)```", README, re.S))  # both languages have the same blocks
     for line in block.replace("\\\n", " ").splitlines()
     if re.match(r"(python3|torchrun|accelerate) .*\.py", line)
 ]
@@ -69,6 +69,14 @@ def test_links_lead_somewhere():
             assert not heading or heading in {name.lower().replace(" ", "-") for name in headings}, (
                 f"{page.name}: {link}"
             )
+
+
+def test_both_languages_show_the_same_code():
+    english, french = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.fr.md"))
+    blocks, headings = re.compile(r"^```.*?^```$", re.M | re.S), re.compile(r"^#+ ", re.M)
+    assert blocks.findall(english) and blocks.findall(french) == blocks.findall(english)
+    assert headings.findall(blocks.sub("", french)) == headings.findall(blocks.sub("", english))
+    assert "](README.fr.md)" in english and "](README.md)" in french
 
 
 def test_files_and_targets_in_the_readme_exist():
