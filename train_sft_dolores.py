@@ -46,7 +46,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from difflib import get_close_matches
-from itertools import chain, islice, pairwise
+from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -1146,22 +1146,23 @@ def find_problems(turns: list[Turn]) -> list[tuple[int, str]]:
 
 def build_conversation(turns: list[Turn], file: str, warn: Warn) -> Conversation:
     """Join neighboring turns of one role as Ollama does; warn about what is ignored."""
-    groups: list[list[Turn]] = []
     for turn in turns:
         if turn.content.endswith(("</s>", "<end_of_turn>", "<eos>")):  # TAG has found those with bars
             warn(file, turn.line, *describe_tag(turn.content[turn.content.rindex("<") :]))
         if not turn.content:
             warn(file, turn.line, "empty system", "an empty system turn is ignored")
-        elif groups and groups[-1][0].role == turn.role:
-            groups[-1].append(turn)
-        else:
-            groups.append([turn])
-    joined = [group[0]._replace(content="\n\n".join(turn.content for turn in group)) for group in groups]
+    joined = join_neighbors(turn for turn in turns if turn.content)
     if joined[-1].role != "assistant":
         warn(file, joined[-1].line, "no answer", f"the last {joined[-1].role} turn has no answer and is ignored")
         while joined[-1].role != "assistant":
             joined.pop()
     return Conversation(joined, file, turns[0].line)
+
+
+def join_neighbors(turns: Iterable[Turn]) -> list[Turn]:
+    """Neighboring turns of one role as one, with a blank line between them, as Ollama and our template join them."""
+    groups = [list(group) for _, group in groupby(turns, key=lambda turn: turn.role)]
+    return [group[0]._replace(content="\n\n".join(turn.content for turn in group)) for group in groups]
 
 
 def shorten(value: Any) -> str:
@@ -1383,7 +1384,9 @@ def split_conversation(turns: list[Turn], encode: Encoder, max_length: int) -> t
     head = len(encode([system])[0].input_ids)
     if head >= max_length:  # nothing fits behind it; encoding it with each exchange would take quadratic time
         return [], [exchange[0] for exchange in exchanges]
-    sizes = [len(tokens.input_ids) - head for tokens in encode([system + exchange for exchange in exchanges])]
+    sizes = [
+        len(tokens.input_ids) - head for tokens in encode([join_neighbors(system + exchange) for exchange in exchanges])
+    ]
     parts, lost, first = [], [], 0
     while first < len(exchanges):
         last, size = first, head
@@ -1392,7 +1395,7 @@ def split_conversation(turns: list[Turn], encode: Encoder, max_length: int) -> t
             last += 1
         # Sizes add up except for a token at a seam, in some tokenizers: measure the whole again.
         while last > first:
-            tokens = encode([system + list(chain(*exchanges[first:last]))])[0]
+            tokens = encode([join_neighbors(system + list(chain(*exchanges[first:last])))])[0]
             if len(tokens.input_ids) <= max_length:
                 parts.append(tokens)
                 break

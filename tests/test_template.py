@@ -90,18 +90,18 @@ def test_answers_are_greedy_with_llama31s_own_settings(capfd):
     model = AutoModelForCausalLM.from_pretrained(setup.folder, attn_implementation=sft.packed_attention())
     settings = model.generation_config
     assert settings.do_sample and settings.temperature == 0.6 and settings.top_p == 0.9
-    answers = []
+    ids = setup.ids([{"role": "user", "content": "Qui es-tu ?"}], add_generation_prompt=True)
+    prompt, answers = sft.Prompt("Qui es-tu ?", list(ids)), []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for seed in (0, 1):
             torch.manual_seed(seed)
             before = torch.get_rng_state()
-            answers.append(sft.generate_answers(model, setup.tokenizer, ["Qui es-tu ?"], 12))
+            answers.append(sft.generate_answers(model, setup.tokenizer, [prompt], 12))
             assert torch.equal(before, torch.get_rng_state())
     assert answers[0] == answers[1]
     assert capfd.readouterr() == ("", "")
 
-    ids = setup.ids([{"role": "user", "content": "Qui es-tu ?"}], add_generation_prompt=True)
     for _ in range(12):  # the most probable token, one at a time
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     text = setup.tokenizer.decode(ids[-12:], skip_special_tokens=True).strip()

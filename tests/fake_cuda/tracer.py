@@ -166,7 +166,7 @@ def layers_that_fit(layers: int, peak: Callable[[int], int], limit: int) -> int:
 
 
 def answer(model, tokenizer, prompt: str, tokens: int) -> str:
-    return sft.generate_answers(model, tokenizer, [prompt], tokens)[prompt]
+    return sft.generate_answers(model, tokenizer, [sft.Prompt(prompt, tokenizer(prompt)["input_ids"])], tokens)[prompt]
 
 
 # ---- What a card would do that fake tensors do not ------------------------------------------------
