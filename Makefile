@@ -10,7 +10,7 @@ demo: .venv/demo
 	$(python) tests/parts.py demo/base
 	$(python) train_sft_dolores.py --model demo/base --output demo/adapter --train-files train.chatml \
 	  --no-bf16 --no-bnb-nf4 --optim adamw_torch --learning-rate 5e-4 --lora-r 16 --lora-alpha 32 --lora-dropout 0 \
-	  --max-length 512 --grad-accum 1 --epochs 0.15 --eval-fraction 0.02 --name dolores-demo
+	  --max-length 1024 --grad-accum 1 --epochs 0.15 --eval-fraction 0.02 --name dolores-demo
 	$(python) merge_lora.py --adapter demo/adapter --output demo/merged
 	$(python) tests/ask.py demo/base demo/merged "Qui es-tu ?" "$(QUESTION)"
 
