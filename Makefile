@@ -1,6 +1,6 @@
 # make demo: see a real Llama become Dolores on this CPU.   make test: all tests.   make test-fast: without the slow ones.
 PYTHON ?= python3
-QUESTION ?= Comment distinguer ce que je sais de ce que je crois ?
+QUESTION ?= Qu'est-ce que l'oubli ?
 python = .venv/bin/python
 
 .PHONY: demo test test-fast lint bench test-ollama clean
@@ -10,9 +10,9 @@ demo: .venv/demo
 	$(python) tests/parts.py demo/base
 	$(python) train_sft_dolores.py --model demo/base --output demo/adapter --train-files train.chatml \
 	  --no-bf16 --no-bnb-nf4 --optim adamw_torch --learning-rate 5e-4 --lora-r 16 --lora-alpha 32 --lora-dropout 0 \
-	  --max-length 1024 --grad-accum 2 --epochs 0.25 --eval-fraction 0.02
+	  --max-length 1024 --grad-accum 1 --epochs 0.15 --eval-fraction 0.02 --name dolores-demo
 	$(python) merge_lora.py --adapter demo/adapter --output demo/merged
-	$(python) tests/ask.py demo/base demo/merged "$(QUESTION)"
+	$(python) tests/ask.py demo/base demo/merged "Qui es-tu ?" "$(QUESTION)"
 
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile

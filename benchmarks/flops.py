@@ -104,7 +104,7 @@ def our_step(shape: dict, args, batch: dict, free: int):
     # The head as a function: FlopCounterMode's hooks on modules fail on autograd.grad inside a forward.
     model.get_output_embeddings = lambda: partial(torch.nn.functional.linear, weight=model.lm_head.weight)
     sft.install_chunked_loss(model)
-    model = sft.add_lora(model, args, None)
+    model = sft.add_lora(model, args, args.lora_target_modules, None)
     drop_as_on_cuda(model)
     base = model.get_base_model()
     base.activation_checkpointing_enable({"use_reentrant": False})

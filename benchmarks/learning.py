@@ -150,7 +150,7 @@ def share_that_stops(adapter: Path, with_adapter: bool, longest: int = 200) -> s
         model = PeftModel.from_pretrained(model, adapter)
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
     texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     output = model.generate(**inputs, max_new_tokens=longest, do_sample=False)[:, inputs.input_ids.shape[1] :]
     ended = (output == tokenizer.eos_token_id).any(1)
     return f"{int(ended.sum())} of {len(ended)}"

@@ -61,7 +61,7 @@ def ours(args, model, rows, trained_tokens_only=True, lean_lora=True, bf16_norms
     (sft.install_chunked_loss if trained_tokens_only else lose_on_all_tokens)(model)
     if not bf16_norms:
         model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
-    model = sft.add_lora(model, args, None)
+    model = sft.add_lora(model, args, args.lora_target_modules, None)
     if not lean_lora:
         for module in model.modules():
             if isinstance(module, LoraLayer):

@@ -800,3 +800,19 @@ def test_any_json(tmp_path_factory, data, lines):
         assert_sound(read(file, input_format="messages")[0])
     except sft.InputError as error:
         assert re.fullmatch(re.escape(file) + r"(:\d+)?: [^;\n]+; [^\n]+", str(error))
+
+
+def test_the_system_turn_that_all_conversations_share(tmp_path):
+    """Whole files: with one other system turn, or one conversation without any, there is none."""
+    pair, other = "<|user|>\nun ?\n<|assistant|>\ndeux.\n", tmp_path / "other.chatml"
+    same = f"<|system|>\nTu es Dolores.\n{pair}"
+    for text, system in (
+        (same * 3, "Tu es Dolores."),
+        (same, "Tu es Dolores."),
+        (same + same.replace("Dolores", "Maeve"), None),
+        (f"{pair}<|endoftext|>\n{same}", None),
+        (f"{same}<|endoftext|>\n{pair}{same}", None),
+        (f"{pair}<|endoftext|>\n{pair}", None),
+    ):
+        other.write_text(text)
+        assert sft.survey_conversations([str(other)], "chatml")["system"] == system

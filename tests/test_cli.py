@@ -1,5 +1,6 @@
 """The command line: the documented run is the default, and bad input ends in one line before a model is loaded."""
 
+import ast
 import fcntl
 import gc
 import json
@@ -232,10 +233,13 @@ def workdir(tmp_path, monkeypatch):
 
 @pytest.fixture
 def base(smollm2, workdir) -> Path:
-    """SmolLM2's folder with weights that cannot be loaded: every other error comes before loading."""
+    """SmolLM2's folder; of the weights only the headers are real, so no test may get as far as training."""
     folder = workdir / "base"
     shutil.copytree(smollm2, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    (folder / "model.safetensors").write_bytes(b"no weights")
+    with open(smollm2 / "model.safetensors", "rb") as weights, open(folder / "model.safetensors", "wb") as copy:
+        length = weights.read(8)
+        copy.write(length + weights.read(int.from_bytes(length, "little")))
+        copy.truncate(os.path.getsize(smollm2 / "model.safetensors"))  # takes no room on the disk
     return folder
 
 
@@ -277,6 +281,71 @@ def test_no_model(workdir, error):
         assert_says(error("--model", name), f"--model {name}", fact)
 
 
+def adapter(folder: Path):
+    (folder / "adapter").mkdir()
+    (folder / "adapter/adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    (folder / "adapter/config.json").write_text("{}")
+
+
+REFUSED = {  # flags: place, what the line says
+    "--report-to foo": ("--report-to foo", "wandb"),
+    "--report-to none,tensorbord": ("--report-to tensorbord", "tensorboard"),
+    "--report-to neptune": ("--report-to neptune", "pip install neptune"),
+    "--model ./nope": ("--model ./nope", "org/model"),
+    "--model a--b/c": ("--model a--b/c", "org/model"),
+    "--model adapter": ("--model adapter", "org/base"),
+    "--model base --lora-target-modules q_proj,foo": ("--lora-target-modules foo", "up_proj"),
+    "--model base --gradient-checkpointing 99": ("--gradient-checkpointing 99", "30 layers"),
+    "--model base --max-length 8193": ("--max-length 8193", "8,192"),
+    "--model base --save-steps 15": ("--save-steps 15", "--eval-steps 10"),
+    "--model base --early-stopping 2 --eval-fraction 0": ("--early-stopping 2", "--eval-fraction"),
+    "--sample-prompts missing.txt": ("--sample-prompts missing.txt", "none"),
+}
+
+
+@pytest.mark.parametrize("options", REFUSED)
+def test_dry_run_and_training_refuse_the_same(options, workdir, smollm2, error):
+    (workdir / "base").symlink_to(smollm2)
+    adapter(workdir)
+    place, fact = REFUSED[options]
+    messages = [error(*options.split(), *more) for more in ([], ["--dry-run"])]
+    assert messages[0] == messages[1]
+    assert_says(messages[0], place, fact)
+    assert not (workdir / "out/adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("file", ["missing/r.json", "/proc/r.json", "."])
+def test_json_that_cannot_be_written(file, workdir, error):
+    Path("train.chatml").unlink()  # it is checked before the data
+    assert_says(error("--json", file), f"--json {file}", "written")
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "train.chatml").write_text(OK)
+    for options in ([], ["--dry-run"]):
+        code, _, err, _ = run(tmp_path, *options, HF_HOME="/proc/home", HF_DATASETS_CACHE="")
+        assert code == 2
+        assert_says(err, "/proc/home/datasets/dolores_sft", "HF_HOME")
+
+
+def test_missing_packages(tmp_path):
+    """A Python without any package: one line with the commands that install them."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", SCRIPT, "--dry-run"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert_says(done.stderr, "numpy", "pip install -r requirements.txt")
+
+
+def test_an_old_python(tmp_path):
+    """It is told its version before anything fails; the file is still valid Python 3.8."""
+    source = SCRIPT.read_text()
+    ast.parse(source, feature_version=(3, 8))
+    old = "import sys; sys.version_info, sys.version = (3, 9, 1), '3.9.1 (main)'; exec(open(sys.argv[1]).read())"
+    done = subprocess.run([sys.executable, "-c", old, SCRIPT], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "3.11" in done.stderr and "3.9.1" in done.stderr and done.stderr.count("\n") == 1
+
+
 def edit(file: Path, **changes):
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
@@ -294,7 +363,8 @@ NO_MODEL = {
     "no tokenizer": (lambda base: [file.unlink() for file in base.glob("tokenizer*")], ""),
     "broken tokenizer": (lambda base: (base / "tokenizer.json").write_text('{"version": "1.0"}'), ""),
     "tokenizer that is not JSON": (lambda base: (base / "tokenizer.json").write_bytes(b"\xff\0"), ""),
-    "broken weights": (lambda base: None, ""),
+    "no safetensors": (lambda base: (base / "model.safetensors").write_bytes(b"no weights"), "model.safetensors"),
+    "truncated weights": (lambda base: os.truncate(base / "model.safetensors", 200_000_000), "model.safetensors"),
 }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def test_size(conversations, llama31_tokenizer):
     tokens = sum(len(ids) for ids, _ in encode([c.turns for c in conversations]))
     assert len(conversations) >= 300 and sum(3 <= n <= 8 for n in exchanges) >= 120 and tokens >= 90_000
     claim = re.search(
-        r"corpus shipped here:\s+(\d+) conversations,\s+about ([\d,]+) Llama 3.1 tokens",
+        r"the (\d+) conversations shipped here:\s+about ([\d,]+) Llama 3.1 tokens",
         (ROOT / "README.md").read_text(),
     )
     assert int(claim[1]) == len(conversations)

@@ -11,6 +11,7 @@ import pytest
 
 import train_sft_dolores as sft
 
+pytestmark = pytest.mark.slow  # the traces take minutes
 TRACER = Path(__file__).parent / "fake_cuda" / "tracer.py"
 GIB = 2**30
 LLAMA31_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,

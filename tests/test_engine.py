@@ -8,6 +8,8 @@ from transformers import AutoTokenizer
 
 import merge_lora
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 24  # maximum tokens of an answer
 QUESTIONS = [
     "What is the capital of France?", "Name three colours.", "Say hello.", "What is 2 + 2?", "Who wrote Hamlet?",

@@ -165,6 +165,7 @@ def test_nf4_base_weights_are_those_that_training_saw(tiny_llama31, tmp_path, do
                            weights(tiny_llama31)["model.layers.0.self_attn.k_proj.weight"])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_peak_memory_is_some_tensors_not_the_model(tiny_llama31, tmp_path):
     """A base of 1.2 GB, whose largest adapted tensor has 33 MB (fp32: 67 MB), in one file of zeros with holes."""
     config = json.loads((tiny_llama31 / "config.json").read_text())
@@ -480,6 +481,7 @@ def test_tokenizer_config_is_for_old_readers_too(copy, llama31_tokenizer, tmp_pa
     assert tokenizer.pad_token_id == 128004 and tokenizer.chat_template == (copy / "chat_template.jinja").read_text()
 
 
+@pytest.mark.slow
 def test_what_is_printed(adapter, tiny_llama31, tmp_path):
     """Few lines, nothing on stderr: no warning, no progress bar."""
     done = run("--adapter", adapter, "--output", tmp_path / "merged")
@@ -991,6 +993,7 @@ SLOW = """if True:
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)], ids=str
 )
+@pytest.mark.slow
 def test_an_interrupted_merge(adapter, tmp_path, number, status):
     output = merge(adapter, tmp_path / "merged")
     before = digests(output)
@@ -1073,6 +1076,7 @@ def test_verify_is_not_swayed_by_one_token():
 
 @pytest.mark.parametrize("scale", [0.03, 0.0005])
 @pytest.mark.parametrize("fault", ["forgotten", "twice", "one layer forgotten", "other base weights"])
+@pytest.mark.slow
 def test_verify_fails_loudly(short_smollm2, tmp_path, monkeypatch, fault, scale):
     adapter = random_adapter(short_smollm2, tmp_path / "adapter", scale=scale)
     right, calls = merge_lora.merge_with_peft, []

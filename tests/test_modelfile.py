@@ -146,7 +146,7 @@ def render_jinja(tokenizer, chat: dict, messages: list[dict]) -> str:
     source = sft.chat_template(sft.ChatFormat(*(chat[field] for field in sft.ChatFormat._fields)))
     answering = messages[-1]["role"] != "assistant"
     text = tokenizer.apply_chat_template(
-        joined(messages), chat_template=source, tokenize=False, add_generation_prompt=answering
+        messages, chat_template=source, tokenize=False, add_generation_prompt=answering
     )
     return text if answering else text.removesuffix(chat["answer_end"])
 

@@ -1,4 +1,4 @@
-"""Commands, flags and files in the README exist; the versions of the tools agree."""
+"""Commands, flags, links and files in the README and docs/ exist; the versions of the tools agree."""
 
 import re
 import shlex
@@ -11,10 +11,11 @@ from runs import ROOT
 import merge_lora
 import train_sft_dolores as sft
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "README.fr.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 COMMANDS = [
     shlex.split(line, comments=True)
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for block in dict.fromkeys(re.findall(r"```bash\n(.*?)```", README, re.S))  # both languages have the same blocks
     for line in block.replace("\\\n", " ").splitlines()
     if re.match(r"(python3|torchrun|accelerate) .*\.py", line)
 ]
@@ -52,10 +53,30 @@ def test_every_flag_in_the_readme_exists():
     texts = [subprocess.run([sys.executable, ROOT / name, "--help"], capture_output=True, text=True, check=True).stdout
              for name in ("train_sft_dolores.py", "merge_lora.py")]  # fmt: skip
     others = {"--modelfile", "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port",
-              "--num", "--config"}  # Ollama's, torchrun's, accelerate's  # fmt: skip
+              "--num", "--config", "--enable-lora"}  # Ollama's, torchrun's, accelerate's, vLLM's  # fmt: skip
     assert set(re.findall(r"--[a-z][a-z0-9-]+", README)) - others <= set(
         re.findall(r"--[a-z][a-z0-9-]+", "".join(texts))
     )
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            path, _, heading = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.is_file(), f"{page.name}: {link}"
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.M)
+            assert not heading or heading in {name.lower().replace(" ", "-") for name in headings}, (
+                f"{page.name}: {link}"
+            )
+
+
+def test_both_languages_show_the_same_code():
+    english, french = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.fr.md"))
+    blocks, headings = re.compile(r"^```.*?^```$", re.M | re.S), re.compile(r"^#+ ", re.M)
+    assert blocks.findall(english) and blocks.findall(french) == blocks.findall(english)
+    assert headings.findall(blocks.sub("", french)) == headings.findall(blocks.sub("", english))
+    assert "](README.fr.md)" in english and "](README.md)" in french
 
 
 def test_files_and_targets_in_the_readme_exist():

@@ -362,7 +362,7 @@ def test_no_exchange_is_lost_without_a_warning(chat, sizes, system, late, max_le
     contents = chain(*((f"q{i}" + " é" * q, f"a{i}" + " !" * a) for i, (q, a) in enumerate(sizes)))
     turns = turns_of(*contents, system="S" * system if system else None)
     if late:  # `messages` data may have a later system turn: it belongs to the exchange after it
-        turns = [*turns[:-2], Turn("system", "Plus tard", 99), *turns[-2:]]
+        turns = sft.join_neighbors([*turns[:-2], Turn("system", "Plus tard", 99), *turns[-2:]])
     head = turns[:1] if turns[0].role == "system" else []
     starts = [
         i
@@ -370,7 +370,7 @@ def test_no_exchange_is_lost_without_a_warning(chat, sizes, system, late, max_le
         if one.role == "assistant" != two.role
     ]
     exchanges = [turns[len(head) :][a:b] for a, b in pairwise([*starts, None])]
-    length = lambda turns: len(chat.encode([turns])[0][0])  # noqa: E731
+    length = lambda turns: len(chat.encode([sft.join_neighbors(turns)])[0][0])  # noqa: E731
 
     samples, warned = parts_of([turns], chat.encode, max_length)
     assert all(len(sample.input_ids) <= max_length for sample in samples)

@@ -134,7 +134,8 @@ def install_loss(model) -> None:
 
 
 def add_adapters(model, case: Case):
-    return sft.add_lora(model, flags_of(case), None)
+    args = flags_of(case)
+    return sft.add_lora(model, args, args.lora_target_modules, None)
 
 
 def choose_checkpointing(model, case: Case) -> int:
@@ -165,7 +166,7 @@ def layers_that_fit(layers: int, peak: Callable[[int], int], limit: int) -> int:
 
 
 def answer(model, tokenizer, prompt: str, tokens: int) -> str:
-    return sft.generate_answers(model, tokenizer, [prompt], tokens)[prompt]
+    return sft.generate_answers(model, tokenizer, [sft.Prompt(prompt, tokenizer(prompt)["input_ids"])], tokens)[prompt]
 
 
 # ---- What a card would do that fake tensors do not ------------------------------------------------
@@ -427,15 +428,24 @@ def check_gradients(model, sums: int) -> None:
             assert gradient._version == sums - 1, f"{name}: {gradient._version + 1} gradients"
 
 
-def micro_step(card: Card, model, batch: dict) -> int:
-    """Forward and backward of one batch; returns the bytes that forward has left for backward."""
+def micro_step(card: Card, model, batch: dict) -> None:
+    """Forward and backward of one batch."""
     with card.on():
-        before = card.trace.live
         loss = model.train()(**batch, num_items_in_batch=1000).loss
         assert loss.shape == () and loss.dtype == torch.float32 and loss.device.type == "cuda"
-        kept = card.trace.live - before
         loss.backward()
-    return kept
+
+
+def kept(card: Card, model, case: Case) -> dict:
+    """Bytes that one forward leaves for backward."""
+    choose_checkpointing(model, case)
+    batch = card.put(collate([row_of(case)] * case.rows))
+    with card.on():
+        loss = model.train()(**batch, num_items_in_batch=1000).loss
+        after = card.trace.live
+        del loss
+        gc.collect()
+    return {"kept": after - card.trace.live}
 
 
 def step(card: Card, model, case: Case) -> dict:
@@ -445,12 +455,11 @@ def step(card: Card, model, case: Case) -> dict:
     batch = card.put(collate([row_of(case)] * case.rows))
     micro_step(card, model, batch)
     card.trace.start()
-    kept = micro_step(card, model, batch)
+    micro_step(card, model, batch)
     check_gradients(model, sums=2)
     return {
         "free": free,
         "peak": card.trace.peak,
-        "kept": kept,
         "operators": sum(card.trace.operators.values()),
         "kernels": card.trace.kernels,
         "waits": card.trace.waits,
@@ -560,7 +569,7 @@ def generation(card: Card, model, case: Case, tokens: int) -> dict:
     return {"tokens": tokenizer.lengths, "operators": dict(card.trace.operators), "waits": card.trace.waits}
 
 
-JOBS = {"step": step, "evaluation": evaluation, "generation": generation, "measured": measured, "compiled": compiled,
+JOBS = {"step": step, "kept": kept, "evaluation": evaluation, "generation": generation, "measured": measured, "compiled": compiled,
         "sums": sums}  # fmt: skip
 
 

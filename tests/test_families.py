@@ -1,0 +1,229 @@
+"""Every family of bases: the loss is transformers' own, training can be resumed, the merge is PEFT's.
+
+The models are tiny and random, with the real configs (tests/families.py); weights are float32, on a CPU.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import families
+import numpy as np
+import pytest
+import torch
+from families import REFUSED, TRAINABLE, family
+from runs import TINY, arguments, assert_same_adapter, assert_says, dialogues, error_of, run
+from safetensors.torch import load_file
+
+import merge_lora
+import train_sft_dolores as sft
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DATA = "".join(
+    f"<|user|>\n{'Qui es-tu, dis-moi ? ' * n}\n<|assistant|>\n{'Je suis Dolores. ' * n}\n<|endoftext|>\n"
+    for n in (2, 4, 5)
+)
+
+
+def load(folder: Path, attention: str, **options):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32, **options)
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_loss_and_gradients_are_those_of_transformers(name, tmp_path):
+    """Packed documents longer than the sliding window, against each alone with transformers' eager attention and loss."""
+    sft.load_libraries()
+    folder = family(name)
+    (tmp_path / "d.chatml").write_text(DATA)
+    encode = sft.load_encoder(str(folder), str(folder), "dolores")
+    samples = encode([c.turns for c in sft.read_conversations([str(tmp_path / "d.chatml")], "chatml")])
+    assert min(len(sample.input_ids) for sample in samples) > 24  # the window of families.py
+
+    eager = load(folder, "eager")
+    expected = torch.zeros(())
+    for ids, labels in samples:
+        ids, labels = (torch.from_numpy(x.astype(np.int64))[None] for x in (ids, labels))
+        logits = eager(input_ids=ids, use_cache=False).logits[0, :-1]
+        expected = expected + torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum")
+    expected.backward()
+
+    packed = load(folder, sft.packed_attention())
+    sft.check_head(packed, packed.config.vocab_size)
+    sft.install_chunked_loss(packed)
+    row = {"input_ids": [s.input_ids for s in samples], "labels": [s.labels for s in samples],
+           "file": [""] * len(samples), "line": [0] * len(samples)}  # fmt: skip
+    batch = sft.collate([row])
+    del batch["documents"]
+    loss = packed(**batch, num_items_in_batch=1).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    head = packed.get_output_embeddings().weight  # frozen in training: its gradient is not computed
+    theirs = dict(eager.named_parameters())
+    for parameter, value in packed.named_parameters():
+        if value is not head:
+            difference = (value.grad - theirs[parameter].grad).norm() / theirs[parameter].grad.norm()
+            assert difference < 1e-4, parameter
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "mistral"])
+def test_generation_sees_the_same_window_and_softcap(name):
+    """Greedy tokens beyond the window are those of transformers' eager attention."""
+    sft.load_libraries()
+    folder = family(name)
+    ids = torch.arange(10, 50)[None]
+    outputs = []
+    for attention in ("eager", sft.packed_attention()):
+        output = load(folder, attention).generate(ids, do_sample=False, max_new_tokens=20, eos_token_id=-1)
+        outputs.append(output[0].tolist())
+    assert outputs[0] == outputs[1] and len(outputs[0]) == 60
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_train_resume_and_merge(name, tmp_path):
+    base, out = family(name), tmp_path / "out"
+    (tmp_path / "train.chatml").write_text(dialogues(40))
+    options = ("--model", base, "--output", "out", *TINY, "--epochs", "1")
+    code, printed = run(tmp_path, *options)
+    assert code == 0, printed
+    record = json.loads((out / "training_args.json").read_text())
+    assert record["results"]["steps"] >= 3 and record["base"]["fingerprint"] == sft.fingerprint(base)
+    assert record["data"]["system"] is None  # each of these dialogues has its own
+    config = json.loads((out / "adapter_config.json").read_text())
+    fused = {"o_proj", "down_proj", "qkv_proj", "gate_up_proj"}
+    assert set(config["target_modules"]) == (fused if name == "phi3" else set(SEVEN))
+    assert config["lora_alpha"] == 8 and type(config["lora_alpha"]) is int  # Ollama refuses 8.0
+
+    last = max(out.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    shutil.copytree(out, tmp_path / "whole")
+    shutil.rmtree(last)
+    code, printed = run(tmp_path, *options, "--resume")
+    assert code == 0, printed
+    assert_same_adapter(out, tmp_path / "whole")
+
+    merge_lora.main(["--adapter", str(out), "--base", str(base), "--output", str(tmp_path / "merged")])
+    from peft import PeftModel
+
+    by_peft = PeftModel.from_pretrained(load(base, "eager"), out).merge_and_unload(safe_merge=True).state_dict()
+    merged, before = load_file(tmp_path / "merged/model.safetensors"), load_file(base / "model.safetensors")
+    assert all(torch.equal(by_peft[key], merged[key]) for key in merged)
+    changed = {key.split(".")[-2] for key in merged if not torch.equal(before[key], merged[key])}
+    assert changed == set(config["target_modules"])
+
+
+@pytest.fixture
+def error(tmp_path, monkeypatch):
+    """The one line with which training and dry run refuse a base, before anything is written."""
+    (tmp_path / "train.chatml").write_text(dialogues(4))
+    monkeypatch.chdir(tmp_path)
+
+    def refused(*options) -> str:
+        lines = []
+        for mode in ((), ("--dry-run",)):
+            args = arguments("--output", "out", *options, *mode)
+            lines.append(error_of(sft.dry_run if mode else sft.train, args, sft.World()))
+        assert lines[0] == lines[1]
+        return lines[0]
+
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("name", "fact"), [*zip(REFUSED, ("mixture of experts", "not built like a Llama"), strict=True)]
+)
+def test_what_cannot_be_merged_is_refused_at_once(name, fact, error):
+    folder = family(name)
+    assert_says(error("--model", folder), f"--model {folder}", fact)
+
+
+def test_an_adapter_or_an_image_model_is_refused(tmp_path, error):
+    folder = tmp_path / "copy"
+    shutil.copytree(family("gemma3"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": config}))
+    assert_says(error("--model", folder), f"--model {folder}", "images")
+    (folder / "adapter_config.json").write_text("{}")
+    assert_says(error("--model", folder), f"--model {folder}", "adapter", "--init-adapter")
+
+
+def test_files_with_other_names_are_refused(tmp_path):
+    """transformers may load them all the same; the merge, tensor by tensor, could not."""
+    sft.load_libraries()
+    folder = str(family("llama3"))
+    headers = sft.read_headers(folder, folder)
+    model = sft.empty_model(folder, sft.load_config(folder, folder))
+    sft.check_names(folder, model, headers, SEVEN)
+    name = "model.layers.1.mlp.up_proj.weight"
+    lost = {key: value for key, value in headers.items() if key != name}
+    assert_says(error_of(sft.check_names, folder, model, lost, SEVEN), f"--model {folder}", name)
+    other = {**headers, name: headers[name]._replace(shape=[160, 32])}
+    assert_says(error_of(sft.check_names, folder, model, other, SEVEN), f"--model {folder}", name, "[160, 32]")
+
+
+def test_target_modules_of_each_family(capsys):
+    seven, fused = sorted(SEVEN), ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
+    for name in TRAINABLE:
+        folder = str(family(name))
+        headers = sft.read_headers(folder, folder)
+        linear = fused if name == "phi3" else seven
+        for given in (["all-linear"], SEVEN):
+            assert sorted(sft.choose_targets(given, headers)) == linear
+            said = "gate_up_proj, qkv_proj" in capsys.readouterr().out
+            assert said == (name == "phi3" and given == SEVEN)
+        assert sft.choose_targets(["o_proj"], headers) == ["o_proj"]
+        for wrong in ("foo", "lm_head", "embed_tokens", "input_layernorm"):
+            assert_says(error_of(sft.choose_targets, [wrong], headers), f"--lora-target-modules {wrong}")
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_the_memory_plan_counts_the_weights_of_each_family(name):
+    """Base, embedding and adapters against the model itself; config.json alone would leave out some sizes."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = family(name)
+    headers = sft.read_headers(str(folder), str(folder))
+    config = {"model_type": "anything"}  # not even these are needed
+    args = arguments("--no-bf16", "--no-bnb-nf4", "--lora-r", "4")
+    plan = sft.memory_plan(args, sft.World(), sft.plan_config(config, headers), 128, 0.5)
+    model = load(folder, "eager")
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    assert (plan["base weights"] + plan["embedding and head"]) * 2**30 == pytest.approx(4 * weights, rel=0.01)
+    targets = sft.lora_targets(SEVEN, sft.layer_shapes(headers))
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert plan["LoRA, float32"] * 2**30 == 4 * trained
+
+
+def test_fingerprint(tmp_path):
+    """The same in both scripts and for a copy in several files; other weights of the same shape have another one."""
+    folder = family("llama3")
+    ours = sft.fingerprint(folder)
+    assert len(ours) == 64 and ours == sft.fingerprint(folder)
+    for name in TRAINABLE:
+        assert sft.fingerprint(family(name)) == merge_lora.fingerprint(family(name))
+    shutil.copytree(folder, tmp_path / "other")
+    with open(tmp_path / "other/model.safetensors", "r+b") as file:
+        tensor = sft.read_headers("other", str(folder))["model.layers.1.self_attn.v_proj.weight"]
+        file.seek(tensor.start)
+        file.write(bytes(4))
+    assert sft.fingerprint(tmp_path / "other") != ours
+    load(folder, "eager").save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert sft.fingerprint(tmp_path / "sharded") == ours
+
+
+def test_another_base_cannot_be_resumed(tmp_path):
+    """Same name, same shape, other weights."""
+    (tmp_path / "train.chatml").write_text(dialogues(8))
+    shutil.copytree(family("llama3"), tmp_path / "base")
+    options = ("--model", "base", "--output", "out", *TINY)
+    code, printed = run(tmp_path, *options)
+    assert code == 0, printed
+    weights = load(tmp_path / "base", "eager")
+    with torch.no_grad():
+        weights.model.layers[0].mlp.up_proj.weight.mul_(2)
+    weights.save_pretrained(tmp_path / "base")
+    code, printed = run(tmp_path, *options, "--resume")
+    assert code == 2 and "base fingerprint" in printed.splitlines()[-1], printed
+    assert families.TOKENS.keys() == {*TRAINABLE, *REFUSED}
