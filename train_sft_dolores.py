@@ -2804,8 +2804,7 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
         accelerate.PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
     if not torch.cuda.is_available():
         check_driver()
-        unused = "--torch-memory-fraction and the allocator's flags need CUDA and have no effect here"
-        print_field("device", f"CPU: {unused}")
+        print_field("device", "CPU")
         if args.bf16 and not torch.cpu._is_avx512_bf16_supported():
             print_field("device", "this CPU has no bfloat16: --no-bf16 --bnb-dtype float32 is about ten times faster")
         if args.optim.startswith("paged_"):
