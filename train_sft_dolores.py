@@ -1117,6 +1117,10 @@ def read_parquet(file: str) -> Iterator[tuple[int, dict]]:
 
 def find_problems(turns: list[Turn]) -> list[tuple[int, str]]:
     """(line, what is wrong; fix) of all that keeps these turns from being trained on."""
+    roles, contents, _, trains = zip(*turns, strict=True)
+    known = all(contents) and all(trains) and "error" not in roles and "user" in roles and "assistant" in roles
+    if known and roles.index("user") < roles.index("assistant"):
+        return []  # almost always
     wrong, empty, first, answers, context = [], [], "", 0, 0
     for role, content, line, trained in turns:
         if role == "error":
@@ -1161,6 +1165,9 @@ def build_conversation(turns: list[Turn], file: str, warn: Warn) -> Conversation
 
 def join_neighbors(turns: Iterable[Turn]) -> list[Turn]:
     """Neighboring turns of one role as one, with a blank line between them, as Ollama and our template join them."""
+    turns = list(turns)
+    if all(one.role != other.role for one, other in pairwise(turns)):  # almost always, and faster
+        return turns
     groups = [list(group) for _, group in groupby(turns, key=lambda turn: turn.role)]
     return [group[0]._replace(content="\n\n".join(turn.content for turn in group)) for group in groups]
 
