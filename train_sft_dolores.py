@@ -1787,7 +1787,7 @@ def print_data(args: argparse.Namespace, world: World, data: Data) -> None:
     if counts["split"] or counts["dropped"] or counts["dropped_exchanges"]:
         dropped = f"{counts['dropped']:,} conversations and {counts['dropped_exchanges']:,} exchanges of others dropped"
         lost = f"{counts['lost_trained_tokens']:,} trained tokens lost"
-        print_field("overlong", f"{counts['split']:,} conversations split, {dropped}, {lost}")
+        print_field("overlong", f"{plural(counts['split'], 'conversation')} split, {dropped}, {lost}")
     print_field("tokens", f"{counts['tokens']:,}, of which {share:.0%} trained")
     print_lengths(data.lengths, args.max_length)
     print_field("rows", f"{counts['rows']:,} of at most {args.max_length:,} tokens, {counts['fill']:.1%} full")
