@@ -27,11 +27,11 @@ def random_rows(count: int, length: int, vocabulary: int):
 
     random = np.random.default_rng(0)
     lengths = random.lognormal(np.log(length / 5), 0.5, count * 8).astype(int).clip(8, length)
-    columns = {name: [] for name in ("input_ids", "labels", "trained", "digest", "file", "line")}
+    columns = {name: [] for name in ("input_ids", "labels", "trained", "digest", "file", "line", "part")}
     for number, size in enumerate(lengths):
         ids = random.integers(3, vocabulary, size, dtype=np.int32)
         labels = np.where(np.arange(size) < size // 3, sft.IGNORE, ids).astype(np.int32)
-        for name, value in zip(columns, (ids, labels, size - size // 3, number, "random", number), strict=True):
+        for name, value in zip(columns, (ids, labels, size - size // 3, number, "random", number, 0), strict=True):
             columns[name].append(value)
     plan = sft.pack(lengths, length, 0)
     plan.sort(key=lambda row: -lengths[row].sum())
