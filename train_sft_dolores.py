@@ -1448,12 +1448,14 @@ def encode_batch(batch: list[Conversation], encode: Encoder, max_length: int, ov
 
 def collect(encoded: Iterable[Encoded], found: dict[str, Any]) -> Iterator[pyarrow.RecordBatch]:
     """Yield the samples and add what else is in these to `found`."""
-    for samples, warned, lost, errors in encoded:
-        found["warnings"] += warned
+    warned = []
+    for samples, more, lost, errors in encoded:
+        warned += more
         found["too_long"] += errors
         for name, count in lost.items():
             found[name] = found.get(name, 0) + count
         yield samples
+    found["warnings"] += warned  # behind those of reading, however far ahead that was
 
 
 def map_in_order(work: Callable, items: Iterable, workers: int) -> Iterator:
@@ -1468,6 +1470,11 @@ def map_in_order(work: Callable, items: Iterable, workers: int) -> Iterator:
     from concurrent.futures import ProcessPoolExecutor
 
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_worker, (work,))
+    # The workers inherit this mask: signals are for their parent. They are forked by the first `submit`, and an
+    # exception that a signal's handler raises within a fork would be lost.
+    usual = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    pool.submit(int)
+    signal.pthread_sigmask(signal.SIG_SETMASK, usual)
     pending = deque()
     try:
         for item in items:
@@ -1484,11 +1491,9 @@ worker_task: Callable  # in a worker process: what it does with each item
 
 
 def start_worker(work: Callable) -> None:
-    """Prepare a worker process: it leaves signals to its parent, ends with it, and keeps to one core."""
+    """Prepare a worker process: it ends with its parent, and keeps to one core."""
     global worker_task
     worker_task = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # One thread of the tokenizer's own: the main thread's memory arena makes it a fifth slower.
     os.environ |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "1"}
     threading.Thread(target=end_with_parent, daemon=True).start()

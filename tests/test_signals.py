@@ -119,7 +119,7 @@ def test_while_several_processes_encode(number, smollm2, tmp_path):
     wait_until(lambda: len(run.children()) > 1, process, log)
     workers = run.children()
     process.send_signal(number)
-    assert process.wait(60) == STATUS.get(number, -number)
+    assert process.wait(60) == STATUS.get(number, -number), log.read_text()
     assert psutil.wait_procs(workers, timeout=10)[1] == []
     assert "Traceback" not in log.read_text() and "tokens" not in log.read_text()
     if number in STATUS:
