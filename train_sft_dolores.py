@@ -693,39 +693,37 @@ SHAREGPT = {"human": "user", "gpt": "assistant"}
 TOOL_ROLES = {"tool", "function", "ipython", "observation", "tool_call", "tool_calls", "function_call", "tool_response"}
 # Tokens with which other formats end a turn or a text.
 END_TOKENS = ("<|end|>", "<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|eom_id|>", "</s>", "<end_of_turn>", "<eos>")
+# Other encodings than UTF-8, by the first bytes of a file: a byte order mark, or the zero bytes of ASCII characters.
+ENCODINGS = {"UTF-32": re.compile(rb"\xff\xfe\0\0"), "UTF-16": re.compile(rb"\xff\xfe|\xfe\xff"),
+             "UTF-16BE": re.compile(rb"\0[^\0]\0"), "UTF-16LE": re.compile(rb"[^\0]\0[^\0]\0")}  # fmt: skip
 FENCE = re.compile(r"^ {0,3}```", re.MULTILINE)
 NOT_CLOSED = "this turn is not closed; end it with <|im_end|>"
 NO_TOOLS = "tool turns cannot be trained on; delete them, or write the tool's result into a user turn"
 
 
 def find_files(patterns: list[str]) -> dict[str, str]:
-    """{name: sha256} of the files that these paths and globs name, in order, each once."""
-    names = []
+    """{name: sha256} of the files that these paths, folders and globs name, in order, each once."""
+    found: dict[str, str] = {}
     for pattern in patterns:
         matches = [] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        for name in matches or [pattern]:
-            names += files_in(name) if os.path.isdir(name) else [name]
-    for name in names:
-        if not os.path.isfile(name):
-            raise InputError(f"{name}: no such file; give the path of a data file or a glob that matches one")
-        try:
-            with open(name, "rb") as file:
-                empty = not file.read(1)
-        except OSError as error:
-            raise InputError(f"{name}: cannot be read ({error.strerror}); make it readable") from None
-        if empty:
-            raise InputError(f"{name}: the file is empty; write dialogues into it (README, data format)")
-    return {name: sha256(name) for name in dict.fromkeys(names)}
+        for match in matches or [pattern]:
+            for name in files_in(match) if os.path.isdir(match) else [match]:
+                if not os.path.isfile(name):
+                    raise InputError(f"{name}: no such file; give the path of a data file or a glob that matches one")
+                try:
+                    found[name] = found.get(name) or sha256(name)
+                except OSError as error:
+                    raise InputError(f"{name}: cannot be read ({error.strerror}); make it readable") from None
+                if not os.path.getsize(name):
+                    raise InputError(f"{name}: the file is empty; write dialogues into it (README, data format)")
+    return found
 
 
 def files_in(folder: str) -> list[str]:
     """The data files in a folder, in alphabetical order."""
     known = (".chatml", ".txt", *ROW_FILES)
-    try:
-        entries = sorted(name for name in os.listdir(folder) if name.lower().endswith(known) and name[0] != ".")
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be read ({error.strerror}); make it readable") from None
-    found = [path for path in (os.path.join(folder, name) for name in entries) if os.path.isfile(path)]
+    names = sorted(name for name in os.listdir(folder) if name.lower().endswith(known) and name[0] != ".")
+    found = [path for path in (os.path.join(folder, name) for name in names) if os.path.isfile(path)]
     if not found:
         raise InputError(f"{folder}: no data file in this folder; their names end in {', '.join(known)}")
     return found
@@ -752,8 +750,12 @@ def read_conversations(
         reader = read_chatml if "chatml" in (input_format, detected) and input_format != "messages" else read_messages
         for turns in reader(file, warn):
             found = True
-            if problems := find_problems(turns):
-                (refuse or raise_first)(file, problems)
+            problems = find_problems(turns)
+            if problems and not refuse:
+                line, text = problems[0]
+                raise InputError(f"{file}:{line}: {text}")
+            if refuse and problems:
+                refuse(file, problems)
             else:
                 yield build_conversation(turns, file, warn)
         if not found:
@@ -771,12 +773,6 @@ def detect_format(file: str) -> str:
         return "chatml"
     by_name = ROW_FILES.get(os.path.splitext(file)[1].lower())
     return by_name or ("JSON" if re.match(rb'\{\s*["}]|\[\s*[{\]]', start) else "chatml")
-
-
-def raise_first(file: str, problems: list[tuple[int, str]]) -> None:
-    """InputError for the first error of a conversation."""
-    line, text = problems[0]
-    raise InputError(f"{file}:{line}: {text}")
 
 
 def read_chatml(file: str, warn: Warn) -> Iterator[list[Turn]]:
@@ -886,33 +882,22 @@ def conversion_hint(file: str) -> str:
     """How to save a file as UTF-8, with its encoding and the command where its first 16 MiB show which it is."""
     with open(file, "rb") as source:
         raw = source.read(1 << 24)
-    encoding = None
-    if raw.startswith(codecs.BOM_UTF32_LE):
-        encoding = "UTF-32"
-    elif raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "UTF-16"
-    elif raw[:1] == raw[2:3] == b"\0" != raw[1:2]:
-        encoding = "UTF-16BE"
-    elif raw[1:2] == raw[3:4] == b"\0" != raw[:1]:
-        encoding = "UTF-16LE"
-    elif looks_like_windows_1252(raw):
-        encoding = "WINDOWS-1252"
+    shown = (name for name, start in ENCODINGS.items() if start.match(raw))
+    encoding = next(shown, "Windows-1252" if looks_like_windows_1252(raw) else None)
     if not encoding:
         return "; save the file as UTF-8"
     stem, suffix = os.path.splitext(file)
     command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(file)} > {shlex.quote(f'{stem}.utf8{suffix}')}"
-    return f", it looks like {encoding.title() if 'W' in encoding else encoding}; convert it with {command}"
+    return f", it looks like {encoding}; convert it with {command}"
 
 
 def looks_like_windows_1252(raw: bytes) -> bool:
     """More bytes that UTF-8 does not allow than characters that it does, and all of them have a meaning there."""
     good = [character for character in raw.decode("utf-8", "ignore") if character > "\x7f"]
     bad = len(raw.translate(None, bytes(range(128)))) - len("".join(good).encode())
-    try:
-        raw.decode("cp1252")
-    except UnicodeDecodeError:
-        return False
-    return bad > len(good) and not re.search(rb"\xed[\xa0-\xbf][\x80-\xbf]", raw)  # that is a surrogate
+    undefined = raw.translate(None, bytes(set(range(256)) - {0x81, 0x8D, 0x8F, 0x90, 0x9D}))
+    surrogate = re.search(rb"\xed[\xa0-\xbf][\x80-\xbf]", raw)
+    return bad > len(good) and not undefined and not surrogate
 
 
 def read_lines(file: str) -> Iterator[tuple[int, str]]:
@@ -1123,31 +1108,21 @@ def find_problems(turns: list[Turn]) -> list[tuple[int, str]]:
     known = all(contents) and all(trains) and "error" not in roles and "user" in roles and "assistant" in roles
     if known and roles.index("user") < roles.index("assistant"):
         return []  # almost always
-    wrong, empty, first, answers, context = [], [], "", 0, 0
-    for role, content, line, trained in turns:
-        if role == "error":
-            wrong.append((line, content))
-        elif role != "system":
-            first = first or role
-            if role == "assistant":
-                answers += 1
-                context += not trained
-            if not content:
-                empty.append((line, f"empty {role} turn; fill it or delete it"))
+    wrong = [(turn.line, turn.content) for turn in turns if turn.role == "error"]
+    spoken = [turn for turn in turns if turn.role != "system"]
+    empty = [(turn.line, f"empty {turn.role} turn; fill it or delete it") for turn in spoken if not turn.content]
+    answers = [turn for turn in spoken if turn.role == "assistant"]
     if wrong or empty:
         return wrong or empty  # what an error hides would only look like another one
     if not answers:
         return [(turns[0].line, "a conversation without an assistant turn; add an answer or delete it")]
-    if first == "assistant":
-        line = next(turn.line for turn in turns if turn.role == "assistant")
-        return [(line, "the assistant speaks first; put a user turn before it")]
-    if context == answers:
+    if spoken[0].role == "assistant":
+        return [(spoken[0].line, "the assistant speaks first; put a user turn before it")]
+    if not any(turn.trained for turn in answers):
         return [(turns[0].line, "every answer is only context; let one be trained, or delete the conversation")]
-    if not context:
-        return []
     problem = "neighboring answers, one trained and one only context; mark both alike or join them"
-    spoken = [turn for turn in turns if turn.content]
-    return [(b.line, problem) for a, b in pairwise(spoken) if a.role == b.role and a.trained != b.trained]
+    said = [turn for turn in turns if turn.content]
+    return [(b.line, problem) for a, b in pairwise(said) if a.role == b.role and a.trained != b.trained]
 
 
 def build_conversation(turns: list[Turn], file: str, warn: Warn) -> Conversation:
@@ -1705,10 +1680,9 @@ def survey(files: Iterable[str], input_format: str, skip_bad: bool, found: dict[
 
     With skip_bad, each error in a conversation is a warning. After an error that stops the run nothing is yielded.
     """
-    found |= {"files": list(files), "conversations": 0, "skipped": 0, "warnings": [], "errors": [], "unreadable": []}
-    found |= {"too_long": []}
-    turns, exchanges, seen, characters = Counter(), Counter(), {}, 0
-    system, shared = None, True  # the first conversation's system turn, and whether all others have the same
+    turns, exchanges, seen, characters, system = Counter(), Counter(), {}, 0, None
+    found |= {"files": list(files), "conversations": 0, "skipped": 0, "warnings": []}
+    found |= {"errors": [], "unreadable": [], "too_long": []}
 
     def warn(*warning) -> None:
         found["warnings"].append(DataWarning(*warning))
@@ -1725,9 +1699,8 @@ def survey(files: Iterable[str], input_format: str, skip_bad: bool, found: dict[
         for file in files:
             try:
                 for conversation in read_conversations([file], input_format, warn, refuse):
-                    long = (turn for turn in conversation.turns if len(turn.content) > 1_000_000)
-                    blank = [turn.line for turn in long if BLANKS.search(turn.content)]
-                    if blank:
+                    long = [turn for turn in conversation.turns if len(turn.content) > 1_000_000]
+                    if blank := [turn.line for turn in long if BLANKS.search(turn.content)]:
                         refuse(file, [(line, "a million blanks in a row; delete them") for line in blank])
                     else:
                         yield conversation
@@ -1735,57 +1708,51 @@ def survey(files: Iterable[str], input_format: str, skip_bad: bool, found: dict[
                 found["unreadable"].append(str(error))
 
     for conversation in readable():
-        opening = conversation.turns[0]
-        instruction = opening.content if opening.role == "system" else None
-        system = system if found["conversations"] else instruction
-        shared = shared and instruction == system
+        said, file, line = conversation
+        instruction = said[0].content if said[0].role == "system" else None
+        system = instruction if not found["conversations"] or instruction == system else None  # the one all share
         found["conversations"] += 1
-        count = sum(turn.role == "assistant" for turn in conversation.turns)
-        exchanges[count] += 1
-        if count >= MANY_EXCHANGES:
-            warn(conversation.file, conversation.line, "one conversation", separation_hint(conversation.file, count))
-        place = f"{conversation.file}:{conversation.line}"
-        first = seen.setdefault(digest(conversation.turns), place)
-        if first != place:
-            warn(conversation.file, conversation.line, "duplicate", f"the same conversation as {first}")
-        for role, content, line, _ in conversation.turns:
-            turns[role] += 1
-            characters += len(content)
-            if wrong := MOJIBAKE.search(content):
-                warn(conversation.file, line, "encoding", f"{wrong[0]!r} looks like text decoded with a wrong encoding")
-            if len(content) > LONG_TURN:
-                warn(conversation.file, line, "long", f"a turn of {len(content):,} characters")
+        roles = [turn.role for turn in said]
+        turns.update(roles)
+        exchanges[roles.count("assistant")] += 1
+        characters += sum(len(turn.content) for turn in said)
+        place = f"{file}:{line}"
+        if (first := seen.setdefault(digest(said), place)) != place:
+            warn(file, line, "duplicate", f"the same conversation as {first}")
+        for warning in unusual(conversation):
+            warn(file, *warning)
         if not (found["errors"] or found["unreadable"]):
             yield conversation
-    if found["conversations"] == 1 and 1 < count < MANY_EXCHANGES:  # where nothing can be held out, two are enough
-        warn(conversation.file, conversation.line, "one conversation", separation_hint(conversation.file, count))
-    found |= {
-        "turns": dict(turns),
-        "exchanges": dict(sorted(exchanges.items())),
-        "characters": characters,
-        "system": system if shared else None,
-    }
+    if exchanges.total() == 1 and 1 not in exchanges and max(exchanges) < MANY_EXCHANGES:  # nothing can be held out
+        warn(file, line, "one conversation", separation_hint(file, *exchanges))
+    found |= {"turns": dict(turns), "exchanges": dict(sorted(exchanges.items()))}
+    found |= {"characters": characters, "system": system}
 
 
-def raise_errors(found: dict[str, Any]) -> None:
-    """InputError that lists the errors in `found`, if there are any; takes their lists out of it."""
+def unusual(conversation: Conversation) -> Iterator[tuple[int, str, str]]:
+    """Yield (line, kind, text) of what is legal in a conversation but probably a mistake."""
+    answers = sum(turn.role == "assistant" for turn in conversation.turns)
+    if answers >= MANY_EXCHANGES:
+        yield conversation.line, "one conversation", separation_hint(conversation.file, answers)
+    for _, content, line, _ in conversation.turns:
+        if wrong := MOJIBAKE.search(content):
+            yield line, "encoding", f"{wrong[0]!r} looks like text decoded with a wrong encoding"
+        if len(content) > LONG_TURN:
+            yield line, "long", f"a turn of {len(content):,} characters"
+
+
+def raise_errors(found: dict[str, Any], shown: int = 20) -> None:
+    """InputError that lists the first errors in `found` and counts the others; takes them out of it."""
     errors, unreadable, too_long = (found.pop(name) for name in ("errors", "unreadable", "too_long"))
-    if unreadable or errors:
-        remedy = "" if unreadable else "--skip-bad trains without these conversations"
-        raise InputError(list_errors(unreadable + errors, remedy))
+    if lines := unreadable + errors or too_long:
+        last = [f"and {len(lines) - shown:,} more"] if len(lines) > shown else []
+        if len(lines) > 1 and errors and not unreadable:
+            last.append(f"{len(lines):,} errors in all; --skip-bad trains without these conversations")
+        raise InputError("\n".join([*lines[:shown], *([", ".join(last)] if last else [])]))
     if not found["conversations"]:
         raise InputError(
             f"{', '.join(found['files'])}: all conversations have errors; leave out --skip-bad to see them"
         )
-    if too_long:
-        raise InputError(list_errors(too_long))
-
-
-def list_errors(lines: list[str], remedy: str = "", shown: int = 20) -> str:
-    """The first lines, how many more there are, and what helps against several at once."""
-    last = [f"and {len(lines) - shown:,} more"] if len(lines) > shown else []
-    last += [f"{len(lines):,} errors in all; {remedy}"] if len(lines) > 1 and remedy else []
-    return "\n".join([*lines[:shown], *([", ".join(last)] if last else [])])
 
 
 def separation_hint(file: str, exchanges: int) -> str:
@@ -1795,26 +1762,25 @@ def separation_hint(file: str, exchanges: int) -> str:
 
 
 def print_survey(found: dict[str, Any], shown: int = 5) -> None:
-    """The survey for people, with the first places of each kind of warning."""
-    turns, names, grouped = found["turns"], found["files"], Counter()
-    for number, count in found["exchanges"].items():
-        grouped["3-8" if 3 <= int(number) <= 8 else "9+" if int(number) > 8 else number] += count
+    """What was read: files, conversations, turns."""
+    turns, names, bins = found["turns"], found["files"], Counter()
+    for count, conversations in found["exchanges"].items():
+        bins[str(count) if int(count) < 3 else "3-8" if int(count) < 9 else "9+"] += conversations
     more = f", … and {len(names) - shown:,} more" if len(names) > shown else ""
     print_field("files", ", ".join(names[:shown]) + more)
     print_field("data", f"{plural(found['conversations'], 'conversation')}, {plural(found['characters'], 'character')}")
     print_field("turns", ", ".join(f"{turns.get(role, 0):,} {role}" for role in ROLES))
-    bins = ("1", "2", "3-8", "9+")
-    print_field("exchanges", ", ".join(f"{grouped[bin]:,} with {bin}" for bin in bins if grouped[bin]))
+    print_field("exchanges", ", ".join(f"{bins[name]:,} with {name}" for name in sorted(bins)))
     if found["skipped"]:
         print_field("skipped", f"{found['skipped']:,} conversations that have errors (--skip-bad)")
 
 
-def print_warnings(found: list, shown: int = 5) -> None:
+def print_warnings(found: list[DataWarning], shown: int = 5) -> None:
     """Each kind of warning with its count and its first places."""
-    for kind, count in Counter(kind for _, _, kind, _ in found).items():
+    for kind, count in Counter(warning.kind for warning in found).items():
         print_field("warning", f"{count:,} x {kind}")
-        for file, line, _, text in islice((warning for warning in found if warning[2] == kind), shown):
-            print(wrap(f"  {file}:{line}: {text}", 4))
+        for warning in islice((warning for warning in found if warning.kind == kind), shown):
+            print(wrap(f"  {warning.file}:{warning.line}: {warning.text}", 4))
         if count > shown:
             print(f"  … and {count - shown:,} more")
 

@@ -613,12 +613,12 @@ AUTO_ERRORS = [  # (name, content, place, facts)
     ("d.txt", "Bonjour\n" + OK, "d.txt:1", ("<|user|>",)),
     ("d.parquet", b"PAR1 ...", "d.parquet", ("Parquet",)),
     ("mes données.txt", "<|user|>\nÉté à la mer ?\n".encode("cp1252"), "mes données.txt:2",
-     ("Windows-1252", "iconv -f WINDOWS-1252 -t UTF-8 'mes données.txt' > 'mes données.utf8.txt'")),
+     ("Windows-1252", "iconv -f Windows-1252 -t UTF-8 'mes données.txt' > 'mes données.utf8.txt'")),
     ("d.jsonl", row(("user", "é"), QA[1]).encode("utf-16"), "d.jsonl:1", ("UTF-16", "iconv -f UTF-16 -t UTF-8 d.jsonl > d.utf8.jsonl")),
     ("d.chatml", OK.encode("utf-16-le"), "d.chatml:1", ("iconv -f UTF-16LE -t UTF-8 d.chatml > d.utf8.chatml",)),
     ("d.chatml", OK.encode("utf-16-be"), "d.chatml:1", ("iconv -f UTF-16BE -t UTF-8",)),
     ("d.chatml", OK.encode("utf-32"), "d.chatml:1", ("iconv -f UTF-32 -t UTF-8",)),
-    ("d.csv", "prompt;completion\nça;a\n".encode("cp1252"), "d.csv:2", ("WINDOWS-1252",)),
+    ("d.csv", "prompt;completion\nça;a\n".encode("cp1252"), "d.csv:2", ("Windows-1252",)),
 ]  # fmt: skip
 
 
