@@ -451,29 +451,21 @@ def prepare_data(
     found, warned, samples = read_data(train_files | eval_files, args, encode)
     digests, tokens, trained, part, for_eval = measure(samples, eval_files)
     both = train_files.keys() & eval_files.keys()
+    warned += [DataWarning(file, 1, "held out", "also in --eval-files: not trained on") for file in both]
     if eval_files:
         copies = ~for_eval & np.isin(digests, digests[for_eval])
-        chosen, evaluated = np.flatnonzero(~for_eval & ~copies), np.flatnonzero(for_eval)
-        warned += [DataWarning(file, 1, "held out", "also in --eval-files: not trained on") for file in both]
         warned += warn_held_out(samples, copies)
     else:
-        held_out = hold_out(digests, args.eval_fraction, args.seed)
-        chosen, evaluated = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-        if args.eval_fraction and not len(evaluated):
+        for_eval, copies = hold_out(digests, args.eval_fraction, args.seed), np.zeros_like(for_eval)
+        if args.eval_fraction and not for_eval.any():
             warned.append(
                 DataWarning(next(iter(train_files)), 1, "held out", "nothing is: the data is one conversation")
             )
-
-    if args.early_stopping and not len(evaluated):
-        problem = "nothing is held out; use --eval-fraction or --eval-files"
-        raise InputError(f"--early-stopping {args.early_stopping}: {problem}")
-    if len(evaluated) and args.save_steps % args.eval_steps:
-        problem = f"--save-steps {args.save_steps}: must be a multiple of --eval-steps {args.eval_steps}"
-        raise InputError(f"{problem}; change one of them")
+    chosen, evaluated = np.flatnonzero(~for_eval & ~copies), np.flatnonzero(for_eval)
+    check_evaluation(args, len(evaluated))
     too_long = f"no answer fits into --max-length {args.max_length}"
     if not trained[chosen].sum():
-        evaluated_only = eval_files and (both or copies.any())
-        why = "all of it is in --eval-files" if evaluated_only else too_long
+        why = "all of it is in --eval-files" if both or copies.any() else too_long
         raise InputError(f"{', '.join(train_files)}: nothing to train on; {why}")
     if eval_files and not trained[evaluated].sum():
         raise InputError(f"{', '.join(eval_files)}: nothing to evaluate; {too_long}")
@@ -495,6 +487,16 @@ def prepare_data(
         "steps": int(np.ceil(args.epochs * steps_per_epoch)),
     }
     return Data(train_rows, eval_rows, tokens[chosen], counts, warned)
+
+
+def check_evaluation(args: argparse.Namespace, held_out: int) -> None:
+    """Refuse flags that need held-out samples where there are none, or evaluations at each checkpoint."""
+    if args.early_stopping and not held_out:
+        problem = "nothing is held out; use --eval-fraction or --eval-files"
+        raise InputError(f"--early-stopping {args.early_stopping}: {problem}")
+    if held_out and args.save_steps % args.eval_steps:
+        problem = f"--save-steps {args.save_steps}: must be a multiple of --eval-steps {args.eval_steps}"
+        raise InputError(f"{problem}; change one of them")
 
 
 def load_model(args: argparse.Namespace, world: World, base: Base, train_rows: Rows, device: torch.device):
@@ -750,11 +752,9 @@ def read_conversations(
         reader = read_chatml if "chatml" in (input_format, detected) and input_format != "messages" else read_messages
         for turns in reader(file, warn):
             found = True
-            problems = find_problems(turns)
-            if problems and not refuse:
-                line, text = problems[0]
-                raise InputError(f"{file}:{line}: {text}")
-            if refuse and problems:
+            if problems := find_problems(turns):
+                if not refuse:
+                    raise InputError("{}:{}: {}".format(file, *problems[0]))
                 refuse(file, problems)
             else:
                 yield build_conversation(turns, file, warn)
@@ -1364,14 +1364,10 @@ def read_data(
     Returns counts, warnings and the samples: a memory-mapped datasets.Dataset whose columns are the fields of Sample,
     or None. A second start with the same files and settings finds them in the cache. InputError lists all errors.
     """
-    settings = [args.input_format, args.skip_bad]
+    depends_on = [args.input_format, args.skip_bad, *files.items()]
     if encode:
-        settings += [
-            hashlib.sha256(encode.tokenizer.to_str().encode()).hexdigest(),
-            encode.chat,
-            args.max_length,
-            args.overlong,
-        ]
+        tokenizer = hashlib.sha256(encode.tokenizer.to_str().encode()).hexdigest()
+        depends_on += [tokenizer, encode.chat, args.max_length, args.overlong]
 
     def make(folder: Path) -> None:
         found: dict[str, Any] = {}
@@ -1389,7 +1385,7 @@ def read_data(
         raise_errors(found)
         write_json(folder / "found.json", found)
 
-    folder = cached_folder("samples" if encode else "survey", [*settings, *files.items()], make)
+    folder = cached_folder("samples" if encode else "survey", depends_on, make)
     found = read_json(folder / "found.json")
     warned = [DataWarning(*warning) for warning in found.pop("warnings")]
     if not encode:
@@ -1469,7 +1465,7 @@ def start_worker(work: Callable) -> None:
     """Prepare a worker process: it ends with its parent, and keeps to one core."""
     global worker_task
     worker_task = work
-    # One thread of the tokenizer's own: the main thread's memory arena makes it a fifth slower.
+    # One thread of the tokenizer's own: in the main thread, whose memory is handed back after each batch, it is slower.
     os.environ |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "1"}
     threading.Thread(target=end_with_parent, daemon=True).start()
 
