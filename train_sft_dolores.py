@@ -302,9 +302,9 @@ class Data(NamedTuple):
 
 
 def main() -> None:
-    """Look or train; every ending is one line and an exit status."""
+    """Look or train. Every ending is one line and an exit status, except for errors of our own."""
     if np is None:
-        exit_uninstalled("numpy")
+        sys.exit(report_error(ModuleNotFoundError(name="numpy")))
     args, world = parse_args(), World.from_environment()
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process prints for all
@@ -317,36 +317,37 @@ def main() -> None:
             dry_run(args, world)
         else:
             train(args, world)
-    except InputError as error:
-        if not world.local_rank:  # once per machine
-            print(error, file=sys.stderr)
-        sys.exit(2)
-    except ModuleNotFoundError as error:
-        exit_uninstalled(str(error.name))
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
-            print(f"{error.filename}: {str(error.strerror).lower()}; make it readable and writable", file=sys.stderr)
-            sys.exit(2)
-        if error.errno != errno.ENOSPC:
+    except (InputError, ModuleNotFoundError, OSError, RuntimeError, MemoryError) as error:
+        advice = memory_advice(args, world) if out_of_memory(error) else ""
+        if not (status := report_error(error, advice, quiet=world.local_rank > 0)):
             raise
-        print(f"{error.filename or 'cache or output'}: no space left on the disk; free some space", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
+        sys.exit(status)
+
+
+def report_error(error: Exception, advice: str = "", quiet: bool = False) -> int:
+    """Print one line about an error the user can fix and return exit status 2; 0 for any other error.
+
+    advice: flags that need less memory. quiet: another process of this machine prints.
+    """
+    number, place = getattr(error, "errno", None), getattr(error, "filename", None)
+    if isinstance(error, InputError):
+        line = str(error)
+    elif isinstance(error, ModuleNotFoundError):
+        install = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt"
+        line = f"{error.name}: not installed; run `{install}`"
+    elif number == errno.ENOSPC:
+        line = f"{place or 'cache or output'}: no space left on the disk; free some space"
+    elif number in (errno.EACCES, errno.EPERM, errno.EROFS) and place:
+        line = f"{place}: {os.strerror(number).lower()}; make it readable and writable"
+    elif out_of_memory(error):
         request = re.search(r"ried to allocate [\d.]+ \w+", str(error))
-        detail = f" (t{request[0]})" if request else ""
-        advice = memory_advice(args, world)
         fix = f"{advice} needs less" if advice else "take a smaller model or a larger GPU"
-        print(f"out of memory{detail}; {fix}", file=sys.stderr)
-        sys.exit(2)
-
-
-def exit_uninstalled(package: str) -> None:
-    """End with one line where a package is missing."""
-    install = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt"
-    print(f"{package}: not installed; run `{install}`", file=sys.stderr)
-    sys.exit(2)
+        line = f"out of memory{f' (t{request[0]})' if request else ''}; {fix}"
+    else:
+        return 0
+    if not (quiet and isinstance(error, InputError)):
+        print(line, file=sys.stderr)
+    return 2
 
 
 def check_launch(shard_base: bool, world_size: int) -> None:
@@ -520,10 +521,9 @@ def load_model(args: argparse.Namespace, world: World, base: Base, train_rows: R
     return model
 
 
-def fit(
-    args, world, base: Base, data: Data, prompts: list[Prompt], model, record: dict, checkpoint: str | None, stop: Stop
-):
-    """Evaluate, train, evaluate; fills record["results"] and returns the Trainer. Exits on a signal."""
+def fit(args, world: World, base: Base, data: Data, prompts: list[Prompt], model, record: dict, checkpoint: str | None,
+        stop: Stop):  # fmt: skip
+    """Evaluate, train, answer; fills record["results"] and returns the Trainer. Exits on a signal."""
     trainer = make_trainer(args, world, model, base.tokenizer, data.train_rows, data.eval_rows, prompts, stop)
     # Only the first process has read the checkpoint folder.
     checkpoint, results = accelerate.utils.broadcast_object_list([checkpoint, record.get("results") or {}])
@@ -533,9 +533,7 @@ def fit(
         if data.eval_rows:
             print_field("before", f"the loss of {plural(data.counts['held_out'], 'held-out conversation')}")
             results["eval_loss_before"] = trainer.evaluate()["eval_loss"]
-        if prompts:
-            print_field("before", f"the answers to {plural(len(prompts), 'question')}")
-        results["samples"] = {"before": generate_answers(model, base.tokenizer, prompts)}
+        results["samples"] = {"before": answer_all("before", model, base.tokenizer, prompts)}
         trainer.evaluation_seconds = time.monotonic() - began
         if not world.rank:
             write_json(args.output / RECORD, record)
@@ -545,26 +543,30 @@ def fit(
     transformers.set_seed(args.seed)  # the same random numbers whether or not an evaluation came first
     began = time.monotonic()
     train_within_memory(trainer, checkpoint, args.output, world)
-    results |= {
-        "seconds": round(time.monotonic() - began),
-        "resumed": bool(checkpoint),
-        "device": device_name(model.device),
-    }
-    state = trainer.state
-    if stop.agreed and state.global_step < state.max_steps:
-        print(f"stopped at step {state.global_step} of {state.max_steps}; continue with:\n  {resume_command(world)}")
-        sys.exit(128 + stop.agreed)
-    if args.early_stopping and state.global_step < state.max_steps:
-        without = (
-            f"{plural(args.early_stopping, 'evaluation')} without a better held-out loss than {state.best_metric:.4f}"
-        )
-        print_field(
-            "stopped", f"at step {state.global_step} of {state.max_steps}: {without} at step {state.best_global_step}"
-        )
-    if prompts:
-        print_field("after", f"the answers to {plural(len(prompts), 'question')}")
-    results["samples"]["after"] = generate_answers(model, base.tokenizer, prompts)
+    seconds, device = round(time.monotonic() - began), device_name(model.device)
+    results |= {"seconds": seconds, "resumed": bool(checkpoint), "device": device}
+    if trainer.state.global_step < trainer.state.max_steps:
+        explain_early_end(trainer.state, stop, args.early_stopping, world)
+    results["samples"]["after"] = answer_all("after", model, base.tokenizer, prompts)
     return trainer
+
+
+def answer_all(when: str, model, tokenizer, prompts: list[Prompt]) -> dict[str, str]:
+    """The model's answers by their questions; says so, because they take a while."""
+    if prompts:
+        print_field(when, f"the answers to {plural(len(prompts), 'question')}")
+    return generate_answers(model, tokenizer, prompts)
+
+
+def explain_early_end(state, stop: Stop, early_stopping: int | None, world: World) -> None:
+    """Say why training has ended before its last step; exit if a signal has ended it."""
+    at = f"at step {state.global_step} of {state.max_steps}"
+    if stop.agreed:
+        print(f"stopped {at}; continue with:\n  {resume_command(world)}")
+        sys.exit(128 + stop.agreed)
+    if early_stopping:
+        without = f"{plural(early_stopping, 'evaluation')} without a better held-out loss than {state.best_metric:.4f}"
+        print_field("stopped", f"{at}: {without} at step {state.best_global_step}")
 
 
 def finish(args: argparse.Namespace, record: dict, trainer, config) -> None:
@@ -3148,8 +3150,7 @@ def train_within_memory(trainer, checkpoint: str | None, output: Path, world: Wo
     more = checkpointed + -(-(len(layers) - checkpointed) // 2)
     mode = "all" if more == len(layers) else str(more)
     print_field("memory", f"not enough with {checkpointed} layers checkpointed; continuing with {mode}")
-    command = [option for option in sys.argv if option not in ("--resume", "--overwrite")]
-    os.execv(sys.executable, [sys.executable, *command, "--resume", "--gradient-checkpointing", mode])
+    os.execv(sys.executable, [sys.executable, *resuming_options(), "--gradient-checkpointing", mode])
 
 
 @contextlib.contextmanager
@@ -3342,8 +3343,12 @@ def resume_command(world: World) -> str:
     """What to type after a stop."""
     if world.size > 1:
         return "the same command, launcher included, with --resume"
-    options = [option for option in sys.argv if option not in ("--resume", "--overwrite")]
-    return shlex.join([this_python(), *options, "--resume"])
+    return shlex.join([this_python(), *resuming_options()])
+
+
+def resuming_options() -> list[str]:
+    """This script and its flags, to continue the run."""
+    return [option for option in sys.argv if option not in ("--resume", "--overwrite")] + ["--resume"]
 
 
 def read_json(file: Path) -> Any:
