@@ -2132,12 +2132,12 @@ def load_libraries() -> None:
     They take seconds, which --help, a dry run and errors in the data need not wait for.
     """
     global accelerate, torch, transformers, peft
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns on import that it lacks a CPU kernel
     import accelerate
     import peft
     import torch
     import transformers
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT 0.21 asks
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -2817,8 +2817,9 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
         if args.bf16 and not torch.cpu._is_avx512_bf16_supported():
             print_field("device", "this CPU has no bfloat16: --no-bf16 --bnb-dtype float32 is about ten times faster")
         if args.optim.startswith("paged_"):
-            unpaged = optimizer_on(args.optim, "cpu")
-            print_field("device", f"{args.optim} needs CUDA: {unpaged} does the same arithmetic unpaged")
+            print_field(
+                "device", f"{args.optim} needs CUDA: {optimizer_on(args.optim, 'cpu')} keeps its state in 32 bits"
+            )
         return torch.device("cpu")
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
@@ -2855,9 +2856,8 @@ def device_name(device: torch.device) -> str:
 
 
 def optimizer_on(optim: str, device_type: str) -> str:
-    """The optimizer that does the same arithmetic on this device: paged state needs CUDA."""
-    unpaged = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}
-    return optim if device_type == "cuda" else unpaged.get(optim, optim)
+    """The optimizer for this device. Paged state needs CUDA; on a CPU 8-bit state takes seconds a step."""
+    return "adamw_torch" if optim.startswith("paged_") and device_type != "cuda" else optim
 
 
 class Stop:
