@@ -27,6 +27,7 @@ import contextlib
 import csv
 import errno
 import functools
+import gc
 import glob
 import hashlib
 import importlib.util
@@ -2130,11 +2131,13 @@ def load_libraries() -> None:
     They take seconds, which --help, a dry run and errors in the data need not wait for.
     """
     global accelerate, torch, transformers, peft
+    gc.disable()  # it would scan all modules again and again, for a quarter of the time
     import accelerate
     import peft
     import torch
     import transformers
 
+    gc.enable()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT 0.21 asks
     if not sys.stderr.isatty():
