@@ -27,6 +27,7 @@ import contextlib
 import csv
 import errno
 import functools
+import gc
 import glob
 import hashlib
 import importlib.util
@@ -2133,11 +2134,13 @@ def load_libraries() -> None:
     """
     global accelerate, torch, transformers, peft
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns on import that it lacks a CPU kernel
+    gc.disable()  # it would scan all modules again and again, for a quarter of the time
     import accelerate
     import peft
     import torch
     import transformers
 
+    gc.enable()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT 0.21 asks
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
