@@ -31,7 +31,6 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -44,6 +43,7 @@ if TYPE_CHECKING:  # these imports take seconds, and neither --help nor a wrong 
 CHECKPOINT_FILES = ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
                     "chat_template.jinja")  # fmt: skip
 RUN_FILES = ("training_args.json", "config.json")  # of a whole run; a checkpoint has them in its parent folder
+CHAT_FORMAT = ("before", "after", "eos_token", "answer_start", "no_system", "folds_system")  # in training_args.json
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "USE_POLICY.md", "NOTICE")  # must travel with the weights
 VOCABULARY_FILES = ("tokenizer.model",)  # SentencePiece, which llama.cpp and Ollama prefer for Gemma, Phi-3, Mistral
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names and torch's
@@ -76,9 +76,10 @@ SUPPORTED = {"alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclud
 # has the last message, it is the beginning of the answer to generate and stays open.
 MODELFILE = '''FROM @source@
 
-TEMPLATE """{{- range $i, $_ := .Messages }}
-{{- $last := eq (len (slice $.Messages $i)) 1 -}}
-@header@{{ .Content }}{{ if eq .Role "assistant" }}{{ if not $last }}@answer_end@{{ end }}{{ else }}@turn_end@{{ if $last }}@assistant@{{ end }}{{ end }}
+TEMPLATE """@before@{{- range $i, $_ := .Messages }}
+{{- $last := eq (len (slice $.Messages $i)) 1 }}@no_system@
+{{- if eq .Role "system" }}@before_system@{{ .Content }}@after_system@{{ else if eq .Role "assistant" }}@before_answer@{{ .Content }}{{ if not $last }}@after_assistant@{{ end }}{{ else }}@before_user@{{ .Content }}@after_user@{{ end }}
+{{- if and $last (ne .Role "assistant") }}@prompt@{{ end }}@after@
 {{- end }}"""
 
 PARAMETER temperature @temperature@
@@ -224,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
 
     plan = plan_merge(adapter, base, args.base_weights)
     if not args.force:
-        check_fingerprint(adapter, base)
+        check_fingerprint(adapter, base, plan.tensors)
     output.parent.mkdir(parents=True, exist_ok=True)
     check_disk(plan, output.parent)
     size = gigabytes(sum(tensor.end - tensor.start for tensor in plan.tensors.values()))
@@ -313,7 +314,7 @@ def read_adapter(folder: Path) -> Adapter:
             raise InputError(f"{file}: missing; train_sft_dolores.py writes it when training has ended")
     config, training = read_json(folder / "adapter_config.json"), read_json(run_folder / "training_args.json")
     base_config = read_json(run_folder / "config.json") if (run_folder / "config.json").exists() else {}
-    for key, inner in (("chat_format", ("header", "turn_end", "answer_end", "eos_token")), ("base", ("model",))):
+    for key, inner in (("chat_format", CHAT_FORMAT), ("base", ("model", "fingerprint"))):
         if not isinstance(training.get(key), dict) or any(k not in training[key] for k in inner):
             raise InputError(f"{run_folder}/training_args.json: no {key} in it; train_sft_dolores.py writes it")
     check_mergeable(folder / "adapter_config.json", config)
@@ -363,38 +364,28 @@ def find_base(named: str | None, adapter: Adapter) -> Path:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
 
 
-def check_fingerprint(adapter: Adapter, base: Path) -> None:
-    """Refuse a base with other weights than the one of the training; older adapters have no fingerprint recorded."""
-    recorded = adapter.training["base"].get("fingerprint")
-    if recorded and fingerprint(base) != recorded:
+def check_fingerprint(adapter: Adapter, base: Path, tensors: dict[str, Stored]) -> None:
+    """Refuse a base with other weights than the one of the training."""
+    if fingerprint(tensors) != adapter.training["base"]["fingerprint"]:
         raise InputError(
             f"{base}: not the base that the adapter was trained on, its weights differ; name the right --base, "
             "or merge anyway with --force"
         )
 
 
-def fingerprint(folder: Path) -> str:
-    """A sha256 that tells models of the same shape apart, from the headers and 4 KiB of each tensor's data.
+def fingerprint(tensors: dict[str, Stored]) -> str:
+    """A sha256 that tells models of the same shape apart, as train_sft_dolores.py computes it.
 
     Hashes, for every tensor in the order of their names, the line "name dtype [shape]" and the first 4096 bytes.
     """
-    index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     digest = hashlib.sha256()
     with contextlib.ExitStack() as stack:
-        tensors = []
-        for name in sorted(names):
-            stream = stack.enter_context(open(folder / name, "rb", buffering=0))
-            data = 8 + int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(data - 8))
-            for tensor, t in header.items():
-                if tensor != "__metadata__":
-                    start, end = t["data_offsets"]
-                    tensors.append((tensor, t["dtype"], t["shape"], stream, data + start, end - start))
-        for tensor, dtype, shape, stream, start, size in sorted(tensors, key=itemgetter(0)):
-            digest.update(f"{tensor} {dtype} {shape}\n".encode())
-            stream.seek(start)
-            digest.update(stream.read(min(size, 4096)))
+        files = {tensor.file for tensor in tensors.values()}
+        streams = {file: stack.enter_context(open(file, "rb", buffering=0)) for file in files}
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+            streams[tensor.file].seek(tensor.start)
+            digest.update(streams[tensor.file].read(min(tensor.end - tensor.start, 4096)))
     return digest.hexdigest()
 
 
@@ -844,20 +835,26 @@ def modelfile_of(adapter: Adapter, config: PreTrainedConfig) -> tuple[str, list[
     return modelfile(adapter.training["chat_format"], num_ctx, system=system), note
 
 
-def modelfile(chat_format: dict[str, str], num_ctx: int, source: str = ".", system: str | None = None) -> str:
+def modelfile(chat_format: dict[str, Any], num_ctx: int, source: str = ".", system: str | None = None) -> str:
     """The Modelfile for a chat format, a context of num_ctx tokens, a model folder `source` and a SYSTEM text."""
-    header = chat_format["header"]
+    before, after, no_system = chat_format["before"], chat_format["after"], chat_format["no_system"]
+    folds = chat_format["folds_system"]  # then a user turn right after the system turn has nothing before it
     values = {
         "source": source,
-        "header": header.replace("{role}", "{{ .Role }}"),
-        "assistant": header.replace("{role}", "assistant"),
-        "turn_end": chat_format["turn_end"],
-        "answer_end": chat_format["answer_end"],
+        "before": '{{- $before := "" }}' if folds else "",
+        "after": "{{- $before = .Role }}" if folds else "",
+        "no_system": f'{{{{ if and (eq $i 0) (ne .Role "system") }}}}{no_system}{{{{ end }}}}' if no_system else "",
+        **{f"before_{role}": text for role, text in before.items()},
+        **{f"after_{role}": text for role, text in after.items()},
+        "before_answer": before["assistant"] + chat_format["answer_start"],
+        "prompt": before["assistant"],
         "temperature": str(SAMPLING["temperature"]),
         "num_ctx": str(num_ctx),
         "stops": "\n".join(f'PARAMETER stop "{stop}"' for stop in stop_texts(chat_format)),
         "system": f'\nSYSTEM """{system}"""\n' if system else "",
     }
+    if folds:
+        values["before_user"] = f'{{{{ if ne $before "system" }}}}{before["user"]}{{{{ end }}}}'
     return fill(MODELFILE, values)
 
 
@@ -898,14 +895,10 @@ def ollama_tokenizer(folder: Path) -> str:
     )
 
 
-def stop_texts(chat_format: dict[str, str]) -> list[str]:
-    """The end token, and what opens a turn: a role tag in plain text ends nothing unless it is listed here."""
-    header = chat_format["header"]
-    if "<|{role}|>" in header:
-        opening = [f"<|{role}|>" for role in ("user", "system", "assistant")]
-    else:
-        opening = [f"<|{part.split('|>')[0]}|>" for part in header.split("<|")[1:]]
-    return list(dict.fromkeys([chat_format["eos_token"], *opening]))
+def stop_texts(chat_format: dict[str, Any]) -> list[str]:
+    """The end token, and the tags that open a turn: one in plain text ends nothing unless it is listed here."""
+    opening = " ".join(chat_format["before"][role] for role in ("user", "system", "assistant"))
+    return list(dict.fromkeys([chat_format["eos_token"], *re.findall(r"<[^<>\s]+>|\[[^][\s]+\]", opening)]))
 
 
 def write_card(adapter: Adapter, plan: Plan, folder: Path, name: str, folder_name: str) -> None:

@@ -10,37 +10,44 @@ from pathlib import Path
 from parts import CACHE, made_once
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ROLES = ("system", "user", "assistant")
+# Before a turn, after a turn, after an answer, end token.
 FORMATS = {
-    "dolores": {"header": "<|{role}|>\n", "turn_end": "\n", "answer_end": "{eos}\n", "eos_token": "{eos}"},
-    "llama3": {
-        "header": "<|start_header_id|>{role}<|end_header_id|>\n\n",
-        "turn_end": "<|eot_id|>",
-        "answer_end": "<|eot_id|>",
-        "eos_token": "<|eot_id|>",
-    },
-    "chatml": {
-        "header": "<|im_start|>{role}\n",
-        "turn_end": "<|im_end|>\n",
-        "answer_end": "<|im_end|>\n",
-        "eos_token": "<|im_end|>",
-    },
+    "dolores": ("<|{role}|>\n", "\n", "{eos}\n", "{eos}"),
+    "llama3": ("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>{role}\n", "<|im_end|>\n", "<|im_end|>\n", "<|im_end|>"),
 }
 
 
-def chat_format(name: str, eos: str) -> dict[str, str]:
-    return {"name": name} | {key: part.replace("{eos}", eos) for key, part in FORMATS[name].items()}
+def chat_format(name: str, eos: str) -> dict:
+    """What training_args.json says about a format."""
+    before, after, answer_end, end = (part.replace("{eos}", eos) for part in FORMATS[name])
+    return {
+        "name": name,
+        "before": {role: before.replace("{role}", role) for role in ROLES},
+        "after": {"system": after, "user": after, "assistant": answer_end},
+        "eos_token": end,
+        "answer_start": "",
+        "no_system": "",
+        "folds_system": False,
+    }
 
 
-def jinja(chat: dict[str, str], bos: bool = False) -> str:
+def jinja(chat: dict, bos: bool = False) -> str:
     """The training side's template: the trainer's own function, given the same strings.
 
     With `bos` it writes BOS itself, as apply_chat_template, pipelines and servers do not add it.
     """
     import train_sft_dolores as trainer
 
-    start = "{{ bos_token }}" if bos else ""
-    template = trainer.chat_template(trainer.ChatFormat(*(chat[key] for key in trainer.ChatFormat._fields)))
-    return start + template.removeprefix(start)
+    return trainer.chat_template(trainer.ChatFormat(*(chat[key] for key in trainer.ChatFormat._fields)), bos)
+
+
+def fingerprint(base: Path) -> str:
+    """What training records of a base's weights."""
+    import train_sft_dolores as trainer
+
+    return trainer.fingerprint(trainer.read_headers(str(base), base))
 
 
 def random_adapter(base: Path, folder: Path, format_name="dolores", scale=0.02, dtype=None, seed=0, **lora) -> Path:
@@ -78,7 +85,7 @@ def complete_adapter(base: Path, folder: Path, format_name="dolores") -> Path:
     (folder / "checkpoint-10").mkdir()
     training = {
         "chat_format": chat,
-        "base": {"model": str(base), "revision": None},
+        "base": {"model": str(base), "revision": None, "fingerprint": fingerprint(base)},
         "quantization": {"bnb_nf4": True, "bnb_dtype": "bfloat16", "bnb_double_quant": True},
     }
     (folder / "training_args.json").write_text(json.dumps(training))

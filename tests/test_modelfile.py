@@ -148,7 +148,7 @@ def render_jinja(tokenizer, chat: dict, messages: list[dict]) -> str:
     text = tokenizer.apply_chat_template(
         messages, chat_template=source, tokenize=False, add_generation_prompt=answering
     )
-    return text if answering else text.removesuffix(chat["answer_end"])
+    return text if answering else text.removesuffix(chat["after"]["assistant"])
 
 
 ATOMS = ["é", "à", "œ", "ç", "ñ", "🙂", "👩‍👩‍👧", "日本", "\u00a0", "\u200b", "{", "}", "{{", "}}", "{{ .Role }}", "{%", "%}", "{#",
@@ -208,7 +208,7 @@ def test_random_chats_are_the_same_tokens(go_renderer, tokenizers, tmp_path, nam
         [*(sft.Turn(t["role"], t["content"], 0) for t in turns), sft.Turn("assistant", "Oui.", 0)] for turns in chats
     ]
     answer = tokenizer("Oui.", add_special_tokens=False).input_ids
-    end = tokenizer(chat["answer_end"], add_special_tokens=False).input_ids
+    end = tokenizer(chat["after"]["assistant"], add_special_tokens=False).input_ids
     for text, (input_ids, _) in zip(rendered, encode(answered), strict=True):
         prompt = [*encode.start, *tokenizer(text, add_special_tokens=False).input_ids]
         assert [*prompt, *answer, *end] == input_ids.tolist(), text

@@ -65,7 +65,7 @@ def test_apply_chat_template_gives_the_training_ids(setup):
         assert setup.encode.start == [bos] and prompt[0] == bos and bos not in prompt[1:]
     else:
         assert setup.tokenizer.bos_token == "<|im_start|>"
-        assert prompt.count(bos) == (5 if "im_start" in setup.encode.chat.header else 0)  # one for each turn
+        assert prompt.count(bos) == (5 if "im_start" in setup.encode.chat.before["user"] else 0)  # one for each turn
 
 
 def test_consecutive_messages_of_one_role_are_one_turn(setup):
@@ -80,7 +80,7 @@ def test_the_template_renders_what_ollama_rendered(case):
     setup = Setup("llama31", "dolores")
     answering = case["messages"][-1]["role"] != "assistant"
     text = setup.tokenizer.apply_chat_template(case["messages"], tokenize=False, add_generation_prompt=answering)
-    text = text if answering else text.removesuffix(setup.encode.chat.answer_end)
+    text = text if answering else text.removesuffix(setup.encode.chat.after["assistant"])
     assert text == "<|begin_of_text|>" + case["rendered"]
 
 
