@@ -767,9 +767,9 @@ def write_small_files(adapter: Adapter, base: Path, plan: Plan, folder: Path) ->
         shutil.copyfile(adapter.folder / name, folder / name)
     write_json(folder / "config.json", config_for_all_readers(read_json(base / "config.json"), plan))
     write_json(folder / "generation_config.json", generation_config(base, end_token_id(adapter)))
-    tokenizer_config = tokenizer_config_for_all_readers(read_json(adapter.folder / "tokenizer_config.json"))
-    eos_token = adapter.training["chat_format"]["eos_token"]
-    write_json(folder / "tokenizer_config.json", {**tokenizer_config, "eos_token": eos_token})
+    write_json(
+        folder / "tokenizer_config.json", tokenizer_config_for_all_readers(adapter, plan.config.model_type, folder)
+    )
     text, note = modelfile_of(adapter, plan.config)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
     return [ollama_tokenizer(folder), *note]
@@ -819,13 +819,21 @@ def generation_config(base: Path, end_token: int) -> dict[str, Any]:
     return {**config, "eos_token_id": eos if len(eos) > 1 else eos[0]}
 
 
-def tokenizer_config_for_all_readers(config: dict[str, Any]) -> dict[str, Any]:
+def tokenizer_config_for_all_readers(adapter: Adapter, model_type: str, folder: Path) -> dict[str, Any]:
     """Without what only transformers 5 understands, and without a template that Ollama would prefer to ours."""
+    config = read_json(adapter.folder / "tokenizer_config.json")
     for key in ("backend", "is_local", "local_files_only", "chat_template", "auto_map"):
         config.pop(key, None)
     if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 expects a dict
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    return {**config, "tokenizer_class": "PreTrainedTokenizerFast"}
+    # llama.cpp's converter finds tokens that tokenizer.model lacks only here.
+    added = read_json(adapter.folder / "tokenizer.json")["added_tokens"]
+    config["added_tokens_decoder"] = {str(token.pop("id")): token for token in added}
+    config["eos_token"] = adapter.training["chat_format"]["eos_token"]
+    config["add_bos_token"] = bool(adapter.tokenizer.encode("").ids)  # else llama.cpp adds one to Phi-3's prompts
+    # By this class llama.cpp's converter tells Phi-4 from Phi-3.
+    phi4 = model_type == "phi3" and not (folder / "tokenizer.model").is_file()
+    return {**config, "tokenizer_class": "GPT2Tokenizer" if phi4 else "PreTrainedTokenizerFast"}
 
 
 def modelfile_of(adapter: Adapter, config: PreTrainedConfig) -> tuple[str, list[str]]:

