@@ -203,7 +203,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                              "default one of our own); needs memory for the whole model")  # fmt: skip
     parser.add_argument("--chat", nargs="?", const="", metavar="DIR",
                         help="do not merge; talk to this adapter or merged folder (default: --output if it exists, "
-                             "else --adapter)")  # fmt: skip
+                             "else --adapter); questions can come from a file: --chat DIR < FILE")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -318,7 +318,7 @@ def read_adapter(folder: Path) -> Adapter:
         if not isinstance(training.get(key), dict) or any(k not in training[key] for k in inner):
             raise InputError(f"{run_folder}/training_args.json: no {key} in it; train_sft_dolores.py writes it")
     check_mergeable(folder / "adapter_config.json", config)
-    with one_line_errors(folder / "tokenizer.json", {Exception: "{error}; copy it from the base"}):  # Rust's type
+    with explain(folder / "tokenizer.json", "{error}; copy it from the base", Exception):  # Rust's type
         return Adapter(folder, config, training, base_config, Tokenizer.from_file(str(folder / "tokenizer.json")))
 
 
@@ -347,19 +347,22 @@ def find_base(named: str | None, adapter: Adapter) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     revision = recorded.get("revision") if model == recorded["model"] else None  # another model has other commits
+    unwritable = "cannot use the Hugging Face cache ({error}); set HF_HOME to a folder that can be written to"
     unreachable = "not in the cache, and cannot reach the Hugging Face Hub; name a local folder with --base"
-    problems = {
-        errors.GatedRepoError: f"gated; accept its licence on huggingface.co/{model}, then `hf auth login`",
-        errors.RevisionNotFoundError: f"no revision {revision} on the Hugging Face Hub; name a local folder with --base",
-        errors.RepositoryNotFoundError: "not found on the Hugging Face Hub; check the name, run `hf auth login`, "
-        "or name a local folder with --base",
-        errors.HFValidationError: "neither a folder nor a Hugging Face id; name the base with --base",
-        errors.LocalEntryNotFoundError: unreachable,
-        errors.HfHubHTTPError: unreachable,
-        ConnectionError: unreachable,
-        OSError: "cannot use the Hugging Face cache ({error}); set HF_HOME to a folder that can be written to",
-    }
-    with one_line_errors(model, problems):
+    no_name = "neither a folder nor a Hugging Face id; name the base with --base"
+    unknown = (
+        "not found on the Hugging Face Hub; check the name, run `hf auth login`, or name a local folder with --base"
+    )
+    no_revision = f"no revision {revision} on the Hugging Face Hub; name a local folder with --base"
+    gated = f"gated; accept its licence on huggingface.co/{model}, then `hf auth login`"
+    with (  # the last one that fits counts
+        explain(model, unwritable, OSError),
+        explain(model, unreachable, errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError),
+        explain(model, no_name, errors.HFValidationError),
+        explain(model, unknown, errors.RepositoryNotFoundError),
+        explain(model, no_revision, errors.RevisionNotFoundError),
+        explain(model, gated, errors.GatedRepoError),
+    ):
         patterns = ["*.json", "*.safetensors", *VOCABULARY_FILES, *LICENCE_FILES]
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
 
@@ -559,7 +562,7 @@ def build_skeleton(base: Path) -> tuple[PreTrainedConfig, PreTrainedModel]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     hint = "{error}; name a causal language model with --base"
-    with one_line_errors(base / "config.json", {ValueError: hint, OSError: hint, KeyError: hint}):
+    with explain(base / "config.json", hint, ValueError, OSError, KeyError):
         config = AutoConfig.from_pretrained(base)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -576,7 +579,7 @@ def match_layers(adapter: Adapter, model: PreTrainedModel) -> dict[str, Layer]:
     file = adapter.folder / "adapter_model.safetensors"
     unused = read_header(file)
     # PEFT resolves "all-linear" by the class of a PreTrainedModel, so the skeleton is one.
-    with one_line_errors(adapter.folder, {ValueError: "does not fit the base ({error}); name the right --base"}):
+    with explain(adapter.folder, "does not fit the base ({error}); name the right --base", ValueError):
         inject_adapter_in_model(LoraConfig.from_pretrained(adapter.folder), model, low_cpu_mem_usage=True)
     layers = {}
     for name, module in model.named_modules():
@@ -1041,7 +1044,10 @@ def compare_log_probs(plain: Tensor, live: Tensor, by_peft: Tensor, merged: Tens
 
 
 def chat(folder: Path, base: str | None) -> None:
-    """Talk to an adapter folder or a merged folder, with the sampling, stops and SYSTEM text of its Modelfile."""
+    """Talk to an adapter folder or a merged folder, with the sampling, stops and SYSTEM text of its Modelfile.
+
+    In a terminal the questions are one conversation; those of a file are asked one by one.
+    """
     import torch
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
@@ -1068,9 +1074,14 @@ def chat(folder: Path, base: str | None) -> None:
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             super().on_finalized_text(before_stop(text, stops), stream_end)
 
-    messages = [{"role": "system", "content": system[1]}] if system else []
-    print(f"{folder}: type a message; an empty line or Ctrl-D ends the chat")
+    opening = [{"role": "system", "content": system[1]}] if system else []
+    messages = [*opening]
+    if sys.stdin.isatty():
+        print(f"{folder}: type a message; an empty line or Ctrl-D ends the chat")
     while question := read_line("> ").strip():
+        if not sys.stdin.isatty():
+            print(question)
+            messages = [*opening]
         messages.append({"role": "user", "content": question})
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True
@@ -1151,14 +1162,13 @@ def written_beside(output: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def one_line_errors(place: str | Path, hints: dict[type[Exception], str]) -> Iterator[None]:
-    """Turn a library's exceptions into an InputError: the first hint whose type fits; {error} is the message."""
+def explain(place: str | Path, hint: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn a library's error into one line: the place, then the hint, in which {error} is the error's first line."""
     try:
         yield
-    except tuple(hints) as error:
-        hint = next(text for kind, text in hints.items() if isinstance(error, kind))
+    except errors as error:
         message = str(error).strip().split("\n")[0].rstrip(".")
-        raise InputError(f"{place}: {hint.format(error=message)}") from None
+        raise InputError(f"{place}: {hint.replace('{error}', message)}") from None
 
 
 def read_text(file: Path) -> str:

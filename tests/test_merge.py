@@ -10,6 +10,7 @@ import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -475,7 +476,11 @@ def test_tokenizer_config_is_for_old_readers_too(copy, llama31_tokenizer, tmp_pa
         pad_token="<|finetune_right_pad_id|>",
     )
     merged = merge(copy, tmp_path / "merged")
-    assert json.loads((merged / "tokenizer_config.json").read_text()) == {
+    written = json.loads((merged / "tokenizer_config.json").read_text())
+    added = written.pop("added_tokens_decoder")
+    assert len(added) == 256 and added["128009"]["content"] == "<|eot_id|>" and added["128009"]["special"]
+    assert written == {
+        "add_bos_token": True,
         "bos_token": "<|begin_of_text|>",
         "eos_token": "<|eot_id|>",
         "pad_token": "<|finetune_right_pad_id|>",
@@ -628,8 +633,10 @@ def test_one_bos_whatever_the_route(adapter, tiny_llama31, llama31_tokenizer, tm
 # ---- chat in the terminal ----
 
 
-@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged folder"])
-def test_chat_streams_answers_in_the_models_format(short_smollm2, tmp_path, monkeypatch, capsys, merged):
+@pytest.mark.parametrize(
+    ("merged", "terminal"), [(False, True), (True, True), (True, False)], ids=["adapter", "merged folder", "questions"]
+)
+def test_chat_streams_answers_in_the_models_format(short_smollm2, tmp_path, monkeypatch, capsys, merged, terminal):
     from transformers import GenerationMixin
 
     folder = random_adapter(short_smollm2, tmp_path / "adapter")
@@ -638,6 +645,7 @@ def test_chat_streams_answers_in_the_models_format(short_smollm2, tmp_path, monk
         folder = merge(folder, tmp_path / "merged")
     lines, seen = iter(["Qui es-tu ?", "Et moi ?", ""]), []
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: terminal))
     monkeypatch.setattr(merge_lora, "CHAT_TOKENS", 8)
     generate = GenerationMixin.generate
 
@@ -648,15 +656,22 @@ def test_chat_streams_answers_in_the_models_format(short_smollm2, tmp_path, monk
     monkeypatch.setattr(GenerationMixin, "generate", watched)
     capsys.readouterr()
     merge_lora.main(["--chat", str(folder)])
-    assert len(capsys.readouterr().out.split()) > 10
+    printed = capsys.readouterr().out
+    if terminal:
+        assert len(printed.split()) > 10
+    else:
+        questions, answers = printed.splitlines()[::2], printed.splitlines()[1::2]
+        assert questions == ["Qui es-tu ?", "Et moi ?"] and all(map(str.strip, answers))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     (first, temperature, stops), (second, _, _) = seen
     prompt = "<|system|>\nTu es Dolores.\n<|user|>\nQui es-tu ?\n<|assistant|>\n"
     assert tokenizer.decode(first) == prompt and temperature == 0.7
     assert stops == ["<|im_end|>", "<|user|>", "<|system|>", "<|assistant|>"]
-    assert tokenizer.decode(second).startswith(prompt) and tokenizer.decode(second).endswith(
-        "Et moi ?\n<|assistant|>\n"
-    )
+    if terminal:
+        assert tokenizer.decode(second).startswith(prompt)
+        assert tokenizer.decode(second).endswith("Et moi ?\n<|assistant|>\n")
+    else:  # each question is a conversation of its own
+        assert tokenizer.decode(second) == prompt.replace("Qui es-tu ?", "Et moi ?")
 
 
 def test_chat_stops_at_a_role_tag():
