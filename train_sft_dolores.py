@@ -47,7 +47,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from difflib import get_close_matches
-from itertools import chain, groupby, islice, pairwise
+from itertools import chain, groupby, islice, pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -159,7 +159,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=0.05,
         help="share of the data held out, at most 500 conversations",
     )
-    add("--chat-format", choices=tuple(FORMATS), default="dolores", help="the text that wraps each turn")
+    add("--chat-format", choices=(*FORMATS, "base"), default="dolores",
+        help="the text that wraps each turn; base: as in the base's own chat template")  # fmt: skip
     add("--overlong", choices=("split", "drop", "error"), default="split", help="conversations over --max-length")
     add("--skip-bad", action="store_true", help="train without the conversations that have errors")
     add("--packing", action=switch, default=True, help="put several whole conversations into a row")
@@ -598,17 +599,19 @@ def finish(args: argparse.Namespace, record: dict, trainer, config) -> None:
 class ChatFormat(NamedTuple):
     """The text that wraps each turn. Training ids, the Jinja template and Ollama's TEMPLATE all come from it."""
 
-    header: str  # opens a turn; with role=assistant it also prompts the model to answer
-    turn_end: str  # closes a system or user turn
-    answer_end: str  # closes an assistant turn; its end token is trained
+    before: dict[str, str]  # by role: opens a turn; the assistant's also prompts the model to answer
+    after: dict[str, str]  # by role: closes a turn; the assistant's contains the end token, which is trained
     eos_token: str  # the token with which the model ends its answer
+    answer_start: str = ""  # opens an answer but is not in the prompt, so it is trained: Mistral's blank
+    no_system: str = ""  # opens a conversation that has no system turn
+    folds_system: bool = False  # the system turn opens the first user turn, which then has no text before it
 
 
+# {name: (before a turn, after a turn, after an answer, end token)}; {eos} is the end token of the base's tokenizer.
 FORMATS = {
-    # Readable tags that need no new tokens; {eos} is the end token of the base's own tokenizer.
-    "dolores": ChatFormat("<|{role}|>\n", "\n", "{eos}\n", "{eos}"),
-    "llama3": ChatFormat("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>", "<|eot_id|>"),
-    "chatml": ChatFormat("<|im_start|>{role}\n", "<|im_end|>\n", "<|im_end|>\n", "<|im_end|>"),
+    "dolores": ("<|{role}|>\n", "\n", "{eos}\n", "{eos}"),  # readable tags that need no new tokens
+    "llama3": ("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>{role}\n", "<|im_end|>\n", "<|im_end|>\n", "<|im_end|>"),
 }
 
 
@@ -617,15 +620,20 @@ class Vocabulary(NamedTuple):
 
     backend_tokenizer: Any  # tokenizers.Tokenizer
     eos_token: str | None
+    bos_token: str | None = None
+    chat_template: str | None = None  # the base's own
 
 
 def chat_format(name: str, vocabulary: Vocabulary) -> ChatFormat:
-    """The named format with this vocabulary's end token; InputError where the vocabulary lacks it."""
-    chat = ChatFormat(*(part.replace("{eos}", vocabulary.eos_token or "") for part in FORMATS[name]))
-    if chat.eos_token not in special_tokens(vocabulary):
-        problem = f"the model's vocabulary has no end token {chat.eos_token!r}"
+    """The named format with this vocabulary's end token; InputError where the two do not fit."""
+    if name == "base":
+        return base_format(vocabulary)
+    before, after, answer_end, eos = (part.replace("{eos}", vocabulary.eos_token or "") for part in FORMATS[name])
+    if eos not in special_tokens(vocabulary):
+        problem = f"the model's vocabulary has no end token {eos!r}"
         raise InputError(f"--chat-format {name}: {problem}; choose another format")
-    return chat
+    opening = {role: before.replace("{role}", role) for role in ROLES}
+    return ChatFormat(opening, {"system": after, "user": after, "assistant": answer_end}, eos)
 
 
 def special_tokens(vocabulary: Vocabulary) -> dict[str, int]:
@@ -634,25 +642,158 @@ def special_tokens(vocabulary: Vocabulary) -> dict[str, int]:
     return {token.content: token_id for token_id, token in added.items() if token.special}
 
 
+# Consecutive messages of one role are one turn, as in the training data and in Ollama.
+CHAT_TEMPLATE = """\
+{%- set before = @before@ %}
+{%- set after = @after@ %}
+{%- for message in messages %}
+    {%- set role = message['role'] if message['role'] in before else 'user' %}
+    {%- set previous = messages[loop.index0 - 1]['role'] if loop.index0 else '' %}
+    {%- if message['role'] == previous %}
+        {{- '\\n\\n' }}
+    {%- elif not (@folds_system@ and role == 'user' and previous == 'system') %}
+        {{- before[role] }}
+    {%- endif %}
+    {{- message['content'] }}
+    {%- if loop.last or messages[loop.index0 + 1]['role'] != message['role'] %}
+        {{- after[role] }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- @prompt@ }}
+{%- endif %}"""
+
+
 def chat_template(chat: ChatFormat, adds_bos: bool = False) -> str:
     """The format as a Jinja template: it renders the text that training sees.
 
     adds_bos: whether the tokenizer puts a BOS token before a text. Then the template writes it, because whoever calls
     tokenizer.apply_chat_template, such as a chat server, adds no special tokens to the rendered text.
     """
-    before, after = (json.dumps(part, ensure_ascii=False) for part in chat.header.split("{role}"))
-    turn_end, answer_end = (json.dumps(part, ensure_ascii=False) for part in (chat.turn_end, chat.answer_end))
-    bos = "{{ bos_token }}" if adds_bos else ""
-    # Consecutive messages of one role are one turn, as in the training data and in Ollama.
-    return (
-        f"{bos}{{% for message in messages %}}"
-        "{% if loop.first or messages[loop.index0 - 1]['role'] != message['role'] %}"
-        f"{{{{ {before} + message['role'] + {after} }}}}{{% else %}}{{{{ '\\n\\n' }}}}{{% endif %}}"
-        "{{ message['content'] }}"
-        "{% if loop.last or messages[loop.index0 + 1]['role'] != message['role'] %}"
-        f"{{{{ {answer_end} if message['role'] == 'assistant' else {turn_end} }}}}{{% endif %}}{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{{{{ {json.dumps(chat.header.format(role='assistant'))} }}}}{{% endif %}}"
+    prompt = chat.before["assistant"]
+    values = {
+        "before": {**chat.before, "assistant": prompt + chat.answer_start},
+        "after": chat.after,
+        "folds_system": chat.folds_system,
+        "prompt": prompt,
+    }
+    template = re.sub("@([a-z_]+)@", lambda found: json.dumps(values[found[1]], ensure_ascii=False), CHAT_TEMPLATE)
+    if chat.no_system:
+        text = json.dumps(chat.no_system, ensure_ascii=False)
+        template = f"{{%- if messages[0]['role'] != 'system' %}}{{{{ {text} }}}}{{%- endif %}}\n{template}"
+    return f"{{{{- bos_token }}}}\n{template}" if adds_bos else template
+
+
+def base_format(vocabulary: Vocabulary) -> ChatFormat:
+    """The layout of the base's own chat template; InputError where this program would write another prompt.
+
+    What a template writes only where no answer is to follow is no part of a prompt: Phi-3's `<|endoftext|>` at the end,
+    Qwen 3's empty `<think>` block before the last answer.
+    """
+    from jinja2 import TemplateError
+
+    fitting = [name for name, parts in FORMATS.items() if parts[-1] in ("{eos}", *special_tokens(vocabulary))]
+    hint = f"cannot follow the base's chat template: {{error}}; use --chat-format {fitting[-1]}"
+    with explain("--chat-format base", hint, TemplateError, TypeError):
+        if not vocabulary.chat_template:
+            raise TemplateError("it has none")
+        theirs = chat_renderer(vocabulary.chat_template, vocabulary)
+        chat, takes_system = derive_format(theirs, vocabulary)
+        ours = chat_renderer(chat_template(chat), vocabulary)
+        for messages in probe_conversations(with_system=takes_system):
+            wanted, got = theirs(messages), ours(messages)
+            if wanted != got:
+                at = next(i for i in range(len(wanted) + 1) if wanted[: i + 1] != got[: i + 1])
+                raise TemplateError(f"it writes {wanted[at : at + 40]!r} where we would write {got[at : at + 40]!r}")
+    if not takes_system:
+        print_field("format", "the base's template refuses system turns: their text opens the first user turn")
+    return chat
+
+
+def derive_format(render: Callable, vocabulary: Vocabulary) -> tuple[ChatFormat, bool]:
+    """A format from the texts that a template puts around turns, and whether the template takes a system turn."""
+    from jinja2 import TemplateError
+
+    def around(*roles: str, prompt: bool = True) -> list[str]:
+        """The texts before, between and after turns of these roles."""
+        texts = re.split("⟪.⟫", render([{"role": role, "content": f"⟪{role[0]}⟫"} for role in roles], prompt))
+        if len(texts) != len(roles) + 1:
+            raise TemplateError("it leaves out or repeats a turn")
+        return texts
+
+    opening, to_answer, to_user, _ = around("user", "assistant", "user")
+    prompt = around("user")[-1]
+    user_end, answer_end = around("user", prompt=False)[-1], around("user", "assistant", prompt=False)[-1]
+    if not to_user.startswith(answer_end):  # Phi-3 closes a whole conversation with one more end token
+        user_end, answer_end = (end.removesuffix(vocabulary.eos_token or "") for end in (user_end, answer_end))
+    before_user = to_user.removeprefix(answer_end)
+    takes_system = True
+    try:
+        before_system, system_end, _ = around("system", "user")
+    except TemplateError:  # Gemma 2
+        before_system, system_end, takes_system = before_user, "\n\n", False
+    folds_system = before_system == before_user
+    ends = [token for token in special_tokens(vocabulary) if token in answer_end]
+    if not ends:
+        raise TemplateError("it ends an answer without a control token")
+    if re.search(r'\{\{|"""', f"{opening}{before_system}{system_end}{to_answer}{to_user}"):
+        raise TemplateError("it has two braces or three quotes, which a Modelfile cannot hold")
+    chat = ChatFormat(
+        {"system": before_system, "user": before_user, "assistant": prompt.removeprefix(user_end)},
+        {
+            "system": system_end if folds_system else system_end.removesuffix(before_user),
+            "user": user_end,
+            "assistant": answer_end,
+        },
+        eos_token=min(ends, key=answer_end.index),
+        answer_start=to_answer.removeprefix(prompt),
+        no_system=opening.removesuffix(before_user),
+        folds_system=folds_system,
     )
+    return chat, takes_system
+
+
+def probe_conversations(with_system: bool) -> Iterator[list[dict[str, str]]]:
+    """Conversations that await an answer: with and without a system turn, one to three questions, unusual texts."""
+    texts = (
+        "Qui es-tu ?",
+        "« L'été »\n\n\n{{ x }} {% if y %} 🙂 日本",
+        "a  b\tc",
+        "<|user|> [INST] </s>",
+        "#\u00a0…",
+        "-",
+    )
+    for system, questions, first in product(range(1 + with_system), (1, 2, 3), range(len(texts))):
+        roles = ["system"] * system + ["user", "assistant"] * questions
+        yield [{"role": role, "content": texts[(first + i) % len(texts)]} for i, role in enumerate(roles[:-1])]
+
+
+def chat_renderer(template: str, vocabulary: Vocabulary) -> Callable[..., str]:
+    """A function that renders messages as transformers does, without the BOS token that the tokenizer adds itself."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def fail(message: str):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    # Training and a runtime on another day would see different text.
+    environment.globals |= {"raise_exception": fail, "strftime_now": lambda _: fail("it writes today's date")}
+    # transformers has a tag {% generation %} that marks answers and renders nothing.
+    template = re.sub(
+        r"(\{%[-+]?\s*)(end)?generation\b", lambda tag: tag[1] + ("endif" if tag[2] else "if true"), template
+    )
+    compiled = environment.from_string(template)
+    tokens = {key: getattr(vocabulary, key) or "" for key in ("bos_token", "eos_token")}
+    bos = tokens["bos_token"] if vocabulary.backend_tokenizer.encode("").ids else ""
+
+    def render(messages: list[dict[str, str]], prompt: bool = True) -> str:
+        text = compiled.render(messages=messages, add_generation_prompt=prompt, tools=None, documents=None, **tokens)
+        return text.removeprefix(bos)
+
+    return render
 
 
 # ---- Text -> turns -------------------------------------------------------------------------------
@@ -1231,6 +1372,14 @@ class Sample(NamedTuple):
     part: int  # 0 for a whole conversation or its first part
 
 
+def special_pattern(token) -> str:
+    """A regular expression for a special token, with the white space around it that the tokenizer removes (Phi-3)."""
+    return (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
+
+
+NO_SYSTEM = Turn("no system", "", 0)  # opens a conversation without a system turn
+
+
 class Encoder:
     """Turns -> token ids, so that training sees exactly the ids that a runtime will send.
 
@@ -1246,23 +1395,36 @@ class Encoder:
         self.tokenizer.no_truncation()
         self.start = self.tokenizer.encode("").ids[:1]  # BOS, if this tokenizer adds one
         self.special_ids = special_tokens(vocabulary)
-        longest_first = sorted(self.special_ids, key=len, reverse=True)
-        self.special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        added = [token for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
+        longest_first = sorted(added, key=lambda token: -len(token.content))
+        self.special = re.compile("(" + "|".join(map(special_pattern, longest_first)) + ")")
         end = self.special_ids[chat.eos_token]
-        self.before = {role: [(bit, False) for bit in self.split(chat.header.format(role=role))] for role in ROLES}
-        self.after = {role: [(bit, False) for bit in self.split(chat.turn_end)] for role in ROLES}
-        self.after["assistant"] = [(bit, bit == end) for bit in self.split(chat.answer_end)]
+        self.before = {role: [(bit, False) for bit in self.split(chat.before[role])] for role in ROLES}
+        self.after = {role: [(bit, False) for bit in self.split(chat.after[role])] for role in ROLES}
+        self.after["assistant"] = [(bit, bit == end) for bit, _ in self.after["assistant"]]
+        self.before[NO_SYSTEM.role], self.after[NO_SYSTEM.role] = (
+            [(bit, False) for bit in self.split(chat.no_system)],
+            [],
+        )
+        # SentencePiece tokenizers put a blank before each text of their own accord.
+        puts_blank = self.tokenizer.encode("a", add_special_tokens=False).tokens[:1] == ["▁a"]
+        self.answer_start = chat.answer_start.removeprefix(" ") if puts_blank else chat.answer_start
 
     def split(self, text: str) -> list[str | int]:
         """The format's text, with special tokens as ids."""
-        return [self.special_ids.get(bit, bit) for bit in self.special.split(text) if bit]
+        return [self.special_ids.get(bit.strip(), bit) for bit in self.special.split(text) if bit]
 
     def pieces(self, turns: list[Turn]) -> Iterator[tuple[str | int, bool]]:
         """Yield (text or a special token's id, whether it is trained) of a conversation."""
         yield from ((bos, False) for bos in self.start)
         text = ""  # untrained text since the last special token or answer
+        if not turns or turns[0].role != "system":
+            turns = [NO_SYSTEM, *turns]
+        previous = ""
         for role, content, _, trained in turns:
-            for piece, answer in (*self.before[role], (content, role == "assistant"), *self.after[role]):
+            before = [] if self.chat.folds_system and (previous, role) == ("system", "user") else self.before[role]
+            content, previous = self.answer_start + content if role == "assistant" else content, role
+            for piece, answer in (*before, (content, role == "assistant"), *self.after[role]):
                 if isinstance(piece, str) and not answer:
                     text += piece
                     continue
@@ -2151,15 +2313,31 @@ def find_base(args: argparse.Namespace) -> Base:
     folder, revision = resolve_model(args.model)
     headers = read_headers(args.model, folder)
     check_base(args.model, read_config(args.model, folder), headers)
-    check_weights(args.model, folder)
+    for file in weight_files(folder):
+        if not file.is_file():
+            raise InputError(f"--model {args.model}: no {file.name} in it; give a folder with the weights")
     targets = choose_targets(args.lora_target_modules, headers)
     config = load_config(args.model, folder)
-    check_names(args.model, empty_model(args.model, config), headers, targets)
+    check_names(args.model, config, headers, targets)
     check_sizes(args, config.to_dict())
     tokenizer = load_tokenizer(args.model, folder)
     encode = load_encoder(args.model, folder, args.chat_format)
     tokenizer.chat_template = chat_template(encode.chat, adds_bos=bool(encode.start))
     return Base(folder, revision, config, tokenizer, encode, headers, targets)
+
+
+@contextlib.contextmanager
+def explain(place: str, hint: str, *errors: type[Exception]):
+    """Turn a library's error into one line: the place, then the hint, in which {error} is the error's first line."""
+    try:
+        yield
+    except errors as error:
+        raise InputError(f"{place}: {hint.replace('{error}', first_line(error))}") from None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's error, without its full stop."""
+    return f"no {error} in it" if isinstance(error, KeyError) else str(error).strip().split("\n")[0].rstrip(".")
 
 
 def local_model(name: str) -> str | None:
@@ -2169,13 +2347,11 @@ def local_model(name: str) -> str | None:
     if os.path.isdir(name):
         check_whole_model(name, name)
         return name
-    try:
+    hint = "no such folder; give a local folder or a Hub name such as org/model"
+    with explain(f"--model {name}", hint, HFValidationError):
         if name.count("/") != 1:
             raise HFValidationError
         validate_repo_id(name)
-    except HFValidationError:
-        problem = "no such folder"
-        raise InputError(f"--model {name}: {problem}; give a local folder or a Hub name such as org/model") from None
     return None
 
 
@@ -2196,20 +2372,17 @@ def resolve_model(name: str) -> tuple[str, str | None]:
         return folder, None
     from huggingface_hub import errors, snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja"]
-    not_found = "not in the local cache, and cannot reach the Hugging Face Hub; go online or give a local folder"
-    try:
+    place = f"--model {name}"
+    unreachable = "not in the local cache, and cannot reach the Hugging Face Hub; go online or give a local folder"
+    unknown = "not found on the Hub; check the name, or run `hf auth login` if it is private"
+    gated = f"access is gated; accept the license at hf.co/{name}, then run `hf auth login`"
+    with (  # the last one that fits counts
+        explain(place, unreachable, errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError),
+        explain(place, unknown, errors.RepositoryNotFoundError),
+        explain(place, gated, errors.GatedRepoError),
+    ):
+        patterns = ["*.json", "*.safetensors", "*.jinja"]
         folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns="original/*")
-    except errors.GatedRepoError:
-        problem = f"access is gated; accept the license at hf.co/{name}, then run `hf auth login`"
-        raise InputError(f"--model {name}: {problem}") from None
-    except errors.RepositoryNotFoundError:
-        problem = "not found on the Hub; check the name, or run `hf auth login` if it is private"
-        raise InputError(f"--model {name}: {problem}") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise  # the cache cannot be written
-        raise InputError(f"--model {name}: {not_found}") from None
     check_whole_model(name, folder)
     return folder, os.path.basename(folder)
 
@@ -2223,44 +2396,44 @@ def cached_model(name: str) -> str | None:
     return os.path.dirname(str(found[0])) if all(isinstance(file, str) for file in found) else None
 
 
-@contextlib.contextmanager
-def explain(name: str, fix: str, *errors: type[Exception], problem: str = "{}"):
-    """Turn a library's error about --model into one line: its first line, and how to fix it."""
-    try:
-        yield
-    except errors as error:
-        raise InputError(f"--model {name}: {problem.format(first_line(error))}; {fix}") from None
-
-
 def load_encoder(name: str, folder: str, format_name: str) -> Encoder:
     """The encoder for this model's tokenizer and a chat format, without transformers."""
     from tokenizers import Tokenizer
 
-    # The Rust side raises plain Exception.
-    with explain(name, "complete the folder", Exception, problem="its tokenizer does not load ({})"):
+    with explain(f"--model {name}", TOKENIZER_HINT, Exception):  # the Rust side raises no other
         backend = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
-        eos = json.loads(Path(folder, "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
-        vocabulary = Vocabulary(backend, eos if isinstance(eos, str) else eos["content"])
+        config = read_json(Path(folder, "tokenizer_config.json"))
+        eos, bos = (
+            token["content"] if isinstance(token, dict) else token
+            for token in (config["eos_token"], config.get("bos_token"))
+        )
+        own = Path(folder, "chat_template.jinja")
+        template = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
+        if isinstance(template, list):  # several by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    vocabulary = Vocabulary(backend, eos, bos, template)
     return Encoder(vocabulary, chat_format(format_name, vocabulary))
+
+
+TOKENIZER_HINT = "its tokenizer does not load ({error}); complete the folder"
 
 
 def load_tokenizer(name: str, folder: str):
     """transformers' tokenizer of the base, for saving and generating."""
-    with explain(
-        name, "complete the folder", ValueError, OSError, KeyError, problem="its tokenizer does not load ({})"
-    ):
+    with explain(f"--model {name}", TOKENIZER_HINT, ValueError, OSError, KeyError):
         return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def read_config(name: str, folder: str) -> dict[str, Any]:
     """The base's config.json."""
-    with explain(name, "copy or download it again", ValueError, OSError, problem="config.json does not load ({})"):
+    hint = "config.json does not load ({error}); copy or download it again"
+    with explain(f"--model {name}", hint, ValueError, OSError):
         return dict(read_json(Path(folder, "config.json")))
 
 
 def load_config(name: str, folder: str):
     """The base's config as transformers reads it."""
-    with explain(name, "give a causal language model", ValueError, OSError, KeyError):
+    with explain(f"--model {name}", "{error}; give a causal language model", ValueError, OSError, KeyError):
         return transformers.AutoConfig.from_pretrained(folder)
 
 
@@ -2281,84 +2454,61 @@ def weight_files(folder: str | Path) -> list[Path]:
     return [Path(folder, name) for name in sorted(names)]
 
 
-def read_headers(name: str, folder: str) -> dict[str, StoredTensor]:
+def read_headers(name: str, folder: str | Path) -> dict[str, StoredTensor]:
     """The base's tensors by name, or {} where files are missing; InputError for a damaged file."""
     files = weight_files(folder)
     if not all(file.is_file() for file in files):
         return {}
     tensors = {}
     for file in files:
-        found, size = {}, file.stat().st_size
-        # A file that is not safetensors may have any bytes here.
-        with explain(
-            name, "copy or download it again", ValueError, KeyError, TypeError, AttributeError,
-            problem=f"{file.name} is damaged or incomplete",
-        ):  # fmt: skip
-            found = read_header(file)
-            if any(tensor.end > size for tensor in found.values()):
-                raise ValueError
-        tensors |= found
+        hint = f"{file.name} is damaged or incomplete; copy or download it again"
+        # A file that is not safetensors may have any bytes where these are expected.
+        with explain(f"--model {name}", hint, ValueError, KeyError, TypeError, AttributeError):
+            tensors |= read_header(file)
     return tensors
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file: 8 bytes of length, a JSON header, the data."""
+    """The tensors of one safetensors file: 8 bytes of length, a JSON header, the data. ValueError if it is cut."""
+    size = file.stat().st_size
     with open(file, "rb") as stream:
         data = 8 + int.from_bytes(stream.read(8), "little")
-        if data > file.stat().st_size:
+        if data > size:
             raise ValueError
         header = json.loads(stream.read(data - 8))
     header.pop("__metadata__", None)
-    return {
-        name: StoredTensor(
-            file, tensor["dtype"], tensor["shape"], *(data + offset for offset in tensor["data_offsets"])
-        )
-        for name, tensor in header.items()
-    }
+    tensors = {}
+    for name, tensor in header.items():
+        start, end = (data + offset for offset in tensor["data_offsets"])
+        if end > size:
+            raise ValueError
+        tensors[name] = StoredTensor(file, tensor["dtype"], tensor["shape"], start, end)
+    return tensors
 
 
-def check_weights(name: str, folder: str) -> None:
-    """Refuse a base whose weights are missing."""
-    for file in weight_files(folder):
-        if not file.is_file():
-            problem = f"no {file.name}" if file.name != "model.safetensors" else "no *.safetensors"
-            raise InputError(f"--model {name}: {problem} in it; give a folder with the weights")
-
-
-def fingerprint(folder: str | Path) -> str:
+def fingerprint(headers: dict[str, StoredTensor]) -> str:
     """A sha256 that tells models of the same shape apart; merge_lora.py computes the same.
 
     Hashes, for every tensor in the order of their names, the line "name dtype [shape]" and the first 4096 bytes.
     """
-    tensors = {name: tensor for file in weight_files(folder) for name, tensor in read_header(file).items()}
     digest = hashlib.sha256()
     with contextlib.ExitStack() as stack:
-        streams = {file: stack.enter_context(open(file, "rb", buffering=0)) for file in weight_files(folder)}
-        for name, tensor in sorted(tensors.items()):
+        files = {tensor.file for tensor in headers.values()}
+        streams = {file: stack.enter_context(open(file, "rb", buffering=0)) for file in files}
+        for name, tensor in sorted(headers.items()):
             digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
             streams[tensor.file].seek(tensor.start)
             digest.update(streams[tensor.file].read(min(tensor.end - tensor.start, 4096)))
     return digest.hexdigest()
 
 
-def first_line(error: Exception) -> str:
-    """The first line of a library's error, without its full stop."""
-    return str(error).strip().split("\n")[0].rstrip(".")
-
-
-def empty_model(name: str, config):
-    """The model without weights, on the meta device: names and shapes cost nothing there."""
-    with explain(name, "give a causal language model", ValueError), torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-
-
 def check_sizes(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Refuse more checkpointed layers, or longer rows, than the model has, from its config.json."""
     layers, longest = config.get("num_hidden_layers"), config.get("max_position_embeddings")
-    if layers and isinstance(args.gradient_checkpointing, int) and args.gradient_checkpointing > layers:
-        problem = f"the model has {layers} layers"
+    count = args.gradient_checkpointing
+    if layers and isinstance(count, int) and count > layers:
         raise InputError(
-            f"--gradient-checkpointing {args.gradient_checkpointing}: {problem}; give at most so many, or all"
+            f"--gradient-checkpointing {count}: the model has {layers} layers; give at most so many, or all"
         )
     if longest and args.max_length > longest:
         raise InputError(f"--max-length {args.max_length}: the model reads at most {longest:,} tokens; lower it")
@@ -2374,23 +2524,23 @@ FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
 def check_base(name: str, config: dict[str, Any], headers: dict[str, StoredTensor]) -> None:
     """Refuse a base that cannot be trained here or whose adapter could not be merged, before its weights are loaded."""
     kind = config.get("model_type", "this model")
-    named = any(map(LAYER_WEIGHT.fullmatch, headers)) and "model.embed_tokens.weight" in headers
-    sized = all(config.get(key) for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
+    if headers:
+        lacks = "its weights have no model.embed_tokens and model.layers.0"
+        like_llama = any(map(LAYER_WEIGHT.fullmatch, headers)) and "model.embed_tokens.weight" in headers
+    else:
+        lacks = "config.json has no hidden_size, num_hidden_layers or vocab_size"
+        like_llama = all(config.get(key) for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
     if config.get("quantization_config"):
-        problem, fix = "it is already quantized", "give the 16-bit original, --bnb-nf4 quantizes it"
+        problem = "it is already quantized; give the 16-bit original, --bnb-nf4 quantizes it"
     elif "text_config" in config:
-        problem, fix = f"{kind} reads images too, and merge_lora.py merges text models only", "give a text model"
+        problem = f"{kind} reads images too, and merge_lora.py merges text models only; give a text model"
     elif any(config.get(key) for key in EXPERTS) or any(".experts." in tensor for tensor in headers):
-        problem, fix = f"{kind} is a mixture of experts, which merge_lora.py cannot merge", "give a dense model"
-    elif headers and not named:
-        problem = f"{kind} is not built like a Llama: its weights have no model.embed_tokens and model.layers.0"
-        fix = "give a Llama, Qwen, Mistral, Gemma or Phi model"
-    elif not headers and not sized:
-        problem = f"{kind} is not built like a Llama: config.json has no hidden_size, num_hidden_layers or vocab_size"
-        fix = "give a Llama, Qwen, Mistral, Gemma or Phi model"
+        problem = f"{kind} is a mixture of experts, which merge_lora.py cannot merge; give a dense model"
+    elif not like_llama:
+        problem = f"{kind} is not built like a Llama: {lacks}; give a Llama, Qwen, Mistral, Gemma or Phi model"
     else:
         return
-    raise InputError(f"--model {name}: {problem}; {fix}")
+    raise InputError(f"--model {name}: {problem}")
 
 
 def layer_shapes(headers: dict[str, StoredTensor]) -> dict[str, tuple[int, int]]:
@@ -2431,8 +2581,10 @@ def lora_targets(names: list[str], linear: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(targets))
 
 
-def check_names(name: str, model, headers: dict[str, StoredTensor], targets: list[str]) -> None:
+def check_names(name: str, config, headers: dict[str, StoredTensor], targets: list[str]) -> None:
     """Refuse a base whose files do not hold the model's weights by the same names: its adapter could not be merged."""
+    with explain(f"--model {name}", "{error}; give a causal language model", ValueError), torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     tied = set(model.all_tied_weights_keys)
     for parameter, value in model.named_parameters():
         if parameter not in headers and parameter not in tied:
@@ -2442,9 +2594,9 @@ def check_names(name: str, model, headers: dict[str, StoredTensor], targets: lis
             problem = f"{parameter} is {headers[parameter].shape}, but config.json says {list(value.shape)}"
             raise InputError(f"--model {name}: {problem}; copy or download it again")
     for module_name, module in model.named_modules():
-        if module_name.split(".")[-1] in targets and not isinstance(module, torch.nn.Linear):
-            kind = type(module).__name__
-            raise InputError(f"--lora-target-modules {module_name.split('.')[-1]}: is a {kind}; give linear layers")
+        target = module_name.rpartition(".")[2]
+        if target in targets and not isinstance(module, torch.nn.Linear):
+            raise InputError(f"--lora-target-modules {target}: is a {type(module).__name__}; give linear layers")
 
 
 def load_base(args: argparse.Namespace, folder: str, device: torch.device):
@@ -2542,7 +2694,7 @@ def add_lora(model, args: argparse.Namespace, targets: list[str], revision: str 
     model = peft.get_peft_model(model, config)
     if args.init_adapter:
         weights = peft.load_peft_weights(str(args.init_adapter), device="cpu")
-        with explain_adapter(args.init_adapter, RuntimeError):
+        with explain(f"--init-adapter {args.init_adapter}", ADAPTER_HINT, RuntimeError):
             peft.set_peft_model_state_dict(model, weights)
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -2550,17 +2702,18 @@ def add_lora(model, args: argparse.Namespace, targets: list[str], revision: str 
     return model
 
 
+ADAPTER_HINT = "{error}; give a folder that training wrote"
+
+
 def inherit_lora(args: argparse.Namespace) -> argparse.Namespace:
     """The flags with the rank, alpha and targets of --init-adapter in place of their own."""
-    folder = args.init_adapter
+    folder, place = args.init_adapter, f"--init-adapter {args.init_adapter}"
     config = read_adapter_file(folder, "adapter_config.json")
     if not (folder / "adapter_model.safetensors").is_file():
-        raise InputError(
-            f"--init-adapter {folder}: no adapter_model.safetensors in it; give a folder that training wrote"
-        )
+        raise InputError(f"{place}: no adapter_model.safetensors in it; give a folder that training wrote")
     if args.overwrite and args.output.resolve() in (folder.resolve(), *folder.resolve().parents):
-        raise InputError(f"--init-adapter {folder}: --overwrite would delete it; give another --output")
-    with explain_adapter(folder, KeyError):
+        raise InputError(f"{place}: --overwrite would delete it; give another --output")
+    with explain(place, ADAPTER_HINT, KeyError):
         r, alpha, targets = config["r"], config["lora_alpha"], sorted(config["target_modules"])
     print_field("lora", f"r {r}, alpha {alpha:g} and {', '.join(targets)}, from {folder}")
     inherited = {"lora_r": r, "lora_alpha": float(alpha), "lora_target_modules": targets}
@@ -2572,31 +2725,21 @@ def read_adapter_file(folder: Path, name: str) -> dict[str, Any]:
     file = folder / name
     if name == RECORD and not file.is_file() and folder.name.startswith("checkpoint-"):
         file = folder.parent / name
-    with explain_adapter(folder, OSError, ValueError):
+    with explain(f"--init-adapter {folder}", ADAPTER_HINT, OSError, ValueError):
         return read_json(file)
-
-
-@contextlib.contextmanager
-def explain_adapter(folder: Path, *errors: type[Exception]):
-    """Turn a library's error about --init-adapter into one line."""
-    try:
-        yield
-    except errors as error:
-        problem = f"no {error} in its files" if isinstance(error, KeyError) else first_line(error)
-        raise InputError(f"--init-adapter {folder}: {problem}; give a folder that training wrote") from None
 
 
 def check_ancestor(folder: Path, base: Base) -> None:
     """Refuse to train an adapter further on another base or in another chat format."""
-    record = read_adapter_file(folder, RECORD)
-    with explain_adapter(folder, KeyError):
-        recorded, chat = record["base"].get("fingerprint"), record["chat_format"]
-    if recorded and recorded != fingerprint(base.folder):
-        problem = f"it was trained on another base, {record['base']['model']}"
-        raise InputError(f"--init-adapter {folder}: {problem}; give that as --model")
-    if {key: chat.get(key) for key in ChatFormat._fields} != base.encode.chat._asdict():
-        problem = f"it was trained in the chat format {chat['name']}"
-        raise InputError(f"--init-adapter {folder}: {problem}; use --chat-format {chat['name']}")
+    record, place = read_adapter_file(folder, RECORD), f"--init-adapter {folder}"
+    with explain(place, ADAPTER_HINT, KeyError):
+        recorded, chat = record["base"]["fingerprint"], record["chat_format"]
+        if recorded != fingerprint(base.headers):
+            problem = f"it was trained on another base, {record['base']['model']}"
+            raise InputError(f"{place}: {problem}; give that as --model")
+        if {key: chat[key] for key in ChatFormat._fields} != base.encode.chat._asdict():
+            problem = f"it was trained in the chat format {chat['name']}"
+            raise InputError(f"{place}: {problem}; use --chat-format {chat['name']}")
 
 
 def shard_base(model, device: torch.device) -> None:
@@ -3304,7 +3447,7 @@ def run_record(args: argparse.Namespace, base: Base, inputs: Inputs, counts: dic
         "base": {
             "model": args.model if base.revision else os.path.abspath(args.model),
             "revision": base.revision,
-            "fingerprint": fingerprint(base.folder),
+            "fingerprint": fingerprint(base.headers),
         },
         "init_adapter": args.init_adapter
         and {
@@ -3411,12 +3554,12 @@ def find_prompts(questions: list[str] | None, data: Data, encode: Encoder, count
         return [Prompt(q, before_answer(*tokens)) for q, tokens in zip(questions, encode(turns), strict=True)]
     found: dict[str, Prompt] = {}
     rows = data.eval_rows or data.train_rows
-    header, answer_header = (encode.chat.header.format(role=role) for role in ("user", "assistant"))
+    before, after = encode.chat.before, encode.chat.after
     for i in sorted(chain.from_iterable(islice(rows.plan, 8 * count))):
         sample = rows.samples[int(i)]
         ids = before_answer(sample["input_ids"], sample["labels"])
-        text = encode.tokenizer.decode(ids, skip_special_tokens=False).rpartition(header)[2]
-        text = text.removesuffix(answer_header).removesuffix(encode.chat.turn_end).strip()
+        text = encode.tokenizer.decode(ids, skip_special_tokens=False).rpartition(before["user"])[2]
+        text = text.removesuffix(before["assistant"]).removesuffix(after["user"]).strip()
         found.setdefault(text, Prompt(text, ids))
         if len(found) == count:
             break

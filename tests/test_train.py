@@ -98,10 +98,12 @@ def test_output(trained):
     assert data["conversations"] == 24 and data["held_out"] == 1 and data["steps"] == written["results"]["steps"]
     assert written["chat_format"] == {
         "name": "dolores",
-        "header": "<|{role}|>\n",
-        "turn_end": "\n",
-        "answer_end": "<|im_end|>\n",
+        "before": {"system": "<|system|>\n", "user": "<|user|>\n", "assistant": "<|assistant|>\n"},
+        "after": {"system": "\n", "user": "\n", "assistant": "<|im_end|>\n"},
         "eos_token": "<|im_end|>",
+        "answer_start": "",
+        "no_system": "",
+        "folds_system": False,
     }
     assert written["args"]["learning_rate"] == 1e-2 and written["args"]["lora_dropout"] == 0.1
     assert written["data"]["sha256"] == {"train.chatml": sft.sha256(str(trained / "train.chatml"))}
