@@ -34,6 +34,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import re
@@ -41,9 +42,10 @@ import shlex
 import shutil
 import signal
 import textwrap
+import threading
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from difflib import get_close_matches
@@ -59,6 +61,7 @@ except ModuleNotFoundError:
 if TYPE_CHECKING:  # load_libraries imports these
     import accelerate
     import peft
+    import pyarrow
     import torch
     import transformers
 
@@ -73,6 +76,7 @@ TRACKERS = {"tensorboard": ("tensorboard", None), "wandb": ("wandb", "WANDB_DIR"
             "neptune": ("neptune", None), "dagshub": ("dagshub", None), "azure_ml": ("azureml", None), "flyte": ("flytekit", None)}  # fmt: skip
 DEFAULT_OUTPUT = Path("runs_dolores_v5/llama31_clean")
 TIMEOUT = timedelta(hours=2)  # how long processes wait for each other, for instance while one hashes a checkpoint
+POOL_MEGABYTES = 1  # of data for each process that encodes it: less is not worth a process
 MAX_HELD_OUT = 500  # conversations: an evaluation every ten steps must not grow with the data
 RECORD = "training_args.json"  # the run's record, and the contract with merge_lora.py
 COMPLETE = "complete.json"  # written last into a checkpoint: its files and their sha256
@@ -273,11 +277,10 @@ class World(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What is read and checked before any library is loaded."""
+    """What the flags name; the files exist and are not empty."""
 
     train_files: dict[str, str]  # name: sha256
     eval_files: dict[str, str]
-    survey: dict[str, Any]  # counts and warnings
     prompts: list[str] | None  # the sample questions; None: questions of held-out conversations
 
 
@@ -300,7 +303,7 @@ class Data(NamedTuple):
     eval_rows: Rows | None
     lengths: np.ndarray  # int64 [N]: tokens of each training sample
     counts: dict[str, Any]
-    warnings: list  # (file, line, kind, text)
+    warnings: list[DataWarning]
 
 
 def main() -> None:
@@ -374,40 +377,39 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
     Stop(world)
     if args.json:
         check_writable(args.json)
-    inputs = read_inputs(args)
-    print_survey(inputs.survey)
-    report = dict(inputs.survey)
-    folder = local_model(args.model) or cached_model(args.model)
+    inputs = find_inputs(args)
+    folder = model_on_disk(args.model)
     if folder:
-        headers, config = read_headers(args.model, folder), read_config(args.model, folder)
-        check_base(args.model, config, headers)
-        check_sizes(args, config)
-        choose_targets(args.lora_target_modules, headers)
-        encode = load_encoder(args.model, folder, args.chat_format)
+        config, headers, encode = inspect_base(args, folder)
         data = prepare_data(args, world, inputs.train_files, inputs.eval_files, encode)
         print_data(args, world, data)
         config = plan_config(config, headers)
         plan = print_memory_plan(args, world, config, data.counts, capacity=24, device="a 24 GiB GPU")
-        report |= data.counts | {
-            "memory_gib": plan,
-            "advice": advise(args, world, data.counts),
-            "warnings": report["warnings"] + data.warnings,
-        }
+        report = data.counts | {"memory_gib": plan, "advice": advise(args, world, data.counts)}
+        found = data.warnings
         print_rows(data.train_rows, args.preview, encode.tokenizer)
     else:
+        report, found, _ = read_data(inputs.train_files | inputs.eval_files, args)
+        print_survey(report)
+        print_warnings(found)
+        local_model(args.model)
         print_field("tokens", f"{args.model} is not on this machine yet; tokens, rows and steps need its tokenizer")
     if args.json:
-        names = ("file", "line", "kind", "text")
-        report["warnings"] = [dict(zip(names, warning, strict=True)) for warning in report["warnings"]]
-        write_json(args.json, report)
+        write_json(args.json, report | {"warnings": [warning._asdict() for warning in found]})
 
 
 def train(args: argparse.Namespace, world: World) -> None:
     """The documented run in four steps: prepare the data, load the model, fit, finish."""
     stop = Stop(world)
-    inputs = read_inputs(args)  # errors in the data appear now, before slow imports
+    inputs = find_inputs(args)
+    if not model_on_disk(args.model):
+        read_data(inputs.train_files | inputs.eval_files, args)  # shows errors in the data before a download
     lock = claim_output(args.output, args.resume, args.overwrite) if not world.rank else None
-    print_survey(inputs.survey)
+    folder, revision = resolve_model(args.model)
+    encode = inspect_base(args, folder)[2]
+    data = prepare_data(args, world, inputs.train_files, inputs.eval_files, encode)
+    print_data(args, world, data)
+
     flags = ("--cuda-alloc-expandable", "--no-cuda-alloc-expandable", "--max-split-size-mb")
     set_allocator(
         args.cuda_alloc_expandable, args.max_split_size_mb, quiet=not any(a.startswith(flags) for a in sys.argv)
@@ -415,12 +417,9 @@ def train(args: argparse.Namespace, world: World) -> None:
     print_field("starting", "torch, transformers and peft")
     load_libraries()
     device = choose_device(args, world)
-    base = find_base(args)
-
+    base = find_base(args, folder, revision, encode)
     if args.init_adapter:
         check_ancestor(args.init_adapter, base)
-    data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
-    print_data(args, world, data)
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         config = plan_config(base.config.to_dict(), base.headers)
@@ -443,59 +442,53 @@ def train(args: argparse.Namespace, world: World) -> None:
     trainer.accelerator.end_training()
 
 
-def read_inputs(args: argparse.Namespace) -> Inputs:
-    """Find and check all input files; InputError that lists what is wrong in them."""
-    train_files, eval_files = find_files(args.train_files), find_files(args.eval_files)
-    prompts = read_prompts(args.sample_prompts)
-    return Inputs(train_files, eval_files, survey(train_files | eval_files, args.input_format, args.skip_bad), prompts)
+def find_inputs(args: argparse.Namespace) -> Inputs:
+    """Find all input files; InputError where one is missing or empty."""
+    return Inputs(find_files(args.train_files), find_files(args.eval_files), read_prompts(args.sample_prompts))
 
 
 def prepare_data(
     args: argparse.Namespace, world: World, train_files: dict[str, str], eval_files: dict[str, str], encode: Encoder
 ) -> Data:
-    """Encode, hold out and pack files {name: sha256}; InputError where nothing would be trained."""
+    """Read, encode, hold out and pack files {name: sha256}; InputError where nothing would be trained."""
+    found, warned, samples = read_data(train_files | eval_files, args, encode)
+    digests, tokens, trained, part, for_eval = measure(samples, eval_files)
     both = train_files.keys() & eval_files.keys()
-    samples, found, tally = encode_files({f: d for f, d in train_files.items() if f not in both}, args, encode)
-    digests, tokens, trained, part = measure(samples)
-    eval_samples, eval_tokens, eval_tally = samples, tokens, dict.fromkeys(tally, 0)
     if eval_files:
-        eval_samples, eval_found, eval_tally = encode_files(eval_files, args, encode)
-        eval_digests, eval_tokens, eval_trained, _ = measure(eval_samples)
-        held_out, evaluated = np.isin(digests, eval_digests), np.arange(len(eval_tokens))
-        found = found + eval_found + [(file, 1, "held out", "also in --eval-files: not trained on") for file in both]
-        found += warn_held_out(samples, held_out)
+        copies = ~for_eval & np.isin(digests, digests[for_eval])
+        chosen, evaluated = np.flatnonzero(~for_eval & ~copies), np.flatnonzero(for_eval)
+        warned += [DataWarning(file, 1, "held out", "also in --eval-files: not trained on") for file in both]
+        warned += warn_held_out(samples, copies)
     else:
         held_out = hold_out(digests, args.eval_fraction, args.seed)
-        evaluated = np.flatnonzero(held_out)
+        chosen, evaluated = np.flatnonzero(~held_out), np.flatnonzero(held_out)
         if args.eval_fraction and not len(evaluated):
-            found += [(next(iter(train_files)), 1, "held out", "nothing is: the data is one conversation")]
-    chosen = np.flatnonzero(~held_out)
+            warned.append(
+                DataWarning(next(iter(train_files)), 1, "held out", "nothing is: the data is one conversation")
+            )
 
     if args.early_stopping and not len(evaluated):
-        raise InputError(
-            f"--early-stopping {args.early_stopping}: nothing is held out; use --eval-fraction or --eval-files"
-        )
-
+        problem = "nothing is held out; use --eval-fraction or --eval-files"
+        raise InputError(f"--early-stopping {args.early_stopping}: {problem}")
     if len(evaluated) and args.save_steps % args.eval_steps:
         problem = f"--save-steps {args.save_steps}: must be a multiple of --eval-steps {args.eval_steps}"
         raise InputError(f"{problem}; change one of them")
-
     too_long = f"no answer fits into --max-length {args.max_length}"
     if not trained[chosen].sum():
-        why = "all of it is in --eval-files" if both or (len(digests) and held_out.all()) else too_long
+        evaluated_only = eval_files and (both or copies.any())
+        why = "all of it is in --eval-files" if evaluated_only else too_long
         raise InputError(f"{', '.join(train_files)}: nothing to train on; {why}")
-    if eval_files and not eval_trained.sum():
+    if eval_files and not trained[evaluated].sum():
         raise InputError(f"{', '.join(eval_files)}: nothing to evaluate; {too_long}")
 
     train_rows = make_rows(samples, chosen, tokens, args)
-    eval_rows = make_rows(eval_samples, evaluated, eval_tokens, args) if len(evaluated) else None
+    eval_rows = make_rows(samples, evaluated, tokens, args) if len(evaluated) else None
     rows_per_step = args.train_batch_size * args.grad_accum * world.size
     steps_per_epoch = -(-len(train_rows) // rows_per_step)
-    tally = {name: count + eval_tally[name] for name, count in tally.items()}
     trained_on = int(np.count_nonzero(part[chosen] == 0))
-    counts = tally | {
+    counts = found | {
         "trained_on": trained_on,
-        "held_out": tally["conversations"] - tally["dropped"] - trained_on,
+        "held_out": found["conversations"] - found["dropped"] - trained_on,
         "tokens": int(tokens[chosen].sum()),
         "trained_tokens": int(trained[chosen].sum()),
         "rows": len(train_rows),
@@ -504,7 +497,7 @@ def prepare_data(
         "steps_per_epoch": steps_per_epoch,
         "steps": int(np.ceil(args.epochs * steps_per_epoch)),
     }
-    return Data(train_rows, eval_rows, tokens[chosen], counts, found)
+    return Data(train_rows, eval_rows, tokens[chosen], counts, warned)
 
 
 def load_model(args: argparse.Namespace, world: World, base: Base, train_rows: Rows, device: torch.device):
@@ -808,6 +801,15 @@ class Turn(NamedTuple):
     trained: bool = True  # False: this answer is only context for the next ones
 
 
+class DataWarning(NamedTuple):
+    """Something in the data that is probably a mistake, or that was left out."""
+
+    file: str
+    line: int
+    kind: str
+    text: str
+
+
 class Conversation(NamedTuple):
     """The turns of one conversation, and where it stands."""
 
@@ -835,39 +837,37 @@ SHAREGPT = {"human": "user", "gpt": "assistant"}
 TOOL_ROLES = {"tool", "function", "ipython", "observation", "tool_call", "tool_calls", "function_call", "tool_response"}
 # Tokens with which other formats end a turn or a text.
 END_TOKENS = ("<|end|>", "<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|eom_id|>", "</s>", "<end_of_turn>", "<eos>")
+# Other encodings than UTF-8, by the first bytes of a file: a byte order mark, or the zero bytes of ASCII characters.
+ENCODINGS = {"UTF-32": re.compile(rb"\xff\xfe\0\0"), "UTF-16": re.compile(rb"\xff\xfe|\xfe\xff"),
+             "UTF-16BE": re.compile(rb"\0[^\0]\0"), "UTF-16LE": re.compile(rb"[^\0]\0[^\0]\0")}  # fmt: skip
 FENCE = re.compile(r"^ {0,3}```", re.MULTILINE)
 NOT_CLOSED = "this turn is not closed; end it with <|im_end|>"
 NO_TOOLS = "tool turns cannot be trained on; delete them, or write the tool's result into a user turn"
 
 
 def find_files(patterns: list[str]) -> dict[str, str]:
-    """{name: sha256} of the files that these paths and globs name, in order, each once."""
-    names = []
+    """{name: sha256} of the files that these paths, folders and globs name, in order, each once."""
+    found: dict[str, str] = {}
     for pattern in patterns:
         matches = [] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        for name in matches or [pattern]:
-            names += files_in(name) if os.path.isdir(name) else [name]
-    for name in names:
-        if not os.path.isfile(name):
-            raise InputError(f"{name}: no such file; give the path of a data file or a glob that matches one")
-        try:
-            with open(name, "rb") as file:
-                empty = not file.read(1)
-        except OSError as error:
-            raise InputError(f"{name}: cannot be read ({error.strerror}); make it readable") from None
-        if empty:
-            raise InputError(f"{name}: the file is empty; write dialogues into it (README, data format)")
-    return {name: sha256(name) for name in dict.fromkeys(names)}
+        for match in matches or [pattern]:
+            for name in files_in(match) if os.path.isdir(match) else [match]:
+                if not os.path.isfile(name):
+                    raise InputError(f"{name}: no such file; give the path of a data file or a glob that matches one")
+                try:
+                    found[name] = found.get(name) or sha256(name)
+                except OSError as error:
+                    raise InputError(f"{name}: cannot be read ({error.strerror}); make it readable") from None
+                if not os.path.getsize(name):
+                    raise InputError(f"{name}: the file is empty; write dialogues into it (README, data format)")
+    return found
 
 
 def files_in(folder: str) -> list[str]:
     """The data files in a folder, in alphabetical order."""
     known = (".chatml", ".txt", *ROW_FILES)
-    try:
-        entries = sorted(name for name in os.listdir(folder) if name.lower().endswith(known) and name[0] != ".")
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be read ({error.strerror}); make it readable") from None
-    found = [path for path in (os.path.join(folder, name) for name in entries) if os.path.isfile(path)]
+    names = sorted(name for name in os.listdir(folder) if name.lower().endswith(known) and name[0] != ".")
+    found = [path for path in (os.path.join(folder, name) for name in names) if os.path.isfile(path)]
     if not found:
         raise InputError(f"{folder}: no data file in this folder; their names end in {', '.join(known)}")
     return found
@@ -894,8 +894,12 @@ def read_conversations(
         reader = read_chatml if "chatml" in (input_format, detected) and input_format != "messages" else read_messages
         for turns in reader(file, warn):
             found = True
-            if problems := find_problems(turns):
-                (refuse or raise_first)(file, problems)
+            problems = find_problems(turns)
+            if problems and not refuse:
+                line, text = problems[0]
+                raise InputError(f"{file}:{line}: {text}")
+            if refuse and problems:
+                refuse(file, problems)
             else:
                 yield build_conversation(turns, file, warn)
         if not found:
@@ -913,12 +917,6 @@ def detect_format(file: str) -> str:
         return "chatml"
     by_name = ROW_FILES.get(os.path.splitext(file)[1].lower())
     return by_name or ("JSON" if re.match(rb'\{\s*["}]|\[\s*[{\]]', start) else "chatml")
-
-
-def raise_first(file: str, problems: list[tuple[int, str]]) -> None:
-    """InputError for the first error of a conversation."""
-    line, text = problems[0]
-    raise InputError(f"{file}:{line}: {text}")
 
 
 def read_chatml(file: str, warn: Warn) -> Iterator[list[Turn]]:
@@ -1028,33 +1026,22 @@ def conversion_hint(file: str) -> str:
     """How to save a file as UTF-8, with its encoding and the command where its first 16 MiB show which it is."""
     with open(file, "rb") as source:
         raw = source.read(1 << 24)
-    encoding = None
-    if raw.startswith(codecs.BOM_UTF32_LE):
-        encoding = "UTF-32"
-    elif raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "UTF-16"
-    elif raw[:1] == raw[2:3] == b"\0" != raw[1:2]:
-        encoding = "UTF-16BE"
-    elif raw[1:2] == raw[3:4] == b"\0" != raw[:1]:
-        encoding = "UTF-16LE"
-    elif looks_like_windows_1252(raw):
-        encoding = "WINDOWS-1252"
+    shown = (name for name, start in ENCODINGS.items() if start.match(raw))
+    encoding = next(shown, "Windows-1252" if looks_like_windows_1252(raw) else None)
     if not encoding:
         return "; save the file as UTF-8"
     stem, suffix = os.path.splitext(file)
     command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(file)} > {shlex.quote(f'{stem}.utf8{suffix}')}"
-    return f", it looks like {encoding.title() if 'W' in encoding else encoding}; convert it with {command}"
+    return f", it looks like {encoding}; convert it with {command}"
 
 
 def looks_like_windows_1252(raw: bytes) -> bool:
     """More bytes that UTF-8 does not allow than characters that it does, and all of them have a meaning there."""
     good = [character for character in raw.decode("utf-8", "ignore") if character > "\x7f"]
     bad = len(raw.translate(None, bytes(range(128)))) - len("".join(good).encode())
-    try:
-        raw.decode("cp1252")
-    except UnicodeDecodeError:
-        return False
-    return bad > len(good) and not re.search(rb"\xed[\xa0-\xbf][\x80-\xbf]", raw)  # that is a surrogate
+    undefined = raw.translate(None, bytes(set(range(256)) - {0x81, 0x8D, 0x8F, 0x90, 0x9D}))
+    surrogate = re.search(rb"\xed[\xa0-\xbf][\x80-\xbf]", raw)
+    return bad > len(good) and not undefined and not surrogate
 
 
 def read_lines(file: str) -> Iterator[tuple[int, str]]:
@@ -1265,31 +1252,21 @@ def find_problems(turns: list[Turn]) -> list[tuple[int, str]]:
     known = all(contents) and all(trains) and "error" not in roles and "user" in roles and "assistant" in roles
     if known and roles.index("user") < roles.index("assistant"):
         return []  # almost always
-    wrong, empty, first, answers, context = [], [], "", 0, 0
-    for role, content, line, trained in turns:
-        if role == "error":
-            wrong.append((line, content))
-        elif role != "system":
-            first = first or role
-            if role == "assistant":
-                answers += 1
-                context += not trained
-            if not content:
-                empty.append((line, f"empty {role} turn; fill it or delete it"))
+    wrong = [(turn.line, turn.content) for turn in turns if turn.role == "error"]
+    spoken = [turn for turn in turns if turn.role != "system"]
+    empty = [(turn.line, f"empty {turn.role} turn; fill it or delete it") for turn in spoken if not turn.content]
+    answers = [turn for turn in spoken if turn.role == "assistant"]
     if wrong or empty:
         return wrong or empty  # what an error hides would only look like another one
     if not answers:
         return [(turns[0].line, "a conversation without an assistant turn; add an answer or delete it")]
-    if first == "assistant":
-        line = next(turn.line for turn in turns if turn.role == "assistant")
-        return [(line, "the assistant speaks first; put a user turn before it")]
-    if context == answers:
+    if spoken[0].role == "assistant":
+        return [(spoken[0].line, "the assistant speaks first; put a user turn before it")]
+    if not any(turn.trained for turn in answers):
         return [(turns[0].line, "every answer is only context; let one be trained, or delete the conversation")]
-    if not context:
-        return []
     problem = "neighboring answers, one trained and one only context; mark both alike or join them"
-    spoken = [turn for turn in turns if turn.content]
-    return [(b.line, problem) for a, b in pairwise(spoken) if a.role == b.role and a.trained != b.trained]
+    said = [turn for turn in turns if turn.content]
+    return [(b.line, problem) for a, b in pairwise(said) if a.role == b.role and a.trained != b.trained]
 
 
 def build_conversation(turns: list[Turn], file: str, warn: Warn) -> Conversation:
@@ -1453,93 +1430,47 @@ class Encoder:
         return samples
 
 
-# Ten million blanks make Llama 3.1's tokenizer panic. Tried only where a run begins, so in linear time.
-BLANKS = re.compile(r"(?<![^\S\r\n])[^\S\r\n]{1000000}")
+class Encoded(NamedTuple):
+    """What becomes of some conversations."""
+
+    samples: list[Sample]
+    warnings: list[DataWarning]
+    lost: dict[str, int]  # conversations split and dropped, exchanges dropped, trained tokens lost with them
+    errors: list[str]  # `place: what is wrong; fix`, with --overlong error
 
 
-def encode_conversations(
-    conversations: Iterable[Conversation],
-    encode: Encoder,
-    max_length: int,
-    overlong: str,
-    warn: Warn,
-    tally: Counter | None = None,
-) -> Iterator[list[Sample]]:
-    """Yield batches of samples; none is longer than max_length.
-
-    `tally` counts conversations, those split and dropped, dropped exchanges and the trained tokens lost with them.
-    InputError that lists the conversations over max_length if `overlong` is error.
-    """
-    tally, too_long = Counter() if tally is None else tally, []
-    for batch in batch_conversations(conversations):
-        for turns, file, _ in batch:
-            for turn in turns:
-                if len(turn.content) > 1_000_000 and BLANKS.search(turn.content):
-                    raise InputError(f"{file}:{turn.line}: a million blanks in a row; delete them")
-        samples = []
-        tally["conversations"] += len(batch)
-        for conversation, tokens in zip(batch, encode([c.turns for c in batch]), strict=True):
-            turns, file, line = conversation
-            parts = [tokens]
-            if len(tokens.input_ids) > max_length and overlong == "error":
-                problem = f"{len(tokens.input_ids)} tokens, above --max-length {max_length}"
-                too_long.append(f"{file}:{line}: {problem}; shorten it or use --overlong split")
-            elif len(tokens.input_ids) > max_length:
-                parts = handle_overlong(conversation, tokens, encode, max_length, overlong, warn, tally)
-            key = digest(turns)
-            for part, (ids, labels) in enumerate(parts):
-                samples.append(Sample(ids, labels, count_trained(labels), key, file, line, part))
-        yield samples
-    if too_long:
-        raise InputError(list_errors(too_long))
+def encode_conversations(conversations: list[Conversation], encode: Encoder, max_length: int, overlong: str) -> Encoded:
+    """The samples of these conversations, none longer than max_length; `overlong` is --overlong."""
+    samples, warned, errors = [], [], []
+    lost = Counter(split=0, dropped=0, dropped_exchanges=0, lost_trained_tokens=0)
+    for (turns, file, line), tokens in zip(conversations, encode([c.turns for c in conversations]), strict=True):
+        parts, size = [tokens], len(tokens.input_ids)
+        if size > max_length and overlong == "error":
+            problem = f"{size} tokens, above --max-length {max_length}"
+            errors.append(f"{file}:{line}: {problem}; shorten it or use --overlong split")
+        elif size > max_length:
+            parts, unfit = split_conversation(turns, encode, max_length) if overlong == "split" else ([], [])
+            parts = [part for part in parts if count_trained(part.labels)]  # the others hold only context
+            kept = sum(count_trained(part.labels) for part in parts)
+            lost["dropped"] += not parts
+            lost["split"] += len(parts) > 1
+            lost["dropped_exchanges"] += len(unfit) if parts else 0
+            lost["lost_trained_tokens"] += count_trained(tokens.labels) - kept
+            if overlong == "drop":
+                warned.append(DataWarning(file, line, "dropped", f"a conversation of {size:,} tokens"))
+            if len(parts) > 1:
+                warned.append(DataWarning(file, line, "split", f"{size:,} tokens: split into {len(parts)}"))
+            alone = "this exchange alone is longer than a row"
+            warned += [DataWarning(file, turn.line, "dropped", alone) for turn in unfit]
+        key = digest(turns)
+        for part, (ids, labels) in enumerate(parts):
+            samples.append(Sample(ids, labels, count_trained(labels), key, file, line, part))
+    return Encoded(samples, warned, lost, errors)
 
 
 def count_trained(labels: np.ndarray) -> int:
     """How many labels are trained."""
     return int(np.count_nonzero(labels != IGNORE))
-
-
-def batch_conversations(conversations: Iterable[Conversation], characters=1 << 21) -> Iterator[list[Conversation]]:
-    """Yield lists of conversations of about so many characters: enough for the tokenizer to use every core."""
-    batch, size = [], 0
-    for conversation in conversations:
-        batch.append(conversation)
-        size += sum(len(turn.content) for turn in conversation.turns)
-        if size >= characters:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def handle_overlong(
-    conversation: Conversation,
-    tokens: Tokens,
-    encode: Encoder,
-    max_length: int,
-    overlong: str,
-    warn: Warn,
-    tally: Counter,
-) -> list[Tokens]:
-    """The parts of a conversation of more than max_length tokens that are kept, as --overlong says."""
-    turns, file, line = conversation
-    parts, lost = [], []
-    if overlong == "split":
-        parts, lost = split_conversation(turns, encode, max_length)
-        parts = [part for part in parts if count_trained(part.labels)]  # the others hold only context
-    size, kept = len(tokens.input_ids), sum(count_trained(part.labels) for part in parts)
-    tally["dropped"] += not parts
-    tally["split"] += len(parts) > 1
-    tally["dropped_exchanges"] += len(lost) if parts else 0
-    tally["lost_trained_tokens"] += count_trained(tokens.labels) - kept
-    if overlong == "drop":
-        warn(file, line, "dropped", f"a conversation of {size:,} tokens")
-        return []
-    if len(parts) > 1:
-        warn(file, line, "split", f"{size:,} tokens: split into {len(parts)}")
-    for turn in lost:
-        warn(file, turn.line, "dropped", "this exchange alone is longer than a row")
-    return parts
 
 
 def split_conversation(turns: list[Turn], encode: Encoder, max_length: int) -> tuple[list[Tokens], list[Turn]]:
@@ -1590,47 +1521,134 @@ def digest(turns: list[Turn]) -> int:
 # ---- Tokens -> rows ------------------------------------------------------------------------------
 
 
-class Encoded(NamedTuple):
-    """The samples of some files, and what happened to their conversations."""
+def read_data(
+    files: dict[str, str], args: argparse.Namespace, encode: Encoder | None = None
+) -> tuple[dict[str, Any], list[DataWarning], Any]:
+    """Read and check files {name: sha256} and, given an encoder, encode them in the same pass.
 
-    samples: Any  # a memory-mapped datasets.Dataset; its columns are the fields of Sample
-    warnings: list  # (file, line, kind, text)
-    tally: dict[str, int]  # of encode_conversations, and how many conversations --skip-bad has skipped
-
-
-def encode_files(files: dict[str, str], args: argparse.Namespace, encode: Encoder) -> Encoded:
-    """The samples of these files {name: sha256}.
-
-    A second start with the same files, tokenizer, format and
-    length finds them in the cache.
+    Returns counts, warnings and the samples: a memory-mapped datasets.Dataset whose columns are the fields of Sample,
+    or None. A second start with the same files and settings finds them in the cache. InputError lists all errors.
     """
-    import datasets
+    settings = [args.input_format, args.skip_bad]
+    if encode:
+        settings += [
+            hashlib.sha256(encode.tokenizer.to_str().encode()).hexdigest(),
+            encode.chat,
+            args.max_length,
+            args.overlong,
+        ]
 
     def make(folder: Path) -> None:
-        found: list = []
-        tally = Counter(skipped=0, conversations=0, split=0, dropped=0, dropped_exchanges=0, lost_trained_tokens=0)
+        found: dict[str, Any] = {}
+        conversations = survey(files, args.input_format, args.skip_bad, found)
+        if encode:
+            work = functools.partial(encode_batch, encode=encode, max_length=args.max_length, overlong=args.overlong)
+            size = sum(map(os.path.getsize, files)) / 1e6
+            workers = min(len(os.sched_getaffinity(0)), int(size / POOL_MEGABYTES))
+            if workers > 1:
+                print_field("preparing", f"{size:,.0f} MB of data on {workers} cores")
+            batches = batch_conversations(conversations)
+            write_arrow(collect(map_in_order(work, batches, workers), found), folder / "samples.arrow")
+        else:
+            deque(conversations, maxlen=0)  # only counted
+        raise_errors(found)
+        write_json(folder / "found.json", found)
 
-        def warn(*warning) -> None:
-            found.append(warning)
+    folder = cached_folder("samples" if encode else "survey", [*settings, *files.items()], make)
+    found = read_json(folder / "found.json")
+    warned = [DataWarning(*warning) for warning in found.pop("warnings")]
+    if not encode:
+        return found, warned, None
+    import datasets
 
-        def skip(*_) -> None:
-            tally["skipped"] += 1
+    return found, warned, datasets.Dataset.from_file(str(folder / "samples.arrow"))
 
-        conversations = read_conversations(files, args.input_format, refuse=skip if args.skip_bad else None)
-        samples = encode_conversations(conversations, encode, args.max_length, args.overlong, warn, tally)
-        write_arrow(samples, folder / "samples.arrow")
-        write_json(folder / "found.json", {"warnings": found, "tally": tally})
 
-    settings = [
-        encode.tokenizer.to_str(),
-        encode.chat,
-        args.input_format,
-        args.skip_bad,
-        args.max_length,
-        args.overlong,
-    ]
-    folder = cached_folder("samples", [*settings, *files.items()], make)
-    return Encoded(datasets.Dataset.from_file(str(folder / "samples.arrow")), **read_json(folder / "found.json"))
+def batch_conversations(conversations: Iterable[Conversation], characters=1 << 19) -> Iterator[list[Conversation]]:
+    """Yield lists of conversations of about so many characters."""
+    batch, size = [], 0
+    for conversation in conversations:
+        batch.append(conversation)
+        size += sum(len(turn.content) for turn in conversation.turns)
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode_batch(batch: list[Conversation], encode: Encoder, max_length: int, overlong: str) -> Encoded:
+    """encode_conversations, its samples as an Arrow record batch: small to send to another process, ready to write."""
+    import pyarrow as pa
+
+    encoded, schema = encode_conversations(batch, encode, max_length, overlong), sample_schema()
+    columns = [pa.array([sample[i] for sample in encoded.samples], kind) for i, kind in enumerate(schema.types)]
+    return encoded._replace(samples=pa.record_batch(columns, schema))
+
+
+def collect(encoded: Iterable[Encoded], found: dict[str, Any]) -> Iterator[pyarrow.RecordBatch]:
+    """Yield the samples and add what else is in these to `found`."""
+    warned = []
+    for samples, more, lost, errors in encoded:
+        warned += more
+        found["too_long"] += errors
+        for name, count in lost.items():
+            found[name] = found.get(name, 0) + count
+        yield samples
+    found["warnings"] += warned  # behind those of reading, however far ahead that was
+
+
+def map_in_order(work: Callable, items: Iterable, workers: int) -> Iterator:
+    """work(item) of each item, in order, by several processes; with fewer than two workers by this one.
+
+    Few items are under way at a time, so that memory does not grow with their number. The processes are forked, so
+    that they share the tokenizer and start at once; this process has neither torch nor a tokenizer's threads yet.
+    """
+    if workers < 2:
+        yield from map(work, items)
+        return
+    from concurrent.futures import ProcessPoolExecutor
+
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_worker, (work,))
+    # The workers inherit this mask: signals are for their parent. They are forked by the first `submit`, and an
+    # exception that a signal's handler raises within a fork would be lost.
+    usual = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    pool.submit(int)
+    signal.pthread_sigmask(signal.SIG_SETMASK, usual)
+    pending = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(run_work, item))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+worker_task: Callable  # in a worker process: what it does with each item
+
+
+def start_worker(work: Callable) -> None:
+    """Prepare a worker process: it ends with its parent, and keeps to one core."""
+    global worker_task
+    worker_task = work
+    # One thread of the tokenizer's own: the main thread's memory arena makes it a fifth slower.
+    os.environ |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "1"}
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """End this process when its parent has ended, whatever ended it."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
+
+
+def run_work(item: Any) -> Any:
+    """What a worker process does."""
+    return worker_task(item)
 
 
 def cached_folder(name: str, depends_on: list, make: Callable[[Path], None]) -> Path:
@@ -1669,31 +1687,40 @@ def cached_folder(name: str, depends_on: list, make: Callable[[Path], None]) -> 
     return folder
 
 
-def write_arrow(batches: Iterable[list[Sample]], file: Path) -> None:
-    """Write batches of samples as an Arrow stream, which is read back memory-mapped."""
+def sample_schema() -> pyarrow.Schema:
+    """The columns on disk: the fields of Sample."""
     import pyarrow as pa
 
     ids = pa.large_list(pa.int32())
-    schema = pa.schema(
-        zip(Sample._fields, (ids, ids, pa.int32(), pa.int64(), pa.string(), pa.int32(), pa.int32()), strict=True)
-    )
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
-        for batch in filter(None, batches):
-            columns = [pa.array([sample[i] for sample in batch], kind) for i, kind in enumerate(schema.types)]
-            stream.write_batch(pa.record_batch(columns, schema))
+    types = (ids, ids, pa.int32(), pa.int64(), pa.string(), pa.int32(), pa.int32())
+    return pa.schema(zip(Sample._fields, types, strict=True))
 
 
-def measure(samples) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(digest, tokens, trained tokens, part) of each sample, int64 [N] each; the tokens themselves are not read."""
-    from pyarrow.compute import list_value_length
+def write_arrow(batches: Iterable[pyarrow.RecordBatch], file: Path) -> None:
+    """Write record batches of samples as an Arrow stream, which is read back memory-mapped."""
+    import pyarrow as pa
 
-    columns = [(np.zeros(0, np.int64),) * 4]
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, sample_schema()) as stream:
+        for batch in batches:
+            stream.write_batch(batch)
+
+
+def measure(samples, eval_files: Iterable[str] = ()) -> tuple[np.ndarray, ...]:
+    """(digest, tokens, trained tokens, part, whether it is from one of these files) of each sample, [N] each.
+
+    The last is bool, the others int64. The tokens themselves are not read.
+    """
+    import pyarrow as pa
+    from pyarrow.compute import is_in, list_value_length
+
+    files = pa.array(eval_files, pa.string())
+    columns = [(*(np.zeros(0, np.int64),) * 4, np.zeros(0, bool))]
     for batch in samples.with_format("arrow").iter(10_000):
         lengths = list_value_length(batch["input_ids"]).to_numpy()
         trained, part = (batch[name].to_numpy().astype(np.int64) for name in ("trained", "part"))
-        columns.append((batch["digest"].to_numpy(), lengths, trained, part))
-    digests, lengths, trained, part = (np.concatenate(column) for column in zip(*columns, strict=True))
-    return digests, lengths, trained, part
+        for_eval = is_in(batch["file"], value_set=files).to_numpy()
+        columns.append((batch["digest"].to_numpy(), lengths, trained, part, for_eval))
+    return tuple(np.concatenate(column) for column in zip(*columns, strict=True))
 
 
 def hold_out(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -1709,8 +1736,8 @@ def hold_out(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 def warn_held_out(samples, held_out: np.ndarray) -> list:
     """A warning for each conversation of the training files that is also in --eval-files."""
     both = samples.select(np.flatnonzero(held_out)).select_columns(["file", "line"])
-    places = dict.fromkeys(tuple(place.values()) for place in both)  # once, even if it has several parts
-    return [(*place, "held out", "also in --eval-files: not trained on") for place in places]
+    places = dict.fromkeys((place["file"], place["line"]) for place in both)  # once, even if it has several parts
+    return [DataWarning(file, line, "held out", "also in --eval-files: not trained on") for file, line in places]
 
 
 def make_rows(samples, chosen: np.ndarray, lengths: np.ndarray, args: argparse.Namespace) -> Rows:
@@ -1808,93 +1835,89 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 MOJIBAKE = re.compile("Ã[\u0080-\u00bf©¨ª«´§¹]|â€|Â[«»°\u00a0]|\ufffd")
 LONG_TURN = 20_000  # characters
+# Ten million blanks make Llama 3.1's tokenizer panic. Tried only where a run begins, so in linear time.
+BLANKS = re.compile(r"(?<![^\S\r\n])[^\S\r\n]{1000000}")
 MANY_EXCHANGES = 30  # in one conversation: rather several that nothing separates
 
 
-def survey(files: dict[str, str], input_format: str, skip_bad: bool = False) -> dict[str, Any]:
-    """Counts and warnings (file, line, kind, text) of the data, cached; InputError that lists the errors in it.
+def survey(files: Iterable[str], input_format: str, skip_bad: bool, found: dict[str, Any]) -> Iterator[Conversation]:
+    """Read and check all files: yield their conversations, and fill `found` with counts, warnings and errors.
 
-    With skip_bad, conversations with errors are counted as skipped, and each error is a warning.
+    With skip_bad, each error in a conversation is a warning. After an error that stops the run nothing is yielded.
     """
-
-    def make(folder: Path) -> None:
-        write_json(folder / "survey.json", survey_conversations(files, input_format))
-
-    found = read_json(cached_folder("survey", [input_format, *files.items()], make) / "survey.json")
-    errors, unreadable = found.pop("errors"), found.pop("unreadable")
-    if unreadable or (errors and not skip_bad):
-        lines = unreadable + ([] if skip_bad else [f"{file}:{line}: {text}" for file, line, text in errors])
-        remedy = "" if unreadable else "--skip-bad trains without these conversations"
-        raise InputError(list_errors(lines, remedy))
-    if not found["conversations"]:
-        raise InputError(f"{', '.join(files)}: all conversations have errors; leave out --skip-bad to see them")
-    found["warnings"] += [(file, line, "skipped", text) for file, line, text in errors]
-    return found
-
-
-def list_errors(lines: list[str], remedy: str = "", shown: int = 20) -> str:
-    """The first lines, how many more there are, and what helps against several at once."""
-    last = [f"and {len(lines) - shown:,} more"] if len(lines) > shown else []
-    last += [f"{len(lines):,} errors in all; {remedy}"] if len(lines) > 1 and remedy else []
-    return "\n".join([*lines[:shown], *([", ".join(last)] if last else [])])
-
-
-def survey_conversations(files: Iterable[str], input_format: str) -> dict[str, Any]:
-    """Read and check all conversations; only counts, warnings and errors are kept."""
-    turns, exchanges, seen, found, errors, unreadable = Counter(), Counter(), {}, [], [], []
-    conversations, characters, skipped = 0, 0, 0
-    system, shared = None, True  # the first conversation's system turn, and whether all others have the same
+    turns, exchanges, seen, characters, system = Counter(), Counter(), {}, 0, None
+    found |= {"files": list(files), "conversations": 0, "skipped": 0, "warnings": []}
+    found |= {"errors": [], "unreadable": [], "too_long": []}
 
     def warn(*warning) -> None:
-        found.append(warning)
+        found["warnings"].append(DataWarning(*warning))
 
     def refuse(file: str, problems: list[tuple[int, str]]) -> None:
-        nonlocal skipped
-        skipped += 1
-        errors.extend((file, line, text) for line, text in problems)
+        found["skipped"] += 1
+        for line, text in problems:
+            if skip_bad:
+                warn(file, line, "skipped", text)
+            else:
+                found["errors"].append(f"{file}:{line}: {text}")
 
     def readable() -> Iterator[Conversation]:
         for file in files:
             try:
-                yield from read_conversations([file], input_format, warn, refuse)
+                for conversation in read_conversations([file], input_format, warn, refuse):
+                    long = [turn for turn in conversation.turns if len(turn.content) > 1_000_000]
+                    if blank := [turn.line for turn in long if BLANKS.search(turn.content)]:
+                        refuse(file, [(line, "a million blanks in a row; delete them") for line in blank])
+                    else:
+                        yield conversation
             except InputError as error:
-                unreadable.append(str(error))
+                found["unreadable"].append(str(error))
 
     for conversation in readable():
-        opening = conversation.turns[0]
-        instruction = opening.content if opening.role == "system" else None
-        system = instruction if not conversations else system
-        shared = shared and instruction == system
-        conversations += 1
-        count = sum(turn.role == "assistant" for turn in conversation.turns)
-        exchanges[count] += 1
-        if count >= MANY_EXCHANGES:
-            warn(conversation.file, conversation.line, "one conversation", separation_hint(conversation.file, count))
-        place = f"{conversation.file}:{conversation.line}"
-        first = seen.setdefault(digest(conversation.turns), place)
-        if first != place:
-            warn(conversation.file, conversation.line, "duplicate", f"the same conversation as {first}")
-        for role, content, line, _ in conversation.turns:
-            turns[role] += 1
-            characters += len(content)
-            if wrong := MOJIBAKE.search(content):
-                warn(conversation.file, line, "encoding", f"{wrong[0]!r} looks like text decoded with a wrong encoding")
-            if len(content) > LONG_TURN:
-                warn(conversation.file, line, "long", f"a turn of {len(content):,} characters")
-    if conversations == 1 and 1 < count < MANY_EXCHANGES:  # where nothing can be held out, two are enough
-        warn(conversation.file, conversation.line, "one conversation", separation_hint(conversation.file, count))
-    return {
-        "files": list(files),
-        "conversations": conversations,
-        "skipped": skipped,
-        "turns": dict(turns),
-        "exchanges": dict(sorted(exchanges.items())),
-        "characters": characters,
-        "system": system if shared else None,
-        "warnings": found,
-        "errors": errors,
-        "unreadable": unreadable,
-    }
+        said, file, line = conversation
+        instruction = said[0].content if said[0].role == "system" else None
+        system = instruction if not found["conversations"] or instruction == system else None  # the one all share
+        found["conversations"] += 1
+        roles = [turn.role for turn in said]
+        turns.update(roles)
+        exchanges[roles.count("assistant")] += 1
+        characters += sum(len(turn.content) for turn in said)
+        place = f"{file}:{line}"
+        if (first := seen.setdefault(digest(said), place)) != place:
+            warn(file, line, "duplicate", f"the same conversation as {first}")
+        for warning in unusual(conversation):
+            warn(file, *warning)
+        if not (found["errors"] or found["unreadable"]):
+            yield conversation
+    if exchanges.total() == 1 and 1 not in exchanges and max(exchanges) < MANY_EXCHANGES:  # nothing can be held out
+        warn(file, line, "one conversation", separation_hint(file, *exchanges))
+    found |= {"turns": dict(turns), "exchanges": dict(sorted(exchanges.items()))}
+    found |= {"characters": characters, "system": system}
+
+
+def unusual(conversation: Conversation) -> Iterator[tuple[int, str, str]]:
+    """Yield (line, kind, text) of what is legal in a conversation but probably a mistake."""
+    answers = sum(turn.role == "assistant" for turn in conversation.turns)
+    if answers >= MANY_EXCHANGES:
+        yield conversation.line, "one conversation", separation_hint(conversation.file, answers)
+    for _, content, line, _ in conversation.turns:
+        if wrong := MOJIBAKE.search(content):
+            yield line, "encoding", f"{wrong[0]!r} looks like text decoded with a wrong encoding"
+        if len(content) > LONG_TURN:
+            yield line, "long", f"a turn of {len(content):,} characters"
+
+
+def raise_errors(found: dict[str, Any], shown: int = 20) -> None:
+    """InputError that lists the first errors in `found` and counts the others; takes them out of it."""
+    errors, unreadable, too_long = (found.pop(name) for name in ("errors", "unreadable", "too_long"))
+    if lines := unreadable + errors or too_long:
+        last = [f"and {len(lines) - shown:,} more"] if len(lines) > shown else []
+        if len(lines) > 1 and errors and not unreadable:
+            last.append(f"{len(lines):,} errors in all; --skip-bad trains without these conversations")
+        raise InputError("\n".join([*lines[:shown], *([", ".join(last)] if last else [])]))
+    if not found["conversations"]:
+        raise InputError(
+            f"{', '.join(found['files'])}: all conversations have errors; leave out --skip-bad to see them"
+        )
 
 
 def separation_hint(file: str, exchanges: int) -> str:
@@ -1904,27 +1927,25 @@ def separation_hint(file: str, exchanges: int) -> str:
 
 
 def print_survey(found: dict[str, Any], shown: int = 5) -> None:
-    """The survey for people, with the first places of each kind of warning."""
-    turns, names, grouped = found["turns"], found["files"], Counter()
-    for number, count in found["exchanges"].items():
-        grouped["3-8" if 3 <= int(number) <= 8 else "9+" if int(number) > 8 else number] += count
+    """What was read: files, conversations, turns."""
+    turns, names, bins = found["turns"], found["files"], Counter()
+    for count, conversations in found["exchanges"].items():
+        bins[str(count) if int(count) < 3 else "3-8" if int(count) < 9 else "9+"] += conversations
     more = f", … and {len(names) - shown:,} more" if len(names) > shown else ""
     print_field("files", ", ".join(names[:shown]) + more)
     print_field("data", f"{plural(found['conversations'], 'conversation')}, {plural(found['characters'], 'character')}")
     print_field("turns", ", ".join(f"{turns.get(role, 0):,} {role}" for role in ROLES))
-    bins = ("1", "2", "3-8", "9+")
-    print_field("exchanges", ", ".join(f"{grouped[bin]:,} with {bin}" for bin in bins if grouped[bin]))
+    print_field("exchanges", ", ".join(f"{bins[name]:,} with {name}" for name in sorted(bins)))
     if found["skipped"]:
         print_field("skipped", f"{found['skipped']:,} conversations that have errors (--skip-bad)")
-    print_warnings(found["warnings"], shown)
 
 
-def print_warnings(found: list, shown: int = 5) -> None:
+def print_warnings(found: list[DataWarning], shown: int = 5) -> None:
     """Each kind of warning with its count and its first places."""
-    for kind, count in Counter(kind for _, _, kind, _ in found).items():
+    for kind, count in Counter(warning.kind for warning in found).items():
         print_field("warning", f"{count:,} x {kind}")
-        for file, line, _, text in islice((warning for warning in found if warning[2] == kind), shown):
-            print(wrap(f"  {file}:{line}: {text}", 4))
+        for warning in islice((warning for warning in found if warning.kind == kind), shown):
+            print(wrap(f"  {warning.file}:{warning.line}: {warning.text}", 4))
         if count > shown:
             print(f"  … and {count - shown:,} more")
 
@@ -1945,8 +1966,9 @@ def wrap(text: str, indent: int) -> str:
 
 
 def print_data(args: argparse.Namespace, world: World, data: Data) -> None:
-    """Tokens, lengths, rows and steps; and which settings to change for small data."""
+    """The survey, tokens, lengths, rows and steps; and which settings to change for small data."""
     counts = data.counts
+    print_survey(counts)
     share = counts["trained_tokens"] / counts["tokens"]
     print_field("used", describe_use(counts))
     if counts["split"] or counts["dropped"] or counts["dropped_exchanges"]:
@@ -2308,11 +2330,18 @@ def load_libraries() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def find_base(args: argparse.Namespace) -> Base:
-    """The base model, downloaded if necessary and checked as far as its weights need not be read."""
-    folder, revision = resolve_model(args.model)
+def inspect_base(args: argparse.Namespace, folder: str) -> tuple[dict[str, Any], dict[str, StoredTensor], Encoder]:
+    """The base's config.json, headers and encoder, checked as far as that needs no torch."""
+    headers, config = read_headers(args.model, folder), read_config(args.model, folder)
+    check_base(args.model, config, headers)
+    check_sizes(args, config)
+    choose_targets(args.lora_target_modules, headers)
+    return config, headers, load_encoder(args.model, folder, args.chat_format)
+
+
+def find_base(args: argparse.Namespace, folder: str, revision: str | None, encode: Encoder) -> Base:
+    """The base model, checked as far as its weights need not be read."""
     headers = read_headers(args.model, folder)
-    check_base(args.model, read_config(args.model, folder), headers)
     for file in weight_files(folder):
         if not file.is_file():
             raise InputError(f"--model {args.model}: no {file.name} in it; give a folder with the weights")
@@ -2321,7 +2350,6 @@ def find_base(args: argparse.Namespace) -> Base:
     check_names(args.model, config, headers, targets)
     check_sizes(args, config.to_dict())
     tokenizer = load_tokenizer(args.model, folder)
-    encode = load_encoder(args.model, folder, args.chat_format)
     tokenizer.chat_template = chat_template(encode.chat, adds_bos=bool(encode.start))
     return Base(folder, revision, config, tokenizer, encode, headers, targets)
 
@@ -2338,6 +2366,11 @@ def explain(place: str, hint: str, *errors: type[Exception]):
 def first_line(error: Exception) -> str:
     """The first line of a library's error, without its full stop."""
     return f"no {error} in it" if isinstance(error, KeyError) else str(error).strip().split("\n")[0].rstrip(".")
+
+
+def model_on_disk(name: str) -> str | None:
+    """The folder of a model whose tokenizer is on this machine, or None."""
+    return local_model(name) if os.path.isdir(name) else cached_model(name)
 
 
 def local_model(name: str) -> str | None:
@@ -2390,9 +2423,13 @@ def resolve_model(name: str) -> tuple[str, str | None]:
 def cached_model(name: str) -> str | None:
     """The folder of a Hub model in the local cache, or None."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.utils import HFValidationError
 
     files = ("config.json", "tokenizer_config.json", "tokenizer.json")
-    found = [try_to_load_from_cache(name, file) for file in files]
+    try:
+        found = [try_to_load_from_cache(name, file) for file in files]
+    except HFValidationError:  # not even a name; `local_model` explains it
+        return None
     return os.path.dirname(str(found[0])) if all(isinstance(file, str) for file in found) else None
 
 
@@ -3458,7 +3495,6 @@ def run_record(args: argparse.Namespace, base: Base, inputs: Inputs, counts: dic
         "args": vars(args),
         "data": {
             "sha256": inputs.train_files | inputs.eval_files,
-            "system": inputs.survey["system"],  # the one that all conversations share
             **counts,
         },
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in libraries}},
