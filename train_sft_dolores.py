@@ -2522,8 +2522,6 @@ def head_logits(model) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def add_lora(model, args: argparse.Namespace, targets: list[str], revision: str | None):
     """A PeftModel whose adapters are float32 and compute in the type of the activations."""
-    from peft.tuners.lora import LoraLayer
-
     model.name_or_path = args.model if revision else os.path.abspath(args.model)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -2534,14 +2532,13 @@ def add_lora(model, args: argparse.Namespace, targets: list[str], revision: str 
         target_modules=targets,
         revision=revision,
     )
+    lean_decoder(model.get_decoder())
     model = peft.get_peft_model(model, config)
     if args.init_adapter:
         weights = peft.load_peft_weights(str(args.init_adapter), device="cpu")
         with explain_adapter(args.init_adapter, RuntimeError):
             peft.set_peft_model_state_dict(model, weights)
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.forward = lean_lora_forward.__get__(module)
+    lean_lora(model.get_base_model().get_decoder())
     return model
 
 
@@ -2625,19 +2622,239 @@ def shard_base(model, device: torch.device) -> None:
 # ---- Speed ---------------------------------------------------------------------------------------
 
 
-def lean_lora_forward(self, x: torch.Tensor) -> torch.Tensor:
-    """A LoRA layer's forward: W x + s B A dropout(x), with A and B cast to x's type.
+def lean_decoder(decoder) -> None:
+    """Let norms and gated MLPs keep only their inputs for backward.
 
-    PEFT casts x up to the adapters' float32 instead, which doubles what is kept for backward and
-    multiplies in float32; autocast would avoid that, with a cast before every product.
+    By themselves an MLP keeps silu(gate) and silu(gate) * up as well, and a norm its input in float32.
     """
-    result = self.base_layer(x)
+    agreed: dict[type, bool] = {}
+    for module in decoder.modules():
+        kind, norm = type(module), "RMSNorm" in type(module).__name__
+        if not norm and not hasattr(module, "gate_proj") and not hasattr(module, "gate_up_proj"):
+            continue
+        ours = (fused_norm if norm else gated_mlp).__get__(module)
+        if kind not in agreed:
+            width, like = len(module.weight) if norm else decoder.config.hidden_size, next(decoder.parameters())
+            x = torch.linspace(-2, 2, 4 * width, device=like.device, dtype=like.dtype).view(1, 4, width)
+            agreed[kind] = same_results(module.forward, ours, x)
+        if norm:  # Gemma's multiply by 1 + weight, which torch's does not
+            module.normalize = ours if agreed[kind] else module.forward
+            module.forward = lean_norm.__get__(module)
+        elif agreed[kind]:
+            module.forward = ours
+
+
+def lean_norm(self, x: torch.Tensor) -> torch.Tensor:
+    """The forward of an RMSNorm."""
+    return keep_inputs(self.normalize, x)
+
+
+def fused_norm(self, x: torch.Tensor) -> torch.Tensor:
+    """torch's RMSNorm with the weight of this module: one kernel on CUDA."""
+    eps = getattr(self, "variance_epsilon", getattr(self, "eps", None))
+    return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, eps)
+
+
+def gated_mlp(self, x: torch.Tensor) -> torch.Tensor:
+    """The forward of Llama's MLP, and of Phi-3's with gate and up in one projection."""
+    if hasattr(self, "gate_up_proj"):
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+    else:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+    act = self.act_fn if hasattr(self, "act_fn") else self.activation_fn
+    return self.down_proj(keep_inputs(lambda gate, up: act(gate) * up, gate, up))
+
+
+def same_results(one: Callable, other: Callable, x: torch.Tensor) -> bool:
+    """Whether two functions give the same for x, but for the rounding of bfloat16."""
+    with torch.no_grad(), contextlib.suppress(AssertionError):
+        torch.testing.assert_close(one(x), other(x), rtol=2e-2, atol=2e-2)
+        return True
+    return False
+
+
+def keep_inputs(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """function(*inputs), element-wise work that backward does again: only its inputs are kept.
+
+    The result carries its origin, (function, inputs), so that LoraProducts can keep that in its place.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler chooses by itself what to keep
+        return function(*inputs)
+    result = recomputed().apply(function, *inputs)
+    result.origin = function, inputs
+    return result
+
+
+@functools.cache
+def recomputed() -> type[torch.autograd.Function]:
+    """The autograd function of keep_inputs."""
+
+    class Recomputed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, function, *inputs):
+            ctx.function = function
+            ctx.save_for_backward(*inputs)
+            return function(*inputs)
+
+        @staticmethod
+        def backward(ctx, grad):
+            with torch.enable_grad():
+                inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+                result = ctx.function(*inputs)
+            return None, *torch.autograd.grad(result, inputs, grad)
+
+    return Recomputed
+
+
+# The layers that read the same input, where a model has them.
+SAME_INPUT = {"q_proj": "q, k, v", "k_proj": "q, k, v", "v_proj": "q, k, v", "gate_proj": "mlp", "up_proj": "mlp"}
+
+
+class LoraGroup:
+    """Adapted layers that read the same input: all are computed when the first is called, with one dropout.
+
+    PEFT's forward computes in the adapters' float32 and keeps a dropped copy of the input for each layer.
+    """
+
+    def __init__(self, layers: list):
+        self.layers, self.input, self.outputs = layers, None, {}
+        # A of all layers, stacked and times the scaling, and each layer's B: set by cast_adapters.
+        self.a, self.b = torch.empty(0), [torch.empty(0)]
+        for place, layer in enumerate(layers):
+            layer.group, layer.place = self, place
+            layer.forward = lean_lora_forward.__get__(layer)
+
+    def outputs_of(self, layer, x: torch.Tensor) -> torch.Tensor:
+        """W x + B A dropout(x) of one of the layers, for x [..., inputs]."""
+        if self.input is not x:
+            function, inputs = getattr(x, "origin", (lambda x: x, (x,)))
+            outputs = lora_products().apply(self, x.detach(), function, self.a, *self.b, *inputs)
+            self.input, self.outputs = x, dict(zip(self.layers, outputs, strict=True))
+        output = self.outputs.pop(layer)
+        self.input = x if self.outputs else None
+        return output
+
+
+def lean_lora_forward(self, x: torch.Tensor) -> torch.Tensor:
+    """The forward of an adapted layer: W x + s B A dropout(x)."""
     if self.disable_adapters:
-        return result
-    (name,) = self.active_adapters
-    a, b = self.lora_A[name].weight.to(x.dtype), self.lora_B[name].weight.to(x.dtype)
-    linear = torch.nn.functional.linear
-    return result.add(linear(linear(self.lora_dropout[name](x), a), b), alpha=self.scaling[name])
+        return self.base_layer(x)
+    if not torch.compiler.is_compiling():
+        return self.group.outputs_of(self, x)
+    linear, a = torch.nn.functional.linear, self.group.a.chunk(len(self.group.layers))[self.place]
+    return self.base_layer(x) + linear(linear(self.lora_dropout["default"](x), a), self.group.b[self.place])
+
+
+@functools.cache
+def lora_products() -> type[torch.autograd.Function]:
+    """The autograd function of LoraGroup."""
+
+    class LoraProducts(torch.autograd.Function):
+        """W x + B A dropout(x) for each layer of a group, where x = function(*inputs).
+
+        Kept are those inputs, the dropout's mask of one byte a number, and A dropout(x).
+        """
+
+        @staticmethod
+        def forward(ctx, group, x, function, a, *tensors):
+            dropout, members = group.layers[0].lora_dropout["default"], len(group.layers)
+            ctx.p = dropout.p if dropout.training and hasattr(dropout, "p") else 0
+            b, inputs = tensors[:members], tensors[members:]
+            rows, mask = x.flatten(0, -2), None
+            if ctx.p:
+                rows, mask = torch.native_dropout(rows, ctx.p, True)
+            inner = rows @ a.T
+            outputs = tuple(layer.base_layer(x) for layer in group.layers)
+            for output, part, b_part in zip(outputs, inner.chunk(members, 1), b, strict=True):
+                output.view(-1, output.shape[-1]).addmm_(part, b_part.T)
+            ctx.group, ctx.function = group, function
+            ctx.save_for_backward(mask, inner, a, *b, *inputs)
+            return outputs
+
+        @staticmethod
+        def backward(ctx, *grads):
+            layers, members = ctx.group.layers, len(grads)
+            mask, inner, a, *tensors = ctx.saved_tensors
+            b, inputs = tensors[:members], tensors[members:]
+
+            def drop(x: torch.Tensor) -> torch.Tensor:
+                return torch.ops.aten.native_dropout_backward(x, mask, 1 / (1 - ctx.p)) if ctx.p else x
+
+            needed = ctx.needs_input_grad[4 + members :]
+            with torch.enable_grad():
+                inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
+                x = ctx.function(*inputs)
+            grads = [grad.flatten(0, -2) for grad in grads]
+            inner_grad = torch.cat([grad @ b_part for grad, b_part in zip(grads, b, strict=True)], 1)
+            b_grads = [grad.T @ part for grad, part in zip(grads, inner.chunk(members, 1), strict=True)]
+            a_grad = inner_grad.T @ drop(x.detach().flatten(0, -2))
+            if any(needed):
+                x_grad = drop(inner_grad @ a)
+                for layer, grad in zip(layers, grads, strict=True):
+                    x_grad.addmm_(grad, base_weight(layer.base_layer).to(grad.dtype))
+                inputs_grads = torch.autograd.grad(x, inputs, x_grad.view_as(x))
+            else:
+                inputs_grads = [None] * len(inputs)
+            return None, None, None, a_grad, *b_grads, *inputs_grads
+
+    return LoraProducts
+
+
+def base_weight(layer) -> torch.Tensor:
+    """The weight [outputs, inputs] of a linear layer, restored where it is in 4 bits."""
+    if not hasattr(layer, "quant_state"):
+        return layer.weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, layer.quant_state)
+
+
+def lean_lora(decoder) -> None:
+    """Group the adapted layers of a decoder, and cast all adapters to the type of its activations in each forward."""
+    from peft.tuners.lora import LoraLayer
+
+    groups: list[LoraGroup] = []
+    for parent in decoder.modules():
+        by_input: dict[str, list] = {}
+        for name, child in parent.named_children():
+            if isinstance(child, LoraLayer):
+                by_input.setdefault(SAME_INPUT.get(name, name), []).append(child)
+        groups += map(LoraGroup, by_input.values())
+    dtype = next(decoder.parameters()).dtype  # the embedding's
+    decoder.register_forward_pre_hook(lambda *_: cast_adapters(groups, dtype))
+
+
+def cast_adapters(groups: list[LoraGroup], dtype: torch.dtype) -> None:
+    """Give each group its A and B in this type, by a few kernels for all of them.
+
+    Each layer casting its own takes 448 kernels for Llama-3.1-8B, and as many for the gradients.
+    """
+    layers = [layer for group in groups for layer in group.layers]
+    a, b = ([getattr(layer, kind)["default"].weight for layer in layers] for kind in ("lora_A", "lora_B"))
+    r, scaling = len(a[0]), layers[0].scaling["default"]
+
+    class Cast(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *weights):
+            stacks = [b[0].new_empty(r * len(g.layers), g.layers[0].in_features, dtype=dtype) for g in groups]
+            copies = [torch.empty_like(weight, dtype=dtype) for weight in b]
+            torch._foreach_copy_([part for stack in stacks for part in stack.split(r)] + copies, weights)
+            torch._foreach_mul_(stacks, scaling)
+            return *stacks, *copies
+
+        @staticmethod
+        def backward(ctx, *grads):
+            copies = [torch.empty_like(grad, dtype=torch.float32) for grad in grads]
+            torch._foreach_copy_(copies, grads)
+            stacks = copies[: len(groups)]
+            torch._foreach_mul_(stacks, scaling)
+            return *(part for stack in stacks for part in stack.split(r)), *copies[len(groups) :]
+
+    cast = iter(Cast.apply(*a, *b))
+    for group in groups:
+        group.a = next(cast)
+    for group in groups:
+        group.b = [next(cast) for _ in group.layers]
 
 
 def packed_attention() -> str:
