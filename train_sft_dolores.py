@@ -1902,38 +1902,36 @@ def memory_plan(
     projections = layers * sum(rows * columns for rows, columns in shapes.values())
     wanted = [*args.lora_target_modules, *map(FUSED.get, args.lora_target_modules)]
     adapted = {name: shape for name, shape in shapes.items() if name in wanted or "all-linear" in wanted}
-    lora_layer = args.lora_r * sum(rows + columns for rows, columns in adapted.values())
     size = 2 if args.bf16 else 4  # bytes of a weight or activation
     # NF4: 4 bits, and for each block of 64 an 8-bit scale, whose own blocks of 256 have a float32 scale.
     weight_bytes = 0.5 + (1 + 4 / 256) / 64 if args.bnb_nf4 else size
     share = 1 / world.size + 2 / layers if args.shard_base else 1  # with --shard-base two layers are gathered
-    lora = layers * lora_layer
-    kept = tokens * kept_bytes(h, f, q, kv, heads, size, args, adapted) + size * lora_layer  # A and B, cast
-    checkpoints = max(layers - uncheckpointed, 1) * tokens * h * size  # the inputs of the checkpointed layers
+    lora = layers * args.lora_r * sum(rows + columns for rows, columns in adapted.values())
 
-    # Three moments can be the worst. In the loss and in the backward of the last norm, all uncheckpointed layers are
-    # full; when a checkpointed layer is recomputed, they are empty again.
+    # For its backward an uncheckpointed layer keeps the inputs of two norms, q, k, v and output of the attention with
+    # its float32 log-sum, gate, up, and A x of each adapter; dropout a mask of one byte for each distinct input.
+    kept = size * (2 * h + 2 * q + 2 * kv + 2 * f + args.lora_r * len(adapted)) + 4 * heads
+    if args.lora_dropout:
+        kept += sum({SAME_INPUT.get(name, name): rows for name, (rows, _) in adapted.items()}.values())
+    # In the backward of down_proj its input, silu(gate) and the gradients of all four are there; before the last two
+    # the weight is restored from NF4, with its scales in float32.
+    dequantized = f * h * (size + 2 * 4 / 64) if args.bnb_nf4 else 0
+    backward = max(5 * size * f * tokens, 3 * size * f * tokens + dequantized)
     trained = trained_share * tokens
     loss = 12 * min(trained, logit_rows(vocabulary)) * vocabulary + 2 * trained * h * size
-    last_norm = 5 * 4 * tokens * h
-    full = uncheckpointed * kept + 4 * tokens * h + max(loss, last_norm)
-    # NF4: the largest weight in `size` bytes, and its scales in float32, twice.
-    dequantized = f * h * (size + 2 * 4 / 64) if args.bnb_nf4 else 0
-    if args.lora_dropout:
-        beside = tokens * size * (f + 5 * h) + max(0, dequantized - tokens * (size + 1) * f)
-    else:
-        beside = max(dequantized + tokens * size * 4 * h, tokens * size * (2 * f + h))
-    recomputed = kept + beside if uncheckpointed < layers else 0
-    activations = max(uncheckpointed, 1) * kept
+    inputs = layers - uncheckpointed + (uncheckpointed > 0)  # of checkpointed layers and, in the end, of the last norm
+    activations = max(uncheckpointed, 1) * tokens * kept  # one layer at least, when it is recomputed
+    worst = max(loss, backward) if uncheckpointed else max(loss - activations, backward)
     parts = {
         "base weights": projections * weight_bytes * share,
         "embedding and head": vocabulary * h * size * (1 if config.get("tie_word_embeddings") else 2),
         "LoRA, float32": lora * 4,
+        "LoRA, as computed": lora * size,
         "LoRA gradients": lora * 4 * (2 if world.size > 1 else 1),  # DDP's buckets are a second copy
         "optimizer state": lora * optimizer_bytes(args.optim),
-        "checkpoints": checkpoints,
+        "checkpoints": tokens * size * (inputs * h + 2 * width),  # RoPE's cosines and sines too
         "activations": activations,
-        "loss or backward": max(full, recomputed) - activations,
+        "loss or backward": worst,
         "CUDA context": 0.7 * 2**30,
     }
     return {name: amount / 2**30 for name, amount in parts.items()}
@@ -1961,21 +1959,6 @@ def plan_config(config: dict[str, Any], headers: dict[str, StoredTensor]) -> dic
         "tie_word_embeddings": "lm_head.weight" not in headers,
         "layer_shapes": shapes,
     }
-
-
-def kept_bytes(h: int, f: int, q: int, kv: int, heads: int, size: int, args: argparse.Namespace, adapted: dict) -> int:
-    """Bytes that a layer keeps of each token for its backward: counted with tests/fake_cuda, tensor by tensor."""
-    kept = 2 * (4 * h + 4)  # two norms: the input in float32 and its inverse root
-    kept += size * (2 * q + 2 * kv) + 4 * heads  # q, k, v and output of the attention; its float32 log-sum
-    kept += size * 3 * f  # gate, silu(gate), up
-    kept += size * args.lora_r * len(adapted)  # A x
-    if args.lora_dropout:  # each adapter has its own dropped input, and a mask of one byte
-        return kept + (size + 1) * sum(rows for rows, _ in adapted.values())
-    kept += (
-        size * h * any(name in adapted for name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))
-    )  # one input for all three
-    kept += size * h * any(name in adapted for name in ("gate_proj", "up_proj", "gate_up_proj"))
-    return kept + size * f * ("down_proj" in adapted)  # o_proj's input is the attention's output
 
 
 def optimizer_bytes(optim: str) -> int:
@@ -2830,15 +2813,32 @@ def cast_adapters(groups: list[LoraGroup], dtype: torch.dtype) -> None:
     Each layer casting its own takes 448 kernels for Llama-3.1-8B, and as many for the gradients.
     """
     layers = [layer for group in groups for layer in group.layers]
-    a, b = ([getattr(layer, kind)["default"].weight for layer in layers] for kind in ("lora_A", "lora_B"))
-    r, scaling = len(a[0]), layers[0].scaling["default"]
+    weights = [getattr(layer, kind)["default"].weight for kind in ("lora_A", "lora_B") for layer in layers]
+    members = [len(group.layers) for group in groups]
+    cast = iter(cast_function().apply(dtype, layers[0].scaling["default"], members, *weights))
+    for group in groups:
+        group.a = next(cast)
+    for group in groups:
+        group.b = [next(cast) for _ in group.layers]
+
+
+@functools.cache
+def cast_function() -> type[torch.autograd.Function]:
+    """The autograd function of cast_adapters."""
 
     class Cast(torch.autograd.Function):
+        """float32 A and B of all layers -> scaling * A, stacked for each group of so many members, and B in `dtype`."""
+
         @staticmethod
-        def forward(ctx, *weights):
-            stacks = [b[0].new_empty(r * len(g.layers), g.layers[0].in_features, dtype=dtype) for g in groups]
+        def forward(ctx, dtype, scaling, members, *weights):
+            a, b = weights[: sum(members)], weights[sum(members) :]
+            ctx.r, ctx.scaling, ctx.groups, first = len(a[0]), scaling, len(members), 0
+            stacks = []
+            for count in members:
+                stacks.append(a[first].new_empty(count * ctx.r, a[first].shape[1], dtype=dtype))
+                first += count
             copies = [torch.empty_like(weight, dtype=dtype) for weight in b]
-            torch._foreach_copy_([part for stack in stacks for part in stack.split(r)] + copies, weights)
+            torch._foreach_copy_([part for stack in stacks for part in stack.split(ctx.r)] + copies, weights)
             torch._foreach_mul_(stacks, scaling)
             return *stacks, *copies
 
@@ -2846,15 +2846,12 @@ def cast_adapters(groups: list[LoraGroup], dtype: torch.dtype) -> None:
         def backward(ctx, *grads):
             copies = [torch.empty_like(grad, dtype=torch.float32) for grad in grads]
             torch._foreach_copy_(copies, grads)
-            stacks = copies[: len(groups)]
-            torch._foreach_mul_(stacks, scaling)
-            return *(part for stack in stacks for part in stack.split(r)), *copies[len(groups) :]
+            stacks = copies[: ctx.groups]
+            torch._foreach_mul_(stacks, ctx.scaling)
+            parts = [part for stack in stacks for part in stack.split(ctx.r)]
+            return None, None, None, *parts, *copies[ctx.groups :]
 
-    cast = iter(Cast.apply(*a, *b))
-    for group in groups:
-        group.a = next(cast)
-    for group in groups:
-        group.b = [next(cast) for _ in group.layers]
+    return Cast
 
 
 def packed_attention() -> str:
