@@ -431,9 +431,9 @@ def train(args: argparse.Namespace, world: World) -> None:
             checkpoint = resume_point(args.output, record, args.force_resume)
         else:
             clear_output(args.output)
-    model = load_model(args, world, base, data.train_rows, device)
+    model, planned = load_model(args, world, base, data.train_rows, device)
     prompts = find_prompts(inputs.prompts, data, base.encode)
-    trainer = fit(args, world, base, data, prompts, model, record, checkpoint, stop)
+    trainer = fit(planned, world, base, data, prompts, model, record, checkpoint, stop)
     if lock:
         finish(args, record, trainer, base.config)
         lock.close()
@@ -505,7 +505,7 @@ def prepare_data(
 
 
 def load_model(args: argparse.Namespace, world: World, base: Base, train_rows: Rows, device: torch.device):
-    """The frozen base with trainable adapters, a loss on trained tokens, and a plan for its memory."""
+    """(the frozen base with trainable adapters and a loss on trained tokens, the flags with the batches of its plan)."""
     transformers.set_seed(args.seed)
     print_field("loading", args.model)
     model = load_base(args, base.folder, device)
@@ -516,8 +516,7 @@ def load_model(args: argparse.Namespace, world: World, base: Base, train_rows: R
         shard_base(model, device)
     # Without a device PEFT loads the best checkpoint, and the one to resume from, onto cuda:0 in every process.
     model.load_adapter = functools.partial(model.load_adapter, torch_device=str(device))
-    plan_checkpointing(model, train_rows, args)
-    return model
+    return model, plan_micro_steps(model, train_rows, args)
 
 
 def fit(
@@ -2024,25 +2023,31 @@ def print_memory_plan(
     return {**parts, "total": need, "limit": limit}
 
 
-def plan_checkpointing(model, rows: Rows, args: argparse.Namespace) -> None:
-    """Choose which layers recompute their activations, as --gradient-checkpointing says.
+def plan_micro_steps(model, rows: Rows, args: argparse.Namespace) -> argparse.Namespace:
+    """Choose which layers recompute their activations, as --gradient-checkpointing says, and how many rows run at once.
 
-    Each layer left uncheckpointed saves about 1 % of a step, so auto leaves as many as the GPU has room for.
+    Each layer left uncheckpointed saves about 1 % of a step, so auto leaves as many as the GPU has room for. Where that
+    is all of them, it also runs several of a step's rows at once. Returns the flags with --train-batch-size and
+    --grad-accum to run with; their product stays, and with it every step's gradient.
     """
     base = model.get_base_model()
     layers, mode = base.get_decoder().layers, args.gradient_checkpointing
     # transformers 5.17 knows it only by its old name.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    uncheckpointed = uncheckpointed_layers(mode, len(layers), auto=0 if args.shard_base else len(layers))
+    batches = 1  # run as one
     if mode == "auto" and model.device.type == "cuda" and not args.shard_base:
-        uncheckpointed = measure_uncheckpointed(model, rows, args)
-    else:
-        uncheckpointed = uncheckpointed_layers(mode, len(layers), auto=0 if args.shard_base else len(layers))
+        uncheckpointed, batches = measure_room(model, rows, args)
     checkpoint_layers(layers, uncheckpointed)
     recompute = f"{len(layers) - uncheckpointed} of {len(layers)} layers recompute their activations"
     print_field("memory", f"{recompute} (--gradient-checkpointing {mode})")
     if args.compile:
         compile_layers(base)
+    size, accumulated = args.train_batch_size * batches, args.grad_accum // batches
+    if batches > 1:
+        print_field("memory", f"room for {size} rows at once: each step runs {plural(accumulated, 'batch')} of them")
+    return argparse.Namespace(**vars(args) | {"train_batch_size": size, "grad_accum": accumulated})
 
 
 def checkpoint_layers(layers, uncheckpointed: int) -> None:
@@ -2051,18 +2056,18 @@ def checkpoint_layers(layers, uncheckpointed: int) -> None:
         layer.gradient_checkpointing = i < len(layers) - uncheckpointed
 
 
-def measure_uncheckpointed(model, rows: Rows, args: argparse.Namespace) -> int:
-    """How many layers can keep their activations on this GPU, from the measured peaks of real steps."""
-    batch = collate([rows.longest()] * args.train_batch_size)
-    del batch["documents"]
-    inputs = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
-    layers = model.get_base_model().get_decoder().layers
+def measure_room(model, rows: Rows, args: argparse.Namespace) -> tuple[int, int]:
+    """(uncheckpointed layers, batches run as one) that this GPU has room for, from the measured peaks of real steps."""
+    layers, longest = model.get_base_model().get_decoder().layers, rows.longest()
 
-    def peak(uncheckpointed: int) -> int:
+    def peak(uncheckpointed: int, batches: int = 1) -> int:
         checkpoint_layers(layers, uncheckpointed)
+        batch = collate([longest] * args.train_batch_size * batches)
+        del batch["documents"]
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         try:
+            inputs = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
             model.train()(**inputs).loss.backward()
         except RuntimeError as error:
             if not out_of_memory(error):
@@ -2078,30 +2083,38 @@ def measure_uncheckpointed(model, rows: Rows, args: argparse.Namespace) -> int:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     buckets = 4 if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0  # DDP's copy of the gradients, not yet there
     limit = int(0.95 * available) - trained * (optimizer_bytes(args.optim) + buckets)
-    uncheckpointed = uncheckpointed_layers_that_fit(len(layers), peak, limit)
+    uncheckpointed, batches = most_that_fit(len(layers), peak, limit), 1
+    if uncheckpointed == len(layers):
+        most = most_that_fit(args.grad_accum, functools.partial(peak, len(layers)), limit)
+        batches = max(n for n in range(1, most + 1) if args.grad_accum % n == 0)
+    if torch.distributed.is_initialized():  # processes must agree
+        batches = min(accelerate.utils.gather_object([batches]))
     model.zero_grad()
     torch.cuda.empty_cache()
-    return uncheckpointed
+    return uncheckpointed, batches
 
 
-def uncheckpointed_layers_that_fit(layers: int, peak: Callable[[int], int], limit: int) -> int:
-    """How many layers may keep their activations below `limit` bytes.
+def most_that_fit(most: int, peak: Callable[[int], int], limit: int) -> int:
+    """The largest n up to `most` whose step stays below `limit` bytes: uncheckpointed layers, or batches run as one.
 
-    peak(n) does one step with n such layers and returns the bytes at its peak, sys.maxsize where it ran out of
-    memory; one step has been done before. From n = 1 on it is a line. peak(0) is not on it: a recomputed layer's
-    activations are there where the first uncheckpointed layer's would be. The answer is measured, and lowered until
-    it fits.
+    peak(n) does such a step and returns the bytes at its peak, sys.maxsize where it ran out of memory; one step has been
+    done before. From n = 1 on it is a line. Without an uncheckpointed layer it is not: a recomputed layer's activations
+    are there where the first uncheckpointed layer's would be. The answer is measured, and lowered until it fits.
     """
-    few = min(3, layers)
-    at_one, at_few = peak(1), peak(few)
-    if at_one > limit:
-        return 0
-    per_layer = max(1, (at_few - at_one) // max(1, few - 1))
-    uncheckpointed = min(layers, 1 + (limit - at_one) // per_layer)
-    while uncheckpointed > 1 and (over := peak(uncheckpointed) - limit) > 0:
+    at_one = peak(1)
+    if at_one > limit or most == 1:
+        return int(at_one <= limit)
+    few = min(3, most)
+    while (at_few := peak(few)) > limit:
+        few -= 1
+        if few == 1:
+            return 1
+    each = max(1, (at_few - at_one) // (few - 1))
+    n = max(few, min(most, 1 + (limit - at_one) // each))
+    while n > few and (over := peak(n) - limit) > 0:
         # A step that ran out of memory does not say by how much.
-        uncheckpointed -= min(-(-over // per_layer), -(-uncheckpointed // 4))
-    return uncheckpointed
+        n -= min(-(-over // each), -(-n // 4))
+    return max(n, few)
 
 
 # ---- Model ---------------------------------------------------------------------------------------
@@ -2610,6 +2623,7 @@ def lean_decoder(decoder) -> None:
 
     By themselves an MLP keeps silu(gate) and silu(gate) * up as well, and a norm its input in float32.
     """
+    lean_rope(sys.modules[type(decoder).__module__])
     agreed: dict[type, bool] = {}
     for module in decoder.modules():
         kind, norm = type(module), "RMSNorm" in type(module).__name__
@@ -2625,6 +2639,41 @@ def lean_decoder(decoder) -> None:
             module.forward = lean_norm.__get__(module)
         elif agreed[kind]:
             module.forward = ours
+
+
+@functools.cache  # once for a module
+def lean_rope(modeling) -> None:
+    """Replace apply_rotary_pos_emb in a transformers module: three kernels for a tensor each way, not five and eight.
+
+    It is a global there: no argument or module leads to it.
+    """
+    original = modeling.apply_rotary_pos_emb
+
+    def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
+        result, half = x * cos, x.shape[-1] // 2
+        result[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
+        result[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
+        return result
+
+    class Rotate(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, cos, sin):
+            ctx.save_for_backward(cos, sin)
+            return rotated(x, cos, sin, 1)
+
+        @staticmethod
+        def backward(ctx, grad):
+            cos, sin = ctx.saved_tensors
+            return rotated(grad, cos, sin, -1), None, None
+
+    @functools.wraps(original)
+    def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+        if torch.compiler.is_compiling() or cos.shape[-1] != q.shape[-1]:  # some models rotate only a part
+            return original(q, k, cos, sin, unsqueeze_dim)
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
+
+    modeling.apply_rotary_pos_emb = apply_rotary_pos_emb
 
 
 def lean_norm(self, x: torch.Tensor) -> torch.Tensor:
@@ -2765,20 +2814,21 @@ def lora_products() -> type[torch.autograd.Function]:
 
             needed = ctx.needs_input_grad[4 + members :]
             with torch.enable_grad():
-                inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
-                x = ctx.function(*inputs)
-            grads = [grad.flatten(0, -2) for grad in grads]
-            inner_grad = torch.cat([grad @ b_part for grad, b_part in zip(grads, b, strict=True)], 1)
+                leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
+                x = ctx.function(*leaves)
+            grads = tuple(grad.flatten(0, -2) for grad in grads)
+            inner_grads = [grad @ b_part for grad, b_part in zip(grads, b, strict=True)]
+            inner_grad = torch.cat(inner_grads, 1) if members > 1 else inner_grads[0]
             b_grads = [grad.T @ part for grad, part in zip(grads, inner.chunk(members, 1), strict=True)]
             a_grad = inner_grad.T @ drop(x.detach().flatten(0, -2))
             if any(needed):
                 x_grad = drop(inner_grad @ a)
                 for layer, grad in zip(layers, grads, strict=True):
                     x_grad.addmm_(grad, base_weight(layer.base_layer).to(grad.dtype))
-                inputs_grads = torch.autograd.grad(x, inputs, x_grad.view_as(x))
+                input_grads = torch.autograd.grad(x, leaves, x_grad.view_as(x))
             else:
-                inputs_grads = [None] * len(inputs)
-            return None, None, None, a_grad, *b_grads, *inputs_grads
+                input_grads = (None,) * len(leaves)
+            return None, None, None, a_grad, *b_grads, *input_grads
 
     return LoraProducts
 
@@ -2894,7 +2944,7 @@ def packed_attention() -> str:
         if not (varlen and grouped):
             key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
         if varlen:
-            q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+            q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
             ends, longest = (cu_seq_lens_q,) * 2, (max_length_q,) * 2
             more = {"enable_gqa": True} if grouped else {}
             window = (sliding_window - 1 if sliding_window else -1, 0)

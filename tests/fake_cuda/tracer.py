@@ -148,11 +148,11 @@ def add_adapters(model, case: Case):
     return model
 
 
-def choose_checkpointing(model, case: Case) -> int:
-    """Let the trainer set the layers' checkpointing; returns how many layers keep their activations."""
+def choose_checkpointing(model, case: Case) -> tuple[int, int]:
+    """Let the trainer plan: (layers that keep their activations, rows run at once)."""
     with contextlib.redirect_stdout(sys.stderr):
-        sft.plan_checkpointing(model, LongestRow(case), flags_of(case))
-    return sum(not layer.gradient_checkpointing for layer in layers_of(model))
+        chosen = sft.plan_micro_steps(model, LongestRow(case), flags_of(case))
+    return sum(not layer.gradient_checkpointing for layer in layers_of(model)), chosen.train_batch_size
 
 
 def compile_layers(model, backend: str) -> None:
@@ -169,10 +169,6 @@ def planned(case: Case, free: int) -> dict[str, float]:
     """GiB of each part, by the trainer's memory plan."""
     shape = LLAMA31_8B | {"num_hidden_layers": case.layers}
     return sft.memory_plan(flags_of(case), WORLD, shape, case.tokens * case.rows, case.trained, free)
-
-
-def layers_that_fit(layers: int, peak: Callable[[int], int], limit: int) -> int:
-    return sft.uncheckpointed_layers_that_fit(layers, peak, limit)
 
 
 def answer(model, tokenizer, prompt: str, tokens: int) -> str:
@@ -279,7 +275,8 @@ class Trace(TorchDispatchMode):
         self.operators[name] += 1
         on_card = any(isinstance(x, torch.Tensor) and x.device.type == "cuda" for x in tree_iter(args))
         if on_card and not func.is_view and name not in NO_KERNEL:
-            self.kernels += KERNELS.get(name, 1)
+            lists = -(-len(args[0]) // 64) if name.startswith("aten::_foreach_") else 1  # so many tensors at a time
+            self.kernels += KERNELS.get(name, lists)
 
 
 def declare_kernels() -> list[str]:
@@ -469,7 +466,7 @@ def kept(card: Card, model, case: Case) -> dict:
 
 def step(card: Card, model, case: Case) -> dict:
     """The second of two micro-steps, when all gradients exist: bytes, operators, kernels."""
-    free = choose_checkpointing(model, case)
+    free, _ = choose_checkpointing(model, case)
     forget_gradients(model)
     batch = card.put(collate([row_of(case)] * case.rows))
     micro_step(card, model, batch)
@@ -487,13 +484,15 @@ def step(card: Card, model, case: Case) -> dict:
 
 
 def measured(card: Card, model, case: Case, gib: float) -> dict:
-    """How many layers the trainer leaves uncheckpointed after measuring on a card of this size, and a step's peak."""
+    """What the trainer chooses after measuring on a card of this size, that step's peak, and that of the next choice."""
     with card.answering(gib), card.on():
-        free = choose_checkpointing(model, dataclasses.replace(case, checkpointing="auto"))
-    chosen, more = (
-        step(card, model, dataclasses.replace(case, checkpointing=case.layers - layers)) for layers in (free, free + 1)
-    )
-    return chosen | {"next": more["peak"]}
+        free, rows = choose_checkpointing(model, dataclasses.replace(case, checkpointing="auto"))
+    chosen = dataclasses.replace(case, checkpointing=case.layers - free, rows=rows)
+    if free < case.layers:
+        more = dataclasses.replace(chosen, checkpointing=case.layers - free - 1)
+    else:
+        more = dataclasses.replace(chosen, rows=2 * rows)  # --grad-accum is a power of two
+    return step(card, model, chosen) | {"rows": rows, "next": step(card, model, more)["peak"]}
 
 
 def sums(card: Card, model, case: Case) -> dict:
@@ -541,13 +540,14 @@ def compiled(card: Card, model, case: Case) -> dict:
 
 
 def evaluation(card: Card, model, case: Case) -> dict:
-    """The held-out loss of one batch, without gradients."""
+    """The held-out loss of the second of two batches, without gradients: the adapters' copies are there already."""
     batch = card.put(collate([row_of(case)] * case.rows))
-    with card.on():
+    with card.on(), torch.no_grad():
+        loss = model.eval()(**batch, num_items_in_batch=1).loss
+        del loss
         card.trace.start()
         before = card.trace.live
-        with torch.no_grad():
-            loss = model.eval()(**batch, num_items_in_batch=1).loss
+        loss = model(**batch, num_items_in_batch=1).loss
         assert loss.shape == () and loss.dtype == torch.float32 and not loss.requires_grad
         left = card.trace.live - before
     return {"peak": card.trace.peak - before, "left": left, "waits": card.trace.waits}
@@ -609,6 +609,8 @@ def main() -> None:
         except Exception:
             result, made = {"error": traceback.format_exc()}, None
         print(json.dumps(result), flush=True)
+    sys.stderr.flush()
+    os._exit(0)  # at a normal exit, autograd's threads for the fake card sometimes abort the process
 
 
 if __name__ == "__main__":
