@@ -433,9 +433,9 @@ def train(args: argparse.Namespace, world: World) -> None:
             checkpoint = resume_point(args.output, record, args.force_resume)
         else:
             clear_output(args.output)
-    model = load_model(args, world, base, data.train_rows, device)
+    model, planned = load_model(args, world, base, data.train_rows, device)
     prompts = find_prompts(inputs.prompts, data, base.encode)
-    trainer = fit(args, world, base, data, prompts, model, record, checkpoint, stop)
+    trainer = fit(planned, world, base, data, prompts, model, record, checkpoint, stop)
     if lock:
         finish(args, record, trainer, base.config)
         lock.close()
@@ -501,7 +501,7 @@ def prepare_data(
 
 
 def load_model(args: argparse.Namespace, world: World, base: Base, train_rows: Rows, device: torch.device):
-    """The frozen base with trainable adapters, a loss on trained tokens, and a plan for its memory."""
+    """(the frozen base with trainable adapters and a loss on trained tokens, the flags with the batches of its plan)."""
     transformers.set_seed(args.seed)
     print_field("loading", args.model)
     model = load_base(args, base.folder, device)
@@ -512,8 +512,7 @@ def load_model(args: argparse.Namespace, world: World, base: Base, train_rows: R
         shard_base(model, device)
     # Without a device PEFT loads the best checkpoint, and the one to resume from, onto cuda:0 in every process.
     model.load_adapter = functools.partial(model.load_adapter, torch_device=str(device))
-    plan_checkpointing(model, train_rows, args)
-    return model
+    return model, plan_micro_steps(model, train_rows, args)
 
 
 def fit(args, world: World, base: Base, data: Data, prompts: list[Prompt], model, record: dict, checkpoint: str | None,
@@ -2089,38 +2088,36 @@ def memory_plan(
     projections = layers * sum(rows * columns for rows, columns in shapes.values())
     wanted = [*args.lora_target_modules, *map(FUSED.get, args.lora_target_modules)]
     adapted = {name: shape for name, shape in shapes.items() if name in wanted or "all-linear" in wanted}
-    lora_layer = args.lora_r * sum(rows + columns for rows, columns in adapted.values())
     size = 2 if args.bf16 else 4  # bytes of a weight or activation
     # NF4: 4 bits, and for each block of 64 an 8-bit scale, whose own blocks of 256 have a float32 scale.
     weight_bytes = 0.5 + (1 + 4 / 256) / 64 if args.bnb_nf4 else size
     share = 1 / world.size + 2 / layers if args.shard_base else 1  # with --shard-base two layers are gathered
-    lora = layers * lora_layer
-    kept = tokens * kept_bytes(h, f, q, kv, heads, size, args, adapted) + size * lora_layer  # A and B, cast
-    checkpoints = max(layers - uncheckpointed, 1) * tokens * h * size  # the inputs of the checkpointed layers
+    lora = layers * args.lora_r * sum(rows + columns for rows, columns in adapted.values())
 
-    # Three moments can be the worst. In the loss and in the backward of the last norm, all uncheckpointed layers are
-    # full; when a checkpointed layer is recomputed, they are empty again.
+    # For its backward an uncheckpointed layer keeps the inputs of two norms, q, k, v and output of the attention with
+    # its float32 log-sum, gate, up, and A x of each adapter; dropout a mask of one byte for each distinct input.
+    kept = size * (2 * h + 2 * q + 2 * kv + 2 * f + args.lora_r * len(adapted)) + 4 * heads
+    if args.lora_dropout:
+        kept += sum({SAME_INPUT.get(name, name): rows for name, (rows, _) in adapted.items()}.values())
+    # In the backward of down_proj its input, silu(gate) and the gradients of all four are there; before the last two
+    # the weight is restored from NF4, with its scales in float32.
+    dequantized = f * h * (size + 2 * 4 / 64) if args.bnb_nf4 else 0
+    backward = max(5 * size * f * tokens, 3 * size * f * tokens + dequantized)
     trained = trained_share * tokens
     loss = 12 * min(trained, logit_rows(vocabulary)) * vocabulary + 2 * trained * h * size
-    last_norm = 5 * 4 * tokens * h
-    full = uncheckpointed * kept + 4 * tokens * h + max(loss, last_norm)
-    # NF4: the largest weight in `size` bytes, and its scales in float32, twice.
-    dequantized = f * h * (size + 2 * 4 / 64) if args.bnb_nf4 else 0
-    if args.lora_dropout:
-        beside = tokens * size * (f + 5 * h) + max(0, dequantized - tokens * (size + 1) * f)
-    else:
-        beside = max(dequantized + tokens * size * 4 * h, tokens * size * (2 * f + h))
-    recomputed = kept + beside if uncheckpointed < layers else 0
-    activations = max(uncheckpointed, 1) * kept
+    inputs = layers - uncheckpointed + (uncheckpointed > 0)  # of checkpointed layers and, in the end, of the last norm
+    activations = max(uncheckpointed, 1) * tokens * kept  # one layer at least, when it is recomputed
+    worst = max(loss, backward) if uncheckpointed else max(loss - activations, backward)
     parts = {
         "base weights": projections * weight_bytes * share,
         "embedding and head": vocabulary * h * size * (1 if config.get("tie_word_embeddings") else 2),
         "LoRA, float32": lora * 4,
+        "LoRA, as computed": lora * size,
         "LoRA gradients": lora * 4 * (2 if world.size > 1 else 1),  # DDP's buckets are a second copy
         "optimizer state": lora * optimizer_bytes(args.optim),
-        "checkpoints": checkpoints,
+        "checkpoints": tokens * size * (inputs * h + 2 * width),  # RoPE's cosines and sines too
         "activations": activations,
-        "loss or backward": max(full, recomputed) - activations,
+        "loss or backward": worst,
         "CUDA context": 0.7 * 2**30,
     }
     return {name: amount / 2**30 for name, amount in parts.items()}
@@ -2148,21 +2145,6 @@ def plan_config(config: dict[str, Any], headers: dict[str, StoredTensor]) -> dic
         "tie_word_embeddings": "lm_head.weight" not in headers,
         "layer_shapes": shapes,
     }
-
-
-def kept_bytes(h: int, f: int, q: int, kv: int, heads: int, size: int, args: argparse.Namespace, adapted: dict) -> int:
-    """Bytes that a layer keeps of each token for its backward: counted with tests/fake_cuda, tensor by tensor."""
-    kept = 2 * (4 * h + 4)  # two norms: the input in float32 and its inverse root
-    kept += size * (2 * q + 2 * kv) + 4 * heads  # q, k, v and output of the attention; its float32 log-sum
-    kept += size * 3 * f  # gate, silu(gate), up
-    kept += size * args.lora_r * len(adapted)  # A x
-    if args.lora_dropout:  # each adapter has its own dropped input, and a mask of one byte
-        return kept + (size + 1) * sum(rows for rows, _ in adapted.values())
-    kept += (
-        size * h * any(name in adapted for name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))
-    )  # one input for all three
-    kept += size * h * any(name in adapted for name in ("gate_proj", "up_proj", "gate_up_proj"))
-    return kept + size * f * ("down_proj" in adapted)  # o_proj's input is the attention's output
 
 
 def optimizer_bytes(optim: str) -> int:
@@ -2228,25 +2210,31 @@ def print_memory_plan(
     return {**parts, "total": need, "limit": limit}
 
 
-def plan_checkpointing(model, rows: Rows, args: argparse.Namespace) -> None:
-    """Choose which layers recompute their activations, as --gradient-checkpointing says.
+def plan_micro_steps(model, rows: Rows, args: argparse.Namespace) -> argparse.Namespace:
+    """Choose which layers recompute their activations, as --gradient-checkpointing says, and how many rows run at once.
 
-    Each layer left uncheckpointed saves about 1 % of a step, so auto leaves as many as the GPU has room for.
+    Each layer left uncheckpointed saves about 1 % of a step, so auto leaves as many as the GPU has room for. Where that
+    is all of them, it also runs several of a step's rows at once. Returns the flags with --train-batch-size and
+    --grad-accum to run with; their product stays, and with it every step's gradient.
     """
     base = model.get_base_model()
     layers, mode = base.get_decoder().layers, args.gradient_checkpointing
     # transformers 5.17 knows it only by its old name.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    uncheckpointed = uncheckpointed_layers(mode, len(layers), auto=0 if args.shard_base else len(layers))
+    batches = 1  # run as one
     if mode == "auto" and model.device.type == "cuda" and not args.shard_base:
-        uncheckpointed = measure_uncheckpointed(model, rows, args)
-    else:
-        uncheckpointed = uncheckpointed_layers(mode, len(layers), auto=0 if args.shard_base else len(layers))
+        uncheckpointed, batches = measure_room(model, rows, args)
     checkpoint_layers(layers, uncheckpointed)
     recompute = f"{len(layers) - uncheckpointed} of {len(layers)} layers recompute their activations"
     print_field("memory", f"{recompute} (--gradient-checkpointing {mode})")
     if args.compile:
         compile_layers(base)
+    size, accumulated = args.train_batch_size * batches, args.grad_accum // batches
+    if batches > 1:
+        print_field("memory", f"room for {size} rows at once: each step runs {plural(accumulated, 'batch')} of them")
+    return argparse.Namespace(**vars(args) | {"train_batch_size": size, "grad_accum": accumulated})
 
 
 def checkpoint_layers(layers, uncheckpointed: int) -> None:
@@ -2255,18 +2243,18 @@ def checkpoint_layers(layers, uncheckpointed: int) -> None:
         layer.gradient_checkpointing = i < len(layers) - uncheckpointed
 
 
-def measure_uncheckpointed(model, rows: Rows, args: argparse.Namespace) -> int:
-    """How many layers can keep their activations on this GPU, from the measured peaks of real steps."""
-    batch = collate([rows.longest()] * args.train_batch_size)
-    del batch["documents"]
-    inputs = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
-    layers = model.get_base_model().get_decoder().layers
+def measure_room(model, rows: Rows, args: argparse.Namespace) -> tuple[int, int]:
+    """(uncheckpointed layers, batches run as one) that this GPU has room for, from the measured peaks of real steps."""
+    layers, longest = model.get_base_model().get_decoder().layers, rows.longest()
 
-    def peak(uncheckpointed: int) -> int:
+    def peak(uncheckpointed: int, batches: int = 1) -> int:
         checkpoint_layers(layers, uncheckpointed)
+        batch = collate([longest] * args.train_batch_size * batches)
+        del batch["documents"]
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         try:
+            inputs = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
             model.train()(**inputs).loss.backward()
         except RuntimeError as error:
             if not out_of_memory(error):
@@ -2282,30 +2270,38 @@ def measure_uncheckpointed(model, rows: Rows, args: argparse.Namespace) -> int:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     buckets = 4 if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0  # DDP's copy of the gradients, not yet there
     limit = int(0.95 * available) - trained * (optimizer_bytes(args.optim) + buckets)
-    uncheckpointed = uncheckpointed_layers_that_fit(len(layers), peak, limit)
+    uncheckpointed, batches = most_that_fit(len(layers), peak, limit), 1
+    if uncheckpointed == len(layers):
+        most = most_that_fit(args.grad_accum, functools.partial(peak, len(layers)), limit)
+        batches = max(n for n in range(1, most + 1) if args.grad_accum % n == 0)
+    if torch.distributed.is_initialized():  # processes must agree
+        batches = min(accelerate.utils.gather_object([batches]))
     model.zero_grad()
     torch.cuda.empty_cache()
-    return uncheckpointed
+    return uncheckpointed, batches
 
 
-def uncheckpointed_layers_that_fit(layers: int, peak: Callable[[int], int], limit: int) -> int:
-    """How many layers may keep their activations below `limit` bytes.
+def most_that_fit(most: int, peak: Callable[[int], int], limit: int) -> int:
+    """The largest n up to `most` whose step stays below `limit` bytes: uncheckpointed layers, or batches run as one.
 
-    peak(n) does one step with n such layers and returns the bytes at its peak, sys.maxsize where it ran out of
-    memory; one step has been done before. From n = 1 on it is a line. peak(0) is not on it: a recomputed layer's
-    activations are there where the first uncheckpointed layer's would be. The answer is measured, and lowered until
-    it fits.
+    peak(n) does such a step and returns the bytes at its peak, sys.maxsize where it ran out of memory; one step has been
+    done before. From n = 1 on it is a line. Without an uncheckpointed layer it is not: a recomputed layer's activations
+    are there where the first uncheckpointed layer's would be. The answer is measured, and lowered until it fits.
     """
-    few = min(3, layers)
-    at_one, at_few = peak(1), peak(few)
-    if at_one > limit:
-        return 0
-    per_layer = max(1, (at_few - at_one) // max(1, few - 1))
-    uncheckpointed = min(layers, 1 + (limit - at_one) // per_layer)
-    while uncheckpointed > 1 and (over := peak(uncheckpointed) - limit) > 0:
+    at_one = peak(1)
+    if at_one > limit or most == 1:
+        return int(at_one <= limit)
+    few = min(3, most)
+    while (at_few := peak(few)) > limit:
+        few -= 1
+        if few == 1:
+            return 1
+    each = max(1, (at_few - at_one) // (few - 1))
+    n = max(few, min(most, 1 + (limit - at_one) // each))
+    while n > few and (over := peak(n) - limit) > 0:
         # A step that ran out of memory does not say by how much.
-        uncheckpointed -= min(-(-over // per_layer), -(-uncheckpointed // 4))
-    return uncheckpointed
+        n -= min(-(-over // each), -(-n // 4))
+    return max(n, few)
 
 
 # ---- Model ---------------------------------------------------------------------------------------
@@ -2716,8 +2712,6 @@ def head_logits(model) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def add_lora(model, args: argparse.Namespace, targets: list[str], revision: str | None):
     """A PeftModel whose adapters are float32 and compute in the type of the activations."""
-    from peft.tuners.lora import LoraLayer
-
     model.name_or_path = args.model if revision else os.path.abspath(args.model)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -2728,14 +2722,13 @@ def add_lora(model, args: argparse.Namespace, targets: list[str], revision: str 
         target_modules=targets,
         revision=revision,
     )
+    lean_decoder(model.get_decoder())
     model = peft.get_peft_model(model, config)
     if args.init_adapter:
         weights = peft.load_peft_weights(str(args.init_adapter), device="cpu")
         with explain(f"--init-adapter {args.init_adapter}", ADAPTER_HINT, RuntimeError):
             peft.set_peft_model_state_dict(model, weights)
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.forward = lean_lora_forward.__get__(module)
+    lean_lora(model.get_base_model().get_decoder())
     return model
 
 
@@ -2810,19 +2803,290 @@ def shard_base(model, device: torch.device) -> None:
 # ---- Speed ---------------------------------------------------------------------------------------
 
 
-def lean_lora_forward(self, x: torch.Tensor) -> torch.Tensor:
-    """A LoRA layer's forward: W x + s B A dropout(x), with A and B cast to x's type.
+def lean_decoder(decoder) -> None:
+    """Let norms and gated MLPs keep only their inputs for backward.
 
-    PEFT casts x up to the adapters' float32 instead, which doubles what is kept for backward and
-    multiplies in float32; autocast would avoid that, with a cast before every product.
+    By themselves an MLP keeps silu(gate) and silu(gate) * up as well, and a norm its input in float32.
     """
-    result = self.base_layer(x)
-    if self.disable_adapters:
+    lean_rope(sys.modules[type(decoder).__module__])
+    agreed: dict[type, bool] = {}
+    for module in decoder.modules():
+        kind, norm = type(module), "RMSNorm" in type(module).__name__
+        if not norm and not hasattr(module, "gate_proj") and not hasattr(module, "gate_up_proj"):
+            continue
+        ours = (fused_norm if norm else gated_mlp).__get__(module)
+        if kind not in agreed:
+            width, like = len(module.weight) if norm else decoder.config.hidden_size, next(decoder.parameters())
+            x = torch.linspace(-2, 2, 4 * width, device=like.device, dtype=like.dtype).view(1, 4, width)
+            agreed[kind] = same_results(module.forward, ours, x)
+        if norm:  # Gemma's multiply by 1 + weight, which torch's does not
+            module.normalize = ours if agreed[kind] else module.forward
+            module.forward = lean_norm.__get__(module)
+        elif agreed[kind]:
+            module.forward = ours
+
+
+@functools.cache  # once for a module
+def lean_rope(modeling) -> None:
+    """Replace apply_rotary_pos_emb in a transformers module: three kernels for a tensor each way, not five and eight.
+
+    It is a global there: no argument or module leads to it.
+    """
+    original = modeling.apply_rotary_pos_emb
+
+    def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
+        result, half = x * cos, x.shape[-1] // 2
+        result[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
+        result[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
         return result
-    (name,) = self.active_adapters
-    a, b = self.lora_A[name].weight.to(x.dtype), self.lora_B[name].weight.to(x.dtype)
-    linear = torch.nn.functional.linear
-    return result.add(linear(linear(self.lora_dropout[name](x), a), b), alpha=self.scaling[name])
+
+    class Rotate(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, cos, sin):
+            ctx.save_for_backward(cos, sin)
+            return rotated(x, cos, sin, 1)
+
+        @staticmethod
+        def backward(ctx, grad):
+            cos, sin = ctx.saved_tensors
+            return rotated(grad, cos, sin, -1), None, None
+
+    @functools.wraps(original)
+    def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+        if torch.compiler.is_compiling() or cos.shape[-1] != q.shape[-1]:  # some models rotate only a part
+            return original(q, k, cos, sin, unsqueeze_dim)
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
+
+    modeling.apply_rotary_pos_emb = apply_rotary_pos_emb
+
+
+def lean_norm(self, x: torch.Tensor) -> torch.Tensor:
+    """The forward of an RMSNorm."""
+    return keep_inputs(self.normalize, x)
+
+
+def fused_norm(self, x: torch.Tensor) -> torch.Tensor:
+    """torch's RMSNorm with the weight of this module: one kernel on CUDA."""
+    eps = getattr(self, "variance_epsilon", getattr(self, "eps", None))
+    return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, eps)
+
+
+def gated_mlp(self, x: torch.Tensor) -> torch.Tensor:
+    """The forward of Llama's MLP, and of Phi-3's with gate and up in one projection."""
+    if hasattr(self, "gate_up_proj"):
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+    else:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+    act = self.act_fn if hasattr(self, "act_fn") else self.activation_fn
+    return self.down_proj(keep_inputs(lambda gate, up: act(gate) * up, gate, up))
+
+
+def same_results(one: Callable, other: Callable, x: torch.Tensor) -> bool:
+    """Whether two functions give the same for x, but for the rounding of bfloat16."""
+    with torch.no_grad(), contextlib.suppress(AssertionError):
+        torch.testing.assert_close(one(x), other(x), rtol=2e-2, atol=2e-2)
+        return True
+    return False
+
+
+def keep_inputs(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """function(*inputs), element-wise work that backward does again: only its inputs are kept.
+
+    The result carries its origin, (function, inputs), so that LoraProducts can keep that in its place.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler chooses by itself what to keep
+        return function(*inputs)
+    result = recomputed().apply(function, *inputs)
+    result.origin = function, inputs
+    return result
+
+
+@functools.cache
+def recomputed() -> type[torch.autograd.Function]:
+    """The autograd function of keep_inputs."""
+
+    class Recomputed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, function, *inputs):
+            ctx.function = function
+            ctx.save_for_backward(*inputs)
+            return function(*inputs)
+
+        @staticmethod
+        def backward(ctx, grad):
+            with torch.enable_grad():
+                inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+                result = ctx.function(*inputs)
+            return None, *torch.autograd.grad(result, inputs, grad)
+
+    return Recomputed
+
+
+# The layers that read the same input, where a model has them.
+SAME_INPUT = {"q_proj": "q, k, v", "k_proj": "q, k, v", "v_proj": "q, k, v", "gate_proj": "mlp", "up_proj": "mlp"}
+
+
+class LoraGroup:
+    """Adapted layers that read the same input: all are computed when the first is called, with one dropout.
+
+    PEFT's forward computes in the adapters' float32 and keeps a dropped copy of the input for each layer.
+    """
+
+    def __init__(self, layers: list):
+        self.layers, self.input, self.outputs = layers, None, {}
+        # A of all layers, stacked and times the scaling, and each layer's B: set by cast_adapters.
+        self.a, self.b = torch.empty(0), [torch.empty(0)]
+        for place, layer in enumerate(layers):
+            layer.group, layer.place = self, place
+            layer.forward = lean_lora_forward.__get__(layer)
+
+    def outputs_of(self, layer, x: torch.Tensor) -> torch.Tensor:
+        """W x + B A dropout(x) of one of the layers, for x [..., inputs]."""
+        if self.input is not x:
+            function, inputs = getattr(x, "origin", (lambda x: x, (x,)))
+            outputs = lora_products().apply(self, x.detach(), function, self.a, *self.b, *inputs)
+            self.input, self.outputs = x, dict(zip(self.layers, outputs, strict=True))
+        output = self.outputs.pop(layer)
+        self.input = x if self.outputs else None
+        return output
+
+
+def lean_lora_forward(self, x: torch.Tensor) -> torch.Tensor:
+    """The forward of an adapted layer: W x + s B A dropout(x)."""
+    if self.disable_adapters:
+        return self.base_layer(x)
+    if not torch.compiler.is_compiling():
+        return self.group.outputs_of(self, x)
+    linear, a = torch.nn.functional.linear, self.group.a.chunk(len(self.group.layers))[self.place]
+    return self.base_layer(x) + linear(linear(self.lora_dropout["default"](x), a), self.group.b[self.place])
+
+
+@functools.cache
+def lora_products() -> type[torch.autograd.Function]:
+    """The autograd function of LoraGroup."""
+
+    class LoraProducts(torch.autograd.Function):
+        """W x + B A dropout(x) for each layer of a group, where x = function(*inputs).
+
+        Kept are those inputs, the dropout's mask of one byte a number, and A dropout(x).
+        """
+
+        @staticmethod
+        def forward(ctx, group, x, function, a, *tensors):
+            dropout, members = group.layers[0].lora_dropout["default"], len(group.layers)
+            ctx.p = dropout.p if dropout.training and hasattr(dropout, "p") else 0
+            b, inputs = tensors[:members], tensors[members:]
+            rows, mask = x.flatten(0, -2), None
+            if ctx.p:
+                rows, mask = torch.native_dropout(rows, ctx.p, True)
+            inner = rows @ a.T
+            outputs = tuple(layer.base_layer(x) for layer in group.layers)
+            for output, part, b_part in zip(outputs, inner.chunk(members, 1), b, strict=True):
+                output.view(-1, output.shape[-1]).addmm_(part, b_part.T)
+            ctx.group, ctx.function = group, function
+            ctx.save_for_backward(mask, inner, a, *b, *inputs)
+            return outputs
+
+        @staticmethod
+        def backward(ctx, *grads):
+            layers, members = ctx.group.layers, len(grads)
+            mask, inner, a, *tensors = ctx.saved_tensors
+            b, inputs = tensors[:members], tensors[members:]
+
+            def drop(x: torch.Tensor) -> torch.Tensor:
+                return torch.ops.aten.native_dropout_backward(x, mask, 1 / (1 - ctx.p)) if ctx.p else x
+
+            needed = ctx.needs_input_grad[4 + members :]
+            with torch.enable_grad():
+                leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
+                x = ctx.function(*leaves)
+            grads = tuple(grad.flatten(0, -2) for grad in grads)
+            inner_grads = [grad @ b_part for grad, b_part in zip(grads, b, strict=True)]
+            inner_grad = torch.cat(inner_grads, 1) if members > 1 else inner_grads[0]
+            b_grads = [grad.T @ part for grad, part in zip(grads, inner.chunk(members, 1), strict=True)]
+            a_grad = inner_grad.T @ drop(x.detach().flatten(0, -2))
+            if any(needed):
+                x_grad = drop(inner_grad @ a)
+                for layer, grad in zip(layers, grads, strict=True):
+                    x_grad.addmm_(grad, base_weight(layer.base_layer).to(grad.dtype))
+                input_grads = torch.autograd.grad(x, leaves, x_grad.view_as(x))
+            else:
+                input_grads = (None,) * len(leaves)
+            return None, None, None, a_grad, *b_grads, *input_grads
+
+    return LoraProducts
+
+
+def base_weight(layer) -> torch.Tensor:
+    """The weight [outputs, inputs] of a linear layer, restored where it is in 4 bits."""
+    if not hasattr(layer, "quant_state"):
+        return layer.weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, layer.quant_state)
+
+
+def lean_lora(decoder) -> None:
+    """Group the adapted layers of a decoder, and cast all adapters to the type of its activations in each forward."""
+    from peft.tuners.lora import LoraLayer
+
+    groups: list[LoraGroup] = []
+    for parent in decoder.modules():
+        by_input: dict[str, list] = {}
+        for name, child in parent.named_children():
+            if isinstance(child, LoraLayer):
+                by_input.setdefault(SAME_INPUT.get(name, name), []).append(child)
+        groups += map(LoraGroup, by_input.values())
+    dtype = next(decoder.parameters()).dtype  # the embedding's
+    decoder.register_forward_pre_hook(lambda *_: cast_adapters(groups, dtype))
+
+
+def cast_adapters(groups: list[LoraGroup], dtype: torch.dtype) -> None:
+    """Give each group its A and B in this type, by a few kernels for all of them.
+
+    Each layer casting its own takes 448 kernels for Llama-3.1-8B, and as many for the gradients.
+    """
+    layers = [layer for group in groups for layer in group.layers]
+    weights = [getattr(layer, kind)["default"].weight for kind in ("lora_A", "lora_B") for layer in layers]
+    members = [len(group.layers) for group in groups]
+    cast = iter(cast_function().apply(dtype, layers[0].scaling["default"], members, *weights))
+    for group in groups:
+        group.a = next(cast)
+    for group in groups:
+        group.b = [next(cast) for _ in group.layers]
+
+
+@functools.cache
+def cast_function() -> type[torch.autograd.Function]:
+    """The autograd function of cast_adapters."""
+
+    class Cast(torch.autograd.Function):
+        """float32 A and B of all layers -> scaling * A, stacked for each group of so many members, and B in `dtype`."""
+
+        @staticmethod
+        def forward(ctx, dtype, scaling, members, *weights):
+            a, b = weights[: sum(members)], weights[sum(members) :]
+            ctx.r, ctx.scaling, ctx.groups, first = len(a[0]), scaling, len(members), 0
+            stacks = []
+            for count in members:
+                stacks.append(a[first].new_empty(count * ctx.r, a[first].shape[1], dtype=dtype))
+                first += count
+            copies = [torch.empty_like(weight, dtype=dtype) for weight in b]
+            torch._foreach_copy_([part for stack in stacks for part in stack.split(ctx.r)] + copies, weights)
+            torch._foreach_mul_(stacks, scaling)
+            return *stacks, *copies
+
+        @staticmethod
+        def backward(ctx, *grads):
+            copies = [torch.empty_like(grad, dtype=torch.float32) for grad in grads]
+            torch._foreach_copy_(copies, grads)
+            stacks = copies[: ctx.groups]
+            torch._foreach_mul_(stacks, ctx.scaling)
+            parts = [part for stack in stacks for part in stack.split(ctx.r)]
+            return None, None, None, *parts, *copies[ctx.groups :]
+
+    return Cast
 
 
 def packed_attention() -> str:
@@ -2865,7 +3129,7 @@ def packed_attention() -> str:
         if not (varlen and grouped):
             key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
         if varlen:
-            q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+            q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
             ends, longest = (cu_seq_lens_q,) * 2, (max_length_q,) * 2
             more = {"enable_gqa": True} if grouped else {}
             window = (sliding_window - 1 if sliding_window else -1, 0)
