@@ -385,7 +385,8 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
         print_data(args, world, data)
         config = plan_config(config, headers)
         plan = print_memory_plan(args, world, config, data.counts, capacity=24, device="a 24 GiB GPU")
-        report = data.counts | {"memory_gib": plan, "advice": advise(args, world, data.counts)}
+        minutes = print_time_plan(args, world, config, data.counts)
+        report = data.counts | {"memory_gib": plan, "minutes": minutes, "advice": advise(args, world, data.counts)}
         found = data.warnings
         print_rows(data.train_rows, args.preview, encode.tokenizer)
     else:
@@ -2082,9 +2083,7 @@ def memory_plan(
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or h // heads
     q, kv = heads * width, config.get("num_key_value_heads", heads) * width
-    shapes = config.get("layer_shapes") or {
-        "q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h),
-        "gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}  # fmt: skip
+    shapes = linear_shapes(config)
     projections = layers * sum(rows * columns for rows, columns in shapes.values())
     wanted = [*args.lora_target_modules, *map(FUSED.get, args.lora_target_modules)]
     adapted = {name: shape for name, shape in shapes.items() if name in wanted or "all-linear" in wanted}
@@ -2121,6 +2120,16 @@ def memory_plan(
         "CUDA context": 0.7 * 2**30,
     }
     return {name: amount / 2**30 for name, amount in parts.items()}
+
+
+def linear_shapes(config: dict) -> dict[str, tuple[int, int]]:
+    """{name: (inputs, outputs)} of a layer's projections: those in the files, or Llama's by config.json."""
+    h, f, heads = (config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
+    width = config.get("head_dim") or h // heads
+    q, kv = heads * width, config.get("num_key_value_heads", heads) * width
+    return config.get("layer_shapes") or {
+        "q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h),
+        "gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}  # fmt: skip
 
 
 def plan_config(config: dict[str, Any], headers: dict[str, StoredTensor]) -> dict[str, Any]:
@@ -2189,9 +2198,14 @@ def print_memory_plan(
     limit = capacity * args.torch_memory_fraction
 
     def plan(args: argparse.Namespace) -> tuple[int, dict[str, float]]:
-        uncheckpointed = uncheckpointed_layers(args.gradient_checkpointing, layers, auto=0)
-        tokens = args.max_length * args.train_batch_size
-        return uncheckpointed, memory_plan(args, world, config, tokens, share, uncheckpointed)
+        """(uncheckpointed layers, GiB by part); auto leaves as many as fit, and a twentieth for fragmentation."""
+        auto, tokens = args.gradient_checkpointing == "auto", args.max_length * args.train_batch_size
+        uncheckpointed = uncheckpointed_layers(args.gradient_checkpointing, layers, auto=layers)
+        parts = memory_plan(args, world, config, tokens, share, uncheckpointed)
+        while auto and uncheckpointed and sum(parts.values()) > 0.95 * limit:
+            uncheckpointed -= 1
+            parts = memory_plan(args, world, config, tokens, share, uncheckpointed)
+        return uncheckpointed, parts
 
     uncheckpointed, parts = plan(args)
     need = sum(parts.values())
@@ -2208,6 +2222,29 @@ def print_memory_plan(
         verdict += " would" if advice else ""
     print_field("memory", f"{need:.1f} of {limit:.1f} GiB ({args.torch_memory_fraction:.0%} of {device}): {verdict}")
     return {**parts, "total": need, "limit": limit}
+
+
+# Dense bfloat16 TFLOP/s with float32 sums, from NVIDIA's data sheets, and the share of it that we expect to reach.
+CARDS = {"RTX 4090": 165, "A100": 312, "H100": 989}
+UTILIZATION = 0.5
+
+
+def print_time_plan(args: argparse.Namespace, world: World, config: dict, counts: dict) -> dict[str, float]:
+    """Print and return {card: minutes} of the optimizer steps alone: arithmetic, because no card has been measured.
+
+    A weight costs 2 FLOP a token in forward, 2 in backward (its own gradient is not needed) and 2 where it recomputes.
+    """
+    layers, shapes = config["num_hidden_layers"], linear_shapes(config).values()
+    recomputed = 1 - uncheckpointed_layers(args.gradient_checkpointing, layers, auto=layers) / layers
+    linear = layers * sum(rows * columns for rows, columns in shapes)
+    adapters = layers * args.lora_r * sum(rows + columns for rows, columns in shapes)
+    head = config["hidden_size"] * config["vocab_size"] * counts["trained_tokens"] / counts["tokens"]
+    flop = ((4 + 2 * recomputed) * linear + 6 * adapters + 4 * head) * counts["tokens"] * args.epochs
+    minutes = {card: flop / (UTILIZATION * peak * 1e12) / world.size / 60 for card, peak in CARDS.items()}
+    shown = ", ".join(f"{max(1, round(amount)):,} min on an {card}" for card, amount in minutes.items())
+    source = f"calculated at {UTILIZATION:.0%} of each card's peak, not measured"
+    print_field("time", f"about {shown}, evaluations not counted ({source})")
+    return {card: round(amount, 2) for card, amount in minutes.items()}
 
 
 def plan_micro_steps(model, rows: Rows, args: argparse.Namespace) -> argparse.Namespace:
