@@ -27,6 +27,7 @@ import contextlib
 import csv
 import errno
 import functools
+import gc
 import glob
 import hashlib
 import importlib.util
@@ -48,7 +49,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from difflib import get_close_matches
-from itertools import chain, groupby, islice, pairwise
+from itertools import chain, groupby, islice, pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -162,7 +163,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=0.05,
         help="share of the data held out, at most 500 conversations",
     )
-    add("--chat-format", choices=tuple(FORMATS), default="dolores", help="the text that wraps each turn")
+    add("--chat-format", choices=(*FORMATS, "base"), default="dolores",
+        help="the text that wraps each turn; base: as in the base's own chat template")  # fmt: skip
     add("--overlong", choices=("split", "drop", "error"), default="split", help="conversations over --max-length")
     add("--skip-bad", action="store_true", help="train without the conversations that have errors")
     add("--packing", action=switch, default=True, help="put several whole conversations into a row")
@@ -305,9 +307,9 @@ class Data(NamedTuple):
 
 
 def main() -> None:
-    """Look or train; every ending is one line and an exit status."""
+    """Look or train. Every ending is one line and an exit status, except for errors of our own."""
     if np is None:
-        exit_uninstalled("numpy")
+        sys.exit(report_error(ModuleNotFoundError(name="numpy")))
     args, world = parse_args(), World.from_environment()
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process prints for all
@@ -320,36 +322,37 @@ def main() -> None:
             dry_run(args, world)
         else:
             train(args, world)
-    except InputError as error:
-        if not world.local_rank:  # once per machine
-            print(error, file=sys.stderr)
-        sys.exit(2)
-    except ModuleNotFoundError as error:
-        exit_uninstalled(str(error.name))
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
-            print(f"{error.filename}: {str(error.strerror).lower()}; make it readable and writable", file=sys.stderr)
-            sys.exit(2)
-        if error.errno != errno.ENOSPC:
+    except (InputError, ModuleNotFoundError, OSError, RuntimeError, MemoryError) as error:
+        advice = memory_advice(args, world) if out_of_memory(error) else ""
+        if not (status := report_error(error, advice, quiet=world.local_rank > 0)):
             raise
-        print(f"{error.filename or 'cache or output'}: no space left on the disk; free some space", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
+        sys.exit(status)
+
+
+def report_error(error: Exception, advice: str = "", quiet: bool = False) -> int:
+    """Print one line about an error the user can fix and return exit status 2; 0 for any other error.
+
+    advice: flags that need less memory. quiet: another process of this machine prints.
+    """
+    number, place = getattr(error, "errno", None), getattr(error, "filename", None)
+    if isinstance(error, InputError):
+        line = str(error)
+    elif isinstance(error, ModuleNotFoundError):
+        install = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt"
+        line = f"{error.name}: not installed; run `{install}`"
+    elif number == errno.ENOSPC:
+        line = f"{place or 'cache or output'}: no space left on the disk; free some space"
+    elif number in (errno.EACCES, errno.EPERM, errno.EROFS) and place:
+        line = f"{place}: {os.strerror(number).lower()}; make it readable and writable"
+    elif out_of_memory(error):
         request = re.search(r"ried to allocate [\d.]+ \w+", str(error))
-        detail = f" (t{request[0]})" if request else ""
-        advice = memory_advice(args, world)
         fix = f"{advice} needs less" if advice else "take a smaller model or a larger GPU"
-        print(f"out of memory{detail}; {fix}", file=sys.stderr)
-        sys.exit(2)
-
-
-def exit_uninstalled(package: str) -> None:
-    """End with one line where a package is missing."""
-    install = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt"
-    print(f"{package}: not installed; run `{install}`", file=sys.stderr)
-    sys.exit(2)
+        line = f"out of memory{f' (t{request[0]})' if request else ''}; {fix}"
+    else:
+        return 0
+    if not (quiet and isinstance(error, InputError)):
+        print(line, file=sys.stderr)
+    return 2
 
 
 def check_launch(shard_base: bool, world_size: int) -> None:
@@ -382,7 +385,8 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
         print_data(args, world, data)
         config = plan_config(config, headers)
         plan = print_memory_plan(args, world, config, data.counts, capacity=24, device="a 24 GiB GPU")
-        report = data.counts | {"memory_gib": plan, "advice": advise(args, world, data.counts)}
+        minutes = print_time_plan(args, world, config, data.counts)
+        report = data.counts | {"memory_gib": plan, "minutes": minutes, "advice": advise(args, world, data.counts)}
         found = data.warnings
         print_rows(data.train_rows, args.preview, encode.tokenizer)
     else:
@@ -430,9 +434,9 @@ def train(args: argparse.Namespace, world: World) -> None:
             checkpoint = resume_point(args.output, record, args.force_resume)
         else:
             clear_output(args.output)
-    model = load_model(args, world, base, data.train_rows, device)
+    model, planned = load_model(args, world, base, data.train_rows, device)
     prompts = find_prompts(inputs.prompts, data, base.encode)
-    trainer = fit(args, world, base, data, prompts, model, record, checkpoint, stop)
+    trainer = fit(planned, world, base, data, prompts, model, record, checkpoint, stop)
     if lock:
         finish(args, record, trainer, base.config)
         lock.close()
@@ -500,7 +504,7 @@ def check_evaluation(args: argparse.Namespace, held_out: int) -> None:
 
 
 def load_model(args: argparse.Namespace, world: World, base: Base, train_rows: Rows, device: torch.device):
-    """The frozen base with trainable adapters, a loss on trained tokens, and a plan for its memory."""
+    """(the frozen base with trainable adapters and a loss on trained tokens, the flags with the batches of its plan)."""
     transformers.set_seed(args.seed)
     print_field("loading", args.model)
     model = load_base(args, base.folder, device)
@@ -511,14 +515,12 @@ def load_model(args: argparse.Namespace, world: World, base: Base, train_rows: R
         shard_base(model, device)
     # Without a device PEFT loads the best checkpoint, and the one to resume from, onto cuda:0 in every process.
     model.load_adapter = functools.partial(model.load_adapter, torch_device=str(device))
-    plan_checkpointing(model, train_rows, args)
-    return model
+    return model, plan_micro_steps(model, train_rows, args)
 
 
-def fit(
-    args, world, base: Base, data: Data, prompts: list[Prompt], model, record: dict, checkpoint: str | None, stop: Stop
-):
-    """Evaluate, train, evaluate; fills record["results"] and returns the Trainer. Exits on a signal."""
+def fit(args, world: World, base: Base, data: Data, prompts: list[Prompt], model, record: dict, checkpoint: str | None,
+        stop: Stop):  # fmt: skip
+    """Evaluate, train, answer; fills record["results"] and returns the Trainer. Exits on a signal."""
     trainer = make_trainer(args, world, model, base.tokenizer, data.train_rows, data.eval_rows, prompts, stop)
     # Only the first process has read the checkpoint folder.
     checkpoint, results = accelerate.utils.broadcast_object_list([checkpoint, record.get("results") or {}])
@@ -528,9 +530,7 @@ def fit(
         if data.eval_rows:
             print_field("before", f"the loss of {plural(data.counts['held_out'], 'held-out conversation')}")
             results["eval_loss_before"] = trainer.evaluate()["eval_loss"]
-        if prompts:
-            print_field("before", f"the answers to {plural(len(prompts), 'question')}")
-        results["samples"] = {"before": generate_answers(model, base.tokenizer, prompts)}
+        results["samples"] = {"before": answer_all("before", model, base.tokenizer, prompts)}
         trainer.evaluation_seconds = time.monotonic() - began
         if not world.rank:
             write_json(args.output / RECORD, record)
@@ -540,26 +540,30 @@ def fit(
     transformers.set_seed(args.seed)  # the same random numbers whether or not an evaluation came first
     began = time.monotonic()
     train_within_memory(trainer, checkpoint, args.output, world)
-    results |= {
-        "seconds": round(time.monotonic() - began),
-        "resumed": bool(checkpoint),
-        "device": device_name(model.device),
-    }
-    state = trainer.state
-    if stop.agreed and state.global_step < state.max_steps:
-        print(f"stopped at step {state.global_step} of {state.max_steps}; continue with:\n  {resume_command(world)}")
-        sys.exit(128 + stop.agreed)
-    if args.early_stopping and state.global_step < state.max_steps:
-        without = (
-            f"{plural(args.early_stopping, 'evaluation')} without a better held-out loss than {state.best_metric:.4f}"
-        )
-        print_field(
-            "stopped", f"at step {state.global_step} of {state.max_steps}: {without} at step {state.best_global_step}"
-        )
-    if prompts:
-        print_field("after", f"the answers to {plural(len(prompts), 'question')}")
-    results["samples"]["after"] = generate_answers(model, base.tokenizer, prompts)
+    seconds, device = round(time.monotonic() - began), device_name(model.device)
+    results |= {"seconds": seconds, "resumed": bool(checkpoint), "device": device}
+    if trainer.state.global_step < trainer.state.max_steps:
+        explain_early_end(trainer.state, stop, args.early_stopping, world)
+    results["samples"]["after"] = answer_all("after", model, base.tokenizer, prompts)
     return trainer
+
+
+def answer_all(when: str, model, tokenizer, prompts: list[Prompt]) -> dict[str, str]:
+    """The model's answers by their questions; says so, because they take a while."""
+    if prompts:
+        print_field(when, f"the answers to {plural(len(prompts), 'question')}")
+    return generate_answers(model, tokenizer, prompts)
+
+
+def explain_early_end(state, stop: Stop, early_stopping: int | None, world: World) -> None:
+    """Say why training has ended before its last step; exit if a signal has ended it."""
+    at = f"at step {state.global_step} of {state.max_steps}"
+    if stop.agreed:
+        print(f"stopped {at}; continue with:\n  {resume_command(world)}")
+        sys.exit(128 + stop.agreed)
+    if early_stopping:
+        without = f"{plural(early_stopping, 'evaluation')} without a better held-out loss than {state.best_metric:.4f}"
+        print_field("stopped", f"{at}: {without} at step {state.best_global_step}")
 
 
 def finish(args: argparse.Namespace, record: dict, trainer, config) -> None:
@@ -590,17 +594,19 @@ def finish(args: argparse.Namespace, record: dict, trainer, config) -> None:
 class ChatFormat(NamedTuple):
     """The text that wraps each turn. Training ids, the Jinja template and Ollama's TEMPLATE all come from it."""
 
-    header: str  # opens a turn; with role=assistant it also prompts the model to answer
-    turn_end: str  # closes a system or user turn
-    answer_end: str  # closes an assistant turn; its end token is trained
+    before: dict[str, str]  # by role: opens a turn; the assistant's also prompts the model to answer
+    after: dict[str, str]  # by role: closes a turn; the assistant's contains the end token, which is trained
     eos_token: str  # the token with which the model ends its answer
+    answer_start: str = ""  # opens an answer but is not in the prompt, so it is trained: Mistral's blank
+    no_system: str = ""  # opens a conversation that has no system turn
+    folds_system: bool = False  # the system turn opens the first user turn, which then has no text before it
 
 
+# {name: (before a turn, after a turn, after an answer, end token)}; {eos} is the end token of the base's tokenizer.
 FORMATS = {
-    # Readable tags that need no new tokens; {eos} is the end token of the base's own tokenizer.
-    "dolores": ChatFormat("<|{role}|>\n", "\n", "{eos}\n", "{eos}"),
-    "llama3": ChatFormat("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>", "<|eot_id|>"),
-    "chatml": ChatFormat("<|im_start|>{role}\n", "<|im_end|>\n", "<|im_end|>\n", "<|im_end|>"),
+    "dolores": ("<|{role}|>\n", "\n", "{eos}\n", "{eos}"),  # readable tags that need no new tokens
+    "llama3": ("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>{role}\n", "<|im_end|>\n", "<|im_end|>\n", "<|im_end|>"),
 }
 
 
@@ -609,15 +615,20 @@ class Vocabulary(NamedTuple):
 
     backend_tokenizer: Any  # tokenizers.Tokenizer
     eos_token: str | None
+    bos_token: str | None = None
+    chat_template: str | None = None  # the base's own
 
 
 def chat_format(name: str, vocabulary: Vocabulary) -> ChatFormat:
-    """The named format with this vocabulary's end token; InputError where the vocabulary lacks it."""
-    chat = ChatFormat(*(part.replace("{eos}", vocabulary.eos_token or "") for part in FORMATS[name]))
-    if chat.eos_token not in special_tokens(vocabulary):
-        problem = f"the model's vocabulary has no end token {chat.eos_token!r}"
+    """The named format with this vocabulary's end token; InputError where the two do not fit."""
+    if name == "base":
+        return base_format(vocabulary)
+    before, after, answer_end, eos = (part.replace("{eos}", vocabulary.eos_token or "") for part in FORMATS[name])
+    if eos not in special_tokens(vocabulary):
+        problem = f"the model's vocabulary has no end token {eos!r}"
         raise InputError(f"--chat-format {name}: {problem}; choose another format")
-    return chat
+    opening = {role: before.replace("{role}", role) for role in ROLES}
+    return ChatFormat(opening, {"system": after, "user": after, "assistant": answer_end}, eos)
 
 
 def special_tokens(vocabulary: Vocabulary) -> dict[str, int]:
@@ -626,25 +637,158 @@ def special_tokens(vocabulary: Vocabulary) -> dict[str, int]:
     return {token.content: token_id for token_id, token in added.items() if token.special}
 
 
+# Consecutive messages of one role are one turn, as in the training data and in Ollama.
+CHAT_TEMPLATE = """\
+{%- set before = @before@ %}
+{%- set after = @after@ %}
+{%- for message in messages %}
+    {%- set role = message['role'] if message['role'] in before else 'user' %}
+    {%- set previous = messages[loop.index0 - 1]['role'] if loop.index0 else '' %}
+    {%- if message['role'] == previous %}
+        {{- '\\n\\n' }}
+    {%- elif not (@folds_system@ and role == 'user' and previous == 'system') %}
+        {{- before[role] }}
+    {%- endif %}
+    {{- message['content'] }}
+    {%- if loop.last or messages[loop.index0 + 1]['role'] != message['role'] %}
+        {{- after[role] }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- @prompt@ }}
+{%- endif %}"""
+
+
 def chat_template(chat: ChatFormat, adds_bos: bool = False) -> str:
     """The format as a Jinja template: it renders the text that training sees.
 
     adds_bos: whether the tokenizer puts a BOS token before a text. Then the template writes it, because whoever calls
     tokenizer.apply_chat_template, such as a chat server, adds no special tokens to the rendered text.
     """
-    before, after = (json.dumps(part, ensure_ascii=False) for part in chat.header.split("{role}"))
-    turn_end, answer_end = (json.dumps(part, ensure_ascii=False) for part in (chat.turn_end, chat.answer_end))
-    bos = "{{ bos_token }}" if adds_bos else ""
-    # Consecutive messages of one role are one turn, as in the training data and in Ollama.
-    return (
-        f"{bos}{{% for message in messages %}}"
-        "{% if loop.first or messages[loop.index0 - 1]['role'] != message['role'] %}"
-        f"{{{{ {before} + message['role'] + {after} }}}}{{% else %}}{{{{ '\\n\\n' }}}}{{% endif %}}"
-        "{{ message['content'] }}"
-        "{% if loop.last or messages[loop.index0 + 1]['role'] != message['role'] %}"
-        f"{{{{ {answer_end} if message['role'] == 'assistant' else {turn_end} }}}}{{% endif %}}{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{{{{ {json.dumps(chat.header.format(role='assistant'))} }}}}{{% endif %}}"
+    prompt = chat.before["assistant"]
+    values = {
+        "before": {**chat.before, "assistant": prompt + chat.answer_start},
+        "after": chat.after,
+        "folds_system": chat.folds_system,
+        "prompt": prompt,
+    }
+    template = re.sub("@([a-z_]+)@", lambda found: json.dumps(values[found[1]], ensure_ascii=False), CHAT_TEMPLATE)
+    if chat.no_system:
+        text = json.dumps(chat.no_system, ensure_ascii=False)
+        template = f"{{%- if messages[0]['role'] != 'system' %}}{{{{ {text} }}}}{{%- endif %}}\n{template}"
+    return f"{{{{- bos_token }}}}\n{template}" if adds_bos else template
+
+
+def base_format(vocabulary: Vocabulary) -> ChatFormat:
+    """The layout of the base's own chat template; InputError where this program would write another prompt.
+
+    What a template writes only where no answer is to follow is no part of a prompt: Phi-3's `<|endoftext|>` at the end,
+    Qwen 3's empty `<think>` block before the last answer.
+    """
+    from jinja2 import TemplateError
+
+    fitting = [name for name, parts in FORMATS.items() if parts[-1] in ("{eos}", *special_tokens(vocabulary))]
+    hint = f"cannot follow the base's chat template: {{error}}; use --chat-format {fitting[-1]}"
+    with explain("--chat-format base", hint, TemplateError, TypeError):
+        if not vocabulary.chat_template:
+            raise TemplateError("it has none")
+        theirs = chat_renderer(vocabulary.chat_template, vocabulary)
+        chat, takes_system = derive_format(theirs, vocabulary)
+        ours = chat_renderer(chat_template(chat), vocabulary)
+        for messages in probe_conversations(with_system=takes_system):
+            wanted, got = theirs(messages), ours(messages)
+            if wanted != got:
+                at = next(i for i in range(len(wanted) + 1) if wanted[: i + 1] != got[: i + 1])
+                raise TemplateError(f"it writes {wanted[at : at + 40]!r} where we would write {got[at : at + 40]!r}")
+    if not takes_system:
+        print_field("format", "the base's template refuses system turns: their text opens the first user turn")
+    return chat
+
+
+def derive_format(render: Callable, vocabulary: Vocabulary) -> tuple[ChatFormat, bool]:
+    """A format from the texts that a template puts around turns, and whether the template takes a system turn."""
+    from jinja2 import TemplateError
+
+    def around(*roles: str, prompt: bool = True) -> list[str]:
+        """The texts before, between and after turns of these roles."""
+        texts = re.split("⟪.⟫", render([{"role": role, "content": f"⟪{role[0]}⟫"} for role in roles], prompt))
+        if len(texts) != len(roles) + 1:
+            raise TemplateError("it leaves out or repeats a turn")
+        return texts
+
+    opening, to_answer, to_user, _ = around("user", "assistant", "user")
+    prompt = around("user")[-1]
+    user_end, answer_end = around("user", prompt=False)[-1], around("user", "assistant", prompt=False)[-1]
+    if not to_user.startswith(answer_end):  # Phi-3 closes a whole conversation with one more end token
+        user_end, answer_end = (end.removesuffix(vocabulary.eos_token or "") for end in (user_end, answer_end))
+    before_user = to_user.removeprefix(answer_end)
+    takes_system = True
+    try:
+        before_system, system_end, _ = around("system", "user")
+    except TemplateError:  # Gemma 2
+        before_system, system_end, takes_system = before_user, "\n\n", False
+    folds_system = before_system == before_user
+    ends = [token for token in special_tokens(vocabulary) if token in answer_end]
+    if not ends:
+        raise TemplateError("it ends an answer without a control token")
+    if re.search(r'\{\{|"""', f"{opening}{before_system}{system_end}{to_answer}{to_user}"):
+        raise TemplateError("it has two braces or three quotes, which a Modelfile cannot hold")
+    chat = ChatFormat(
+        {"system": before_system, "user": before_user, "assistant": prompt.removeprefix(user_end)},
+        {
+            "system": system_end if folds_system else system_end.removesuffix(before_user),
+            "user": user_end,
+            "assistant": answer_end,
+        },
+        eos_token=min(ends, key=answer_end.index),
+        answer_start=to_answer.removeprefix(prompt),
+        no_system=opening.removesuffix(before_user),
+        folds_system=folds_system,
     )
+    return chat, takes_system
+
+
+def probe_conversations(with_system: bool) -> Iterator[list[dict[str, str]]]:
+    """Conversations that await an answer: with and without a system turn, one to three questions, unusual texts."""
+    texts = (
+        "Qui es-tu ?",
+        "« L'été »\n\n\n{{ x }} {% if y %} 🙂 日本",
+        "a  b\tc",
+        "<|user|> [INST] </s>",
+        "#\u00a0…",
+        "-",
+    )
+    for system, questions, first in product(range(1 + with_system), (1, 2, 3), range(len(texts))):
+        roles = ["system"] * system + ["user", "assistant"] * questions
+        yield [{"role": role, "content": texts[(first + i) % len(texts)]} for i, role in enumerate(roles[:-1])]
+
+
+def chat_renderer(template: str, vocabulary: Vocabulary) -> Callable[..., str]:
+    """A function that renders messages as transformers does, without the BOS token that the tokenizer adds itself."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def fail(message: str):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    # Training and a runtime on another day would see different text.
+    environment.globals |= {"raise_exception": fail, "strftime_now": lambda _: fail("it writes today's date")}
+    # transformers has a tag {% generation %} that marks answers and renders nothing.
+    template = re.sub(
+        r"(\{%[-+]?\s*)(end)?generation\b", lambda tag: tag[1] + ("endif" if tag[2] else "if true"), template
+    )
+    compiled = environment.from_string(template)
+    tokens = {key: getattr(vocabulary, key) or "" for key in ("bos_token", "eos_token")}
+    bos = tokens["bos_token"] if vocabulary.backend_tokenizer.encode("").ids else ""
+
+    def render(messages: list[dict[str, str]], prompt: bool = True) -> str:
+        text = compiled.render(messages=messages, add_generation_prompt=prompt, tools=None, documents=None, **tokens)
+        return text.removeprefix(bos)
+
+    return render
 
 
 # ---- Text -> turns -------------------------------------------------------------------------------
@@ -1205,6 +1349,14 @@ class Sample(NamedTuple):
     part: int  # 0 for a whole conversation or its first part
 
 
+def special_pattern(token) -> str:
+    """A regular expression for a special token, with the white space around it that the tokenizer removes (Phi-3)."""
+    return (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
+
+
+NO_SYSTEM = Turn("no system", "", 0)  # opens a conversation without a system turn
+
+
 class Encoder:
     """Turns -> token ids, so that training sees exactly the ids that a runtime will send.
 
@@ -1220,23 +1372,36 @@ class Encoder:
         self.tokenizer.no_truncation()
         self.start = self.tokenizer.encode("").ids[:1]  # BOS, if this tokenizer adds one
         self.special_ids = special_tokens(vocabulary)
-        longest_first = sorted(self.special_ids, key=len, reverse=True)
-        self.special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        added = [token for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
+        longest_first = sorted(added, key=lambda token: -len(token.content))
+        self.special = re.compile("(" + "|".join(map(special_pattern, longest_first)) + ")")
         end = self.special_ids[chat.eos_token]
-        self.before = {role: [(bit, False) for bit in self.split(chat.header.format(role=role))] for role in ROLES}
-        self.after = {role: [(bit, False) for bit in self.split(chat.turn_end)] for role in ROLES}
-        self.after["assistant"] = [(bit, bit == end) for bit in self.split(chat.answer_end)]
+        self.before = {role: [(bit, False) for bit in self.split(chat.before[role])] for role in ROLES}
+        self.after = {role: [(bit, False) for bit in self.split(chat.after[role])] for role in ROLES}
+        self.after["assistant"] = [(bit, bit == end) for bit, _ in self.after["assistant"]]
+        self.before[NO_SYSTEM.role], self.after[NO_SYSTEM.role] = (
+            [(bit, False) for bit in self.split(chat.no_system)],
+            [],
+        )
+        # SentencePiece tokenizers put a blank before each text of their own accord.
+        puts_blank = self.tokenizer.encode("a", add_special_tokens=False).tokens[:1] == ["▁a"]
+        self.answer_start = chat.answer_start.removeprefix(" ") if puts_blank else chat.answer_start
 
     def split(self, text: str) -> list[str | int]:
         """The format's text, with special tokens as ids."""
-        return [self.special_ids.get(bit, bit) for bit in self.special.split(text) if bit]
+        return [self.special_ids.get(bit.strip(), bit) for bit in self.special.split(text) if bit]
 
     def pieces(self, turns: list[Turn]) -> Iterator[tuple[str | int, bool]]:
         """Yield (text or a special token's id, whether it is trained) of a conversation."""
         yield from ((bos, False) for bos in self.start)
         text = ""  # untrained text since the last special token or answer
+        if not turns or turns[0].role != "system":
+            turns = [NO_SYSTEM, *turns]
+        previous = ""
         for role, content, _, trained in turns:
-            for piece, answer in (*self.before[role], (content, role == "assistant"), *self.after[role]):
+            before = [] if self.chat.folds_system and (previous, role) == ("system", "user") else self.before[role]
+            content, previous = self.answer_start + content if role == "assistant" else content, role
+            for piece, answer in (*before, (content, role == "assistant"), *self.after[role]):
                 if isinstance(piece, str) and not answer:
                     text += piece
                     continue
@@ -1914,47 +2079,53 @@ def memory_plan(
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or h // heads
     q, kv = heads * width, config.get("num_key_value_heads", heads) * width
-    shapes = config.get("layer_shapes") or {
-        "q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h),
-        "gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}  # fmt: skip
+    shapes = linear_shapes(config)
     projections = layers * sum(rows * columns for rows, columns in shapes.values())
     wanted = [*args.lora_target_modules, *map(FUSED.get, args.lora_target_modules)]
     adapted = {name: shape for name, shape in shapes.items() if name in wanted or "all-linear" in wanted}
-    lora_layer = args.lora_r * sum(rows + columns for rows, columns in adapted.values())
     size = 2 if args.bf16 else 4  # bytes of a weight or activation
     # NF4: 4 bits, and for each block of 64 an 8-bit scale, whose own blocks of 256 have a float32 scale.
     weight_bytes = 0.5 + (1 + 4 / 256) / 64 if args.bnb_nf4 else size
     share = 1 / world.size + 2 / layers if args.shard_base else 1  # with --shard-base two layers are gathered
-    lora = layers * lora_layer
-    kept = tokens * kept_bytes(h, f, q, kv, heads, size, args, adapted) + size * lora_layer  # A and B, cast
-    checkpoints = max(layers - uncheckpointed, 1) * tokens * h * size  # the inputs of the checkpointed layers
+    lora = layers * args.lora_r * sum(rows + columns for rows, columns in adapted.values())
 
-    # Three moments can be the worst. In the loss and in the backward of the last norm, all uncheckpointed layers are
-    # full; when a checkpointed layer is recomputed, they are empty again.
+    # For its backward an uncheckpointed layer keeps the inputs of two norms, q, k, v and output of the attention with
+    # its float32 log-sum, gate, up, and A x of each adapter; dropout a mask of one byte for each distinct input.
+    kept = size * (2 * h + 2 * q + 2 * kv + 2 * f + args.lora_r * len(adapted)) + 4 * heads
+    if args.lora_dropout:
+        kept += sum({SAME_INPUT.get(name, name): rows for name, (rows, _) in adapted.items()}.values())
+    # In the backward of down_proj its input, silu(gate) and the gradients of all four are there; before the last two
+    # the weight is restored from NF4, with its scales in float32.
+    dequantized = f * h * (size + 2 * 4 / 64) if args.bnb_nf4 else 0
+    backward = max(5 * size * f * tokens, 3 * size * f * tokens + dequantized)
     trained = trained_share * tokens
     loss = 12 * min(trained, logit_rows(vocabulary)) * vocabulary + 2 * trained * h * size
-    last_norm = 5 * 4 * tokens * h
-    full = uncheckpointed * kept + 4 * tokens * h + max(loss, last_norm)
-    # NF4: the largest weight in `size` bytes, and its scales in float32, twice.
-    dequantized = f * h * (size + 2 * 4 / 64) if args.bnb_nf4 else 0
-    if args.lora_dropout:
-        beside = tokens * size * (f + 5 * h) + max(0, dequantized - tokens * (size + 1) * f)
-    else:
-        beside = max(dequantized + tokens * size * 4 * h, tokens * size * (2 * f + h))
-    recomputed = kept + beside if uncheckpointed < layers else 0
-    activations = max(uncheckpointed, 1) * kept
+    inputs = layers - uncheckpointed + (uncheckpointed > 0)  # of checkpointed layers and, in the end, of the last norm
+    activations = max(uncheckpointed, 1) * tokens * kept  # one layer at least, when it is recomputed
+    worst = max(loss, backward) if uncheckpointed else max(loss - activations, backward)
     parts = {
         "base weights": projections * weight_bytes * share,
         "embedding and head": vocabulary * h * size * (1 if config.get("tie_word_embeddings") else 2),
         "LoRA, float32": lora * 4,
+        "LoRA, as computed": lora * size,
         "LoRA gradients": lora * 4 * (2 if world.size > 1 else 1),  # DDP's buckets are a second copy
         "optimizer state": lora * optimizer_bytes(args.optim),
-        "checkpoints": checkpoints,
+        "checkpoints": tokens * size * (inputs * h + 2 * width),  # RoPE's cosines and sines too
         "activations": activations,
-        "loss or backward": max(full, recomputed) - activations,
+        "loss or backward": worst,
         "CUDA context": 0.7 * 2**30,
     }
     return {name: amount / 2**30 for name, amount in parts.items()}
+
+
+def linear_shapes(config: dict) -> dict[str, tuple[int, int]]:
+    """{name: (inputs, outputs)} of a layer's projections: those in the files, or Llama's by config.json."""
+    h, f, heads = (config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
+    width = config.get("head_dim") or h // heads
+    q, kv = heads * width, config.get("num_key_value_heads", heads) * width
+    return config.get("layer_shapes") or {
+        "q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h),
+        "gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}  # fmt: skip
 
 
 def plan_config(config: dict[str, Any], headers: dict[str, StoredTensor]) -> dict[str, Any]:
@@ -1979,21 +2150,6 @@ def plan_config(config: dict[str, Any], headers: dict[str, StoredTensor]) -> dic
         "tie_word_embeddings": "lm_head.weight" not in headers,
         "layer_shapes": shapes,
     }
-
-
-def kept_bytes(h: int, f: int, q: int, kv: int, heads: int, size: int, args: argparse.Namespace, adapted: dict) -> int:
-    """Bytes that a layer keeps of each token for its backward: counted with tests/fake_cuda, tensor by tensor."""
-    kept = 2 * (4 * h + 4)  # two norms: the input in float32 and its inverse root
-    kept += size * (2 * q + 2 * kv) + 4 * heads  # q, k, v and output of the attention; its float32 log-sum
-    kept += size * 3 * f  # gate, silu(gate), up
-    kept += size * args.lora_r * len(adapted)  # A x
-    if args.lora_dropout:  # each adapter has its own dropped input, and a mask of one byte
-        return kept + (size + 1) * sum(rows for rows, _ in adapted.values())
-    kept += (
-        size * h * any(name in adapted for name in ("q_proj", "k_proj", "v_proj", "qkv_proj"))
-    )  # one input for all three
-    kept += size * h * any(name in adapted for name in ("gate_proj", "up_proj", "gate_up_proj"))
-    return kept + size * f * ("down_proj" in adapted)  # o_proj's input is the attention's output
 
 
 def optimizer_bytes(optim: str) -> int:
@@ -2038,9 +2194,14 @@ def print_memory_plan(
     limit = capacity * args.torch_memory_fraction
 
     def plan(args: argparse.Namespace) -> tuple[int, dict[str, float]]:
-        uncheckpointed = uncheckpointed_layers(args.gradient_checkpointing, layers, auto=0)
-        tokens = args.max_length * args.train_batch_size
-        return uncheckpointed, memory_plan(args, world, config, tokens, share, uncheckpointed)
+        """(uncheckpointed layers, GiB by part); auto leaves as many as fit, and a twentieth for fragmentation."""
+        auto, tokens = args.gradient_checkpointing == "auto", args.max_length * args.train_batch_size
+        uncheckpointed = uncheckpointed_layers(args.gradient_checkpointing, layers, auto=layers)
+        parts = memory_plan(args, world, config, tokens, share, uncheckpointed)
+        while auto and uncheckpointed and sum(parts.values()) > 0.95 * limit:
+            uncheckpointed -= 1
+            parts = memory_plan(args, world, config, tokens, share, uncheckpointed)
+        return uncheckpointed, parts
 
     uncheckpointed, parts = plan(args)
     need = sum(parts.values())
@@ -2059,25 +2220,54 @@ def print_memory_plan(
     return {**parts, "total": need, "limit": limit}
 
 
-def plan_checkpointing(model, rows: Rows, args: argparse.Namespace) -> None:
-    """Choose which layers recompute their activations, as --gradient-checkpointing says.
+# Dense bfloat16 TFLOP/s with float32 sums, from NVIDIA's data sheets, and the share of it that we expect to reach.
+CARDS = {"RTX 4090": 165, "A100": 312, "H100": 989}
+UTILIZATION = 0.5
 
-    Each layer left uncheckpointed saves about 1 % of a step, so auto leaves as many as the GPU has room for.
+
+def print_time_plan(args: argparse.Namespace, world: World, config: dict, counts: dict) -> dict[str, float]:
+    """Print and return {card: minutes} of the optimizer steps alone: arithmetic, because no card has been measured.
+
+    A weight costs 2 FLOP a token in forward, 2 in backward (its own gradient is not needed) and 2 where it recomputes.
+    """
+    layers, shapes = config["num_hidden_layers"], linear_shapes(config).values()
+    recomputed = 1 - uncheckpointed_layers(args.gradient_checkpointing, layers, auto=layers) / layers
+    linear = layers * sum(rows * columns for rows, columns in shapes)
+    adapters = layers * args.lora_r * sum(rows + columns for rows, columns in shapes)
+    head = config["hidden_size"] * config["vocab_size"] * counts["trained_tokens"] / counts["tokens"]
+    flop = ((4 + 2 * recomputed) * linear + 6 * adapters + 4 * head) * counts["tokens"] * args.epochs
+    minutes = {card: flop / (UTILIZATION * peak * 1e12) / world.size / 60 for card, peak in CARDS.items()}
+    shown = ", ".join(f"{max(1, round(amount)):,} min on an {card}" for card, amount in minutes.items())
+    source = f"calculated at {UTILIZATION:.0%} of each card's peak, not measured"
+    print_field("time", f"about {shown}, evaluations not counted ({source})")
+    return {card: round(amount, 2) for card, amount in minutes.items()}
+
+
+def plan_micro_steps(model, rows: Rows, args: argparse.Namespace) -> argparse.Namespace:
+    """Choose which layers recompute their activations, as --gradient-checkpointing says, and how many rows run at once.
+
+    Each layer left uncheckpointed saves about 1 % of a step, so auto leaves as many as the GPU has room for. Where that
+    is all of them, it also runs several of a step's rows at once. Returns the flags with --train-batch-size and
+    --grad-accum to run with; their product stays, and with it every step's gradient.
     """
     base = model.get_base_model()
     layers, mode = base.get_decoder().layers, args.gradient_checkpointing
     # transformers 5.17 knows it only by its old name.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    uncheckpointed = uncheckpointed_layers(mode, len(layers), auto=0 if args.shard_base else len(layers))
+    batches = 1  # run as one
     if mode == "auto" and model.device.type == "cuda" and not args.shard_base:
-        uncheckpointed = measure_uncheckpointed(model, rows, args)
-    else:
-        uncheckpointed = uncheckpointed_layers(mode, len(layers), auto=0 if args.shard_base else len(layers))
+        uncheckpointed, batches = measure_room(model, rows, args)
     checkpoint_layers(layers, uncheckpointed)
     recompute = f"{len(layers) - uncheckpointed} of {len(layers)} layers recompute their activations"
     print_field("memory", f"{recompute} (--gradient-checkpointing {mode})")
     if args.compile:
         compile_layers(base)
+    size, accumulated = args.train_batch_size * batches, args.grad_accum // batches
+    if batches > 1:
+        print_field("memory", f"room for {size} rows at once: each step runs {plural(accumulated, 'batch')} of them")
+    return argparse.Namespace(**vars(args) | {"train_batch_size": size, "grad_accum": accumulated})
 
 
 def checkpoint_layers(layers, uncheckpointed: int) -> None:
@@ -2086,18 +2276,18 @@ def checkpoint_layers(layers, uncheckpointed: int) -> None:
         layer.gradient_checkpointing = i < len(layers) - uncheckpointed
 
 
-def measure_uncheckpointed(model, rows: Rows, args: argparse.Namespace) -> int:
-    """How many layers can keep their activations on this GPU, from the measured peaks of real steps."""
-    batch = collate([rows.longest()] * args.train_batch_size)
-    del batch["documents"]
-    inputs = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
-    layers = model.get_base_model().get_decoder().layers
+def measure_room(model, rows: Rows, args: argparse.Namespace) -> tuple[int, int]:
+    """(uncheckpointed layers, batches run as one) that this GPU has room for, from the measured peaks of real steps."""
+    layers, longest = model.get_base_model().get_decoder().layers, rows.longest()
 
-    def peak(uncheckpointed: int) -> int:
+    def peak(uncheckpointed: int, batches: int = 1) -> int:
         checkpoint_layers(layers, uncheckpointed)
+        batch = collate([longest] * args.train_batch_size * batches)
+        del batch["documents"]
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         try:
+            inputs = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
             model.train()(**inputs).loss.backward()
         except RuntimeError as error:
             if not out_of_memory(error):
@@ -2113,30 +2303,38 @@ def measure_uncheckpointed(model, rows: Rows, args: argparse.Namespace) -> int:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     buckets = 4 if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0  # DDP's copy of the gradients, not yet there
     limit = int(0.95 * available) - trained * (optimizer_bytes(args.optim) + buckets)
-    uncheckpointed = uncheckpointed_layers_that_fit(len(layers), peak, limit)
+    uncheckpointed, batches = most_that_fit(len(layers), peak, limit), 1
+    if uncheckpointed == len(layers):
+        most = most_that_fit(args.grad_accum, functools.partial(peak, len(layers)), limit)
+        batches = max(n for n in range(1, most + 1) if args.grad_accum % n == 0)
+    if torch.distributed.is_initialized():  # processes must agree
+        batches = min(accelerate.utils.gather_object([batches]))
     model.zero_grad()
     torch.cuda.empty_cache()
-    return uncheckpointed
+    return uncheckpointed, batches
 
 
-def uncheckpointed_layers_that_fit(layers: int, peak: Callable[[int], int], limit: int) -> int:
-    """How many layers may keep their activations below `limit` bytes.
+def most_that_fit(most: int, peak: Callable[[int], int], limit: int) -> int:
+    """The largest n up to `most` whose step stays below `limit` bytes: uncheckpointed layers, or batches run as one.
 
-    peak(n) does one step with n such layers and returns the bytes at its peak, sys.maxsize where it ran out of
-    memory; one step has been done before. From n = 1 on it is a line. peak(0) is not on it: a recomputed layer's
-    activations are there where the first uncheckpointed layer's would be. The answer is measured, and lowered until
-    it fits.
+    peak(n) does such a step and returns the bytes at its peak, sys.maxsize where it ran out of memory; one step has been
+    done before. From n = 1 on it is a line. Without an uncheckpointed layer it is not: a recomputed layer's activations
+    are there where the first uncheckpointed layer's would be. The answer is measured, and lowered until it fits.
     """
-    few = min(3, layers)
-    at_one, at_few = peak(1), peak(few)
-    if at_one > limit:
-        return 0
-    per_layer = max(1, (at_few - at_one) // max(1, few - 1))
-    uncheckpointed = min(layers, 1 + (limit - at_one) // per_layer)
-    while uncheckpointed > 1 and (over := peak(uncheckpointed) - limit) > 0:
+    at_one = peak(1)
+    if at_one > limit or most == 1:
+        return int(at_one <= limit)
+    few = min(3, most)
+    while (at_few := peak(few)) > limit:
+        few -= 1
+        if few == 1:
+            return 1
+    each = max(1, (at_few - at_one) // (few - 1))
+    n = max(few, min(most, 1 + (limit - at_one) // each))
+    while n > few and (over := peak(n) - limit) > 0:
         # A step that ran out of memory does not say by how much.
-        uncheckpointed -= min(-(-over // per_layer), -(-uncheckpointed // 4))
-    return uncheckpointed
+        n -= min(-(-over // each), -(-n // 4))
+    return max(n, few)
 
 
 # ---- Model ---------------------------------------------------------------------------------------
@@ -2148,12 +2346,14 @@ def load_libraries() -> None:
     They take seconds, which --help, a dry run and errors in the data need not wait for.
     """
     global accelerate, torch, transformers, peft
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns on import that it lacks a CPU kernel
+    gc.disable()  # it would scan all modules again and again, for a quarter of the time
     import accelerate
     import peft
     import torch
     import transformers
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    gc.enable()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT 0.21 asks
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -2171,14 +2371,30 @@ def inspect_base(args: argparse.Namespace, folder: str) -> tuple[dict[str, Any],
 def find_base(args: argparse.Namespace, folder: str, revision: str | None, encode: Encoder) -> Base:
     """The base model, checked as far as its weights need not be read."""
     headers = read_headers(args.model, folder)
-    check_weights(args.model, folder)
+    for file in weight_files(folder):
+        if not file.is_file():
+            raise InputError(f"--model {args.model}: no {file.name} in it; give a folder with the weights")
     targets = choose_targets(args.lora_target_modules, headers)
     config = load_config(args.model, folder)
-    check_names(args.model, empty_model(args.model, config), headers, targets)
+    check_names(args.model, config, headers, targets)
     check_sizes(args, config.to_dict())
     tokenizer = load_tokenizer(args.model, folder)
     tokenizer.chat_template = chat_template(encode.chat, adds_bos=bool(encode.start))
     return Base(folder, revision, config, tokenizer, encode, headers, targets)
+
+
+@contextlib.contextmanager
+def explain(place: str, hint: str, *errors: type[Exception]):
+    """Turn a library's error into one line: the place, then the hint, in which {error} is the error's first line."""
+    try:
+        yield
+    except errors as error:
+        raise InputError(f"{place}: {hint.replace('{error}', first_line(error))}") from None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's error, without its full stop."""
+    return f"no {error} in it" if isinstance(error, KeyError) else str(error).strip().split("\n")[0].rstrip(".")
 
 
 def model_on_disk(name: str) -> str | None:
@@ -2193,13 +2409,11 @@ def local_model(name: str) -> str | None:
     if os.path.isdir(name):
         check_whole_model(name, name)
         return name
-    try:
+    hint = "no such folder; give a local folder or a Hub name such as org/model"
+    with explain(f"--model {name}", hint, HFValidationError):
         if name.count("/") != 1:
             raise HFValidationError
         validate_repo_id(name)
-    except HFValidationError:
-        problem = "no such folder"
-        raise InputError(f"--model {name}: {problem}; give a local folder or a Hub name such as org/model") from None
     return None
 
 
@@ -2220,20 +2434,17 @@ def resolve_model(name: str) -> tuple[str, str | None]:
         return folder, None
     from huggingface_hub import errors, snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja"]
-    not_found = "not in the local cache, and cannot reach the Hugging Face Hub; go online or give a local folder"
-    try:
+    place = f"--model {name}"
+    unreachable = "not in the local cache, and cannot reach the Hugging Face Hub; go online or give a local folder"
+    unknown = "not found on the Hub; check the name, or run `hf auth login` if it is private"
+    gated = f"access is gated; accept the license at hf.co/{name}, then run `hf auth login`"
+    with (  # the last one that fits counts
+        explain(place, unreachable, errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError),
+        explain(place, unknown, errors.RepositoryNotFoundError),
+        explain(place, gated, errors.GatedRepoError),
+    ):
+        patterns = ["*.json", "*.safetensors", "*.jinja"]
         folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns="original/*")
-    except errors.GatedRepoError:
-        problem = f"access is gated; accept the license at hf.co/{name}, then run `hf auth login`"
-        raise InputError(f"--model {name}: {problem}") from None
-    except errors.RepositoryNotFoundError:
-        problem = "not found on the Hub; check the name, or run `hf auth login` if it is private"
-        raise InputError(f"--model {name}: {problem}") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise  # the cache cannot be written
-        raise InputError(f"--model {name}: {not_found}") from None
     check_whole_model(name, folder)
     return folder, os.path.basename(folder)
 
@@ -2251,44 +2462,44 @@ def cached_model(name: str) -> str | None:
     return os.path.dirname(str(found[0])) if all(isinstance(file, str) for file in found) else None
 
 
-@contextlib.contextmanager
-def explain(name: str, fix: str, *errors: type[Exception], problem: str = "{}"):
-    """Turn a library's error about --model into one line: its first line, and how to fix it."""
-    try:
-        yield
-    except errors as error:
-        raise InputError(f"--model {name}: {problem.format(first_line(error))}; {fix}") from None
-
-
 def load_encoder(name: str, folder: str, format_name: str) -> Encoder:
     """The encoder for this model's tokenizer and a chat format, without transformers."""
     from tokenizers import Tokenizer
 
-    # The Rust side raises plain Exception.
-    with explain(name, "complete the folder", Exception, problem="its tokenizer does not load ({})"):
+    with explain(f"--model {name}", TOKENIZER_HINT, Exception):  # the Rust side raises no other
         backend = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
-        eos = json.loads(Path(folder, "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
-        vocabulary = Vocabulary(backend, eos if isinstance(eos, str) else eos["content"])
+        config = read_json(Path(folder, "tokenizer_config.json"))
+        eos, bos = (
+            token["content"] if isinstance(token, dict) else token
+            for token in (config["eos_token"], config.get("bos_token"))
+        )
+        own = Path(folder, "chat_template.jinja")
+        template = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
+        if isinstance(template, list):  # several by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    vocabulary = Vocabulary(backend, eos, bos, template)
     return Encoder(vocabulary, chat_format(format_name, vocabulary))
+
+
+TOKENIZER_HINT = "its tokenizer does not load ({error}); complete the folder"
 
 
 def load_tokenizer(name: str, folder: str):
     """transformers' tokenizer of the base, for saving and generating."""
-    with explain(
-        name, "complete the folder", ValueError, OSError, KeyError, problem="its tokenizer does not load ({})"
-    ):
+    with explain(f"--model {name}", TOKENIZER_HINT, ValueError, OSError, KeyError):
         return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def read_config(name: str, folder: str) -> dict[str, Any]:
     """The base's config.json."""
-    with explain(name, "copy or download it again", ValueError, OSError, problem="config.json does not load ({})"):
+    hint = "config.json does not load ({error}); copy or download it again"
+    with explain(f"--model {name}", hint, ValueError, OSError):
         return dict(read_json(Path(folder, "config.json")))
 
 
 def load_config(name: str, folder: str):
     """The base's config as transformers reads it."""
-    with explain(name, "give a causal language model", ValueError, OSError, KeyError):
+    with explain(f"--model {name}", "{error}; give a causal language model", ValueError, OSError, KeyError):
         return transformers.AutoConfig.from_pretrained(folder)
 
 
@@ -2309,84 +2520,61 @@ def weight_files(folder: str | Path) -> list[Path]:
     return [Path(folder, name) for name in sorted(names)]
 
 
-def read_headers(name: str, folder: str) -> dict[str, StoredTensor]:
+def read_headers(name: str, folder: str | Path) -> dict[str, StoredTensor]:
     """The base's tensors by name, or {} where files are missing; InputError for a damaged file."""
     files = weight_files(folder)
     if not all(file.is_file() for file in files):
         return {}
     tensors = {}
     for file in files:
-        found, size = {}, file.stat().st_size
-        # A file that is not safetensors may have any bytes here.
-        with explain(
-            name, "copy or download it again", ValueError, KeyError, TypeError, AttributeError,
-            problem=f"{file.name} is damaged or incomplete",
-        ):  # fmt: skip
-            found = read_header(file)
-            if any(tensor.end > size for tensor in found.values()):
-                raise ValueError
-        tensors |= found
+        hint = f"{file.name} is damaged or incomplete; copy or download it again"
+        # A file that is not safetensors may have any bytes where these are expected.
+        with explain(f"--model {name}", hint, ValueError, KeyError, TypeError, AttributeError):
+            tensors |= read_header(file)
     return tensors
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file: 8 bytes of length, a JSON header, the data."""
+    """The tensors of one safetensors file: 8 bytes of length, a JSON header, the data. ValueError if it is cut."""
+    size = file.stat().st_size
     with open(file, "rb") as stream:
         data = 8 + int.from_bytes(stream.read(8), "little")
-        if data > file.stat().st_size:
+        if data > size:
             raise ValueError
         header = json.loads(stream.read(data - 8))
     header.pop("__metadata__", None)
-    return {
-        name: StoredTensor(
-            file, tensor["dtype"], tensor["shape"], *(data + offset for offset in tensor["data_offsets"])
-        )
-        for name, tensor in header.items()
-    }
+    tensors = {}
+    for name, tensor in header.items():
+        start, end = (data + offset for offset in tensor["data_offsets"])
+        if end > size:
+            raise ValueError
+        tensors[name] = StoredTensor(file, tensor["dtype"], tensor["shape"], start, end)
+    return tensors
 
 
-def check_weights(name: str, folder: str) -> None:
-    """Refuse a base whose weights are missing."""
-    for file in weight_files(folder):
-        if not file.is_file():
-            problem = f"no {file.name}" if file.name != "model.safetensors" else "no *.safetensors"
-            raise InputError(f"--model {name}: {problem} in it; give a folder with the weights")
-
-
-def fingerprint(folder: str | Path) -> str:
+def fingerprint(headers: dict[str, StoredTensor]) -> str:
     """A sha256 that tells models of the same shape apart; merge_lora.py computes the same.
 
     Hashes, for every tensor in the order of their names, the line "name dtype [shape]" and the first 4096 bytes.
     """
-    tensors = {name: tensor for file in weight_files(folder) for name, tensor in read_header(file).items()}
     digest = hashlib.sha256()
     with contextlib.ExitStack() as stack:
-        streams = {file: stack.enter_context(open(file, "rb", buffering=0)) for file in weight_files(folder)}
-        for name, tensor in sorted(tensors.items()):
+        files = {tensor.file for tensor in headers.values()}
+        streams = {file: stack.enter_context(open(file, "rb", buffering=0)) for file in files}
+        for name, tensor in sorted(headers.items()):
             digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
             streams[tensor.file].seek(tensor.start)
             digest.update(streams[tensor.file].read(min(tensor.end - tensor.start, 4096)))
     return digest.hexdigest()
 
 
-def first_line(error: Exception) -> str:
-    """The first line of a library's error, without its full stop."""
-    return str(error).strip().split("\n")[0].rstrip(".")
-
-
-def empty_model(name: str, config):
-    """The model without weights, on the meta device: names and shapes cost nothing there."""
-    with explain(name, "give a causal language model", ValueError), torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-
-
 def check_sizes(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Refuse more checkpointed layers, or longer rows, than the model has, from its config.json."""
     layers, longest = config.get("num_hidden_layers"), config.get("max_position_embeddings")
-    if layers and isinstance(args.gradient_checkpointing, int) and args.gradient_checkpointing > layers:
-        problem = f"the model has {layers} layers"
+    count = args.gradient_checkpointing
+    if layers and isinstance(count, int) and count > layers:
         raise InputError(
-            f"--gradient-checkpointing {args.gradient_checkpointing}: {problem}; give at most so many, or all"
+            f"--gradient-checkpointing {count}: the model has {layers} layers; give at most so many, or all"
         )
     if longest and args.max_length > longest:
         raise InputError(f"--max-length {args.max_length}: the model reads at most {longest:,} tokens; lower it")
@@ -2402,23 +2590,23 @@ FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
 def check_base(name: str, config: dict[str, Any], headers: dict[str, StoredTensor]) -> None:
     """Refuse a base that cannot be trained here or whose adapter could not be merged, before its weights are loaded."""
     kind = config.get("model_type", "this model")
-    named = any(map(LAYER_WEIGHT.fullmatch, headers)) and "model.embed_tokens.weight" in headers
-    sized = all(config.get(key) for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
+    if headers:
+        lacks = "its weights have no model.embed_tokens and model.layers.0"
+        like_llama = any(map(LAYER_WEIGHT.fullmatch, headers)) and "model.embed_tokens.weight" in headers
+    else:
+        lacks = "config.json has no hidden_size, num_hidden_layers or vocab_size"
+        like_llama = all(config.get(key) for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
     if config.get("quantization_config"):
-        problem, fix = "it is already quantized", "give the 16-bit original, --bnb-nf4 quantizes it"
+        problem = "it is already quantized; give the 16-bit original, --bnb-nf4 quantizes it"
     elif "text_config" in config:
-        problem, fix = f"{kind} reads images too, and merge_lora.py merges text models only", "give a text model"
+        problem = f"{kind} reads images too, and merge_lora.py merges text models only; give a text model"
     elif any(config.get(key) for key in EXPERTS) or any(".experts." in tensor for tensor in headers):
-        problem, fix = f"{kind} is a mixture of experts, which merge_lora.py cannot merge", "give a dense model"
-    elif headers and not named:
-        problem = f"{kind} is not built like a Llama: its weights have no model.embed_tokens and model.layers.0"
-        fix = "give a Llama, Qwen, Mistral, Gemma or Phi model"
-    elif not headers and not sized:
-        problem = f"{kind} is not built like a Llama: config.json has no hidden_size, num_hidden_layers or vocab_size"
-        fix = "give a Llama, Qwen, Mistral, Gemma or Phi model"
+        problem = f"{kind} is a mixture of experts, which merge_lora.py cannot merge; give a dense model"
+    elif not like_llama:
+        problem = f"{kind} is not built like a Llama: {lacks}; give a Llama, Qwen, Mistral, Gemma or Phi model"
     else:
         return
-    raise InputError(f"--model {name}: {problem}; {fix}")
+    raise InputError(f"--model {name}: {problem}")
 
 
 def layer_shapes(headers: dict[str, StoredTensor]) -> dict[str, tuple[int, int]]:
@@ -2459,8 +2647,10 @@ def lora_targets(names: list[str], linear: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(targets))
 
 
-def check_names(name: str, model, headers: dict[str, StoredTensor], targets: list[str]) -> None:
+def check_names(name: str, config, headers: dict[str, StoredTensor], targets: list[str]) -> None:
     """Refuse a base whose files do not hold the model's weights by the same names: its adapter could not be merged."""
+    with explain(f"--model {name}", "{error}; give a causal language model", ValueError), torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     tied = set(model.all_tied_weights_keys)
     for parameter, value in model.named_parameters():
         if parameter not in headers and parameter not in tied:
@@ -2470,9 +2660,9 @@ def check_names(name: str, model, headers: dict[str, StoredTensor], targets: lis
             problem = f"{parameter} is {headers[parameter].shape}, but config.json says {list(value.shape)}"
             raise InputError(f"--model {name}: {problem}; copy or download it again")
     for module_name, module in model.named_modules():
-        if module_name.split(".")[-1] in targets and not isinstance(module, torch.nn.Linear):
-            kind = type(module).__name__
-            raise InputError(f"--lora-target-modules {module_name.split('.')[-1]}: is a {kind}; give linear layers")
+        target = module_name.rpartition(".")[2]
+        if target in targets and not isinstance(module, torch.nn.Linear):
+            raise InputError(f"--lora-target-modules {target}: is a {type(module).__name__}; give linear layers")
 
 
 def load_base(args: argparse.Namespace, folder: str, device: torch.device):
@@ -2555,8 +2745,6 @@ def head_logits(model) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def add_lora(model, args: argparse.Namespace, targets: list[str], revision: str | None):
     """A PeftModel whose adapters are float32 and compute in the type of the activations."""
-    from peft.tuners.lora import LoraLayer
-
     model.name_or_path = args.model if revision else os.path.abspath(args.model)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -2567,28 +2755,28 @@ def add_lora(model, args: argparse.Namespace, targets: list[str], revision: str 
         target_modules=targets,
         revision=revision,
     )
+    lean_decoder(model.get_decoder())
     model = peft.get_peft_model(model, config)
     if args.init_adapter:
         weights = peft.load_peft_weights(str(args.init_adapter), device="cpu")
-        with explain_adapter(args.init_adapter, RuntimeError):
+        with explain(f"--init-adapter {args.init_adapter}", ADAPTER_HINT, RuntimeError):
             peft.set_peft_model_state_dict(model, weights)
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.forward = lean_lora_forward.__get__(module)
+    lean_lora(model.get_base_model().get_decoder())
     return model
+
+
+ADAPTER_HINT = "{error}; give a folder that training wrote"
 
 
 def inherit_lora(args: argparse.Namespace) -> argparse.Namespace:
     """The flags with the rank, alpha and targets of --init-adapter in place of their own."""
-    folder = args.init_adapter
+    folder, place = args.init_adapter, f"--init-adapter {args.init_adapter}"
     config = read_adapter_file(folder, "adapter_config.json")
     if not (folder / "adapter_model.safetensors").is_file():
-        raise InputError(
-            f"--init-adapter {folder}: no adapter_model.safetensors in it; give a folder that training wrote"
-        )
+        raise InputError(f"{place}: no adapter_model.safetensors in it; give a folder that training wrote")
     if args.overwrite and args.output.resolve() in (folder.resolve(), *folder.resolve().parents):
-        raise InputError(f"--init-adapter {folder}: --overwrite would delete it; give another --output")
-    with explain_adapter(folder, KeyError):
+        raise InputError(f"{place}: --overwrite would delete it; give another --output")
+    with explain(place, ADAPTER_HINT, KeyError):
         r, alpha, targets = config["r"], config["lora_alpha"], sorted(config["target_modules"])
     print_field("lora", f"r {r}, alpha {alpha:g} and {', '.join(targets)}, from {folder}")
     inherited = {"lora_r": r, "lora_alpha": float(alpha), "lora_target_modules": targets}
@@ -2600,31 +2788,21 @@ def read_adapter_file(folder: Path, name: str) -> dict[str, Any]:
     file = folder / name
     if name == RECORD and not file.is_file() and folder.name.startswith("checkpoint-"):
         file = folder.parent / name
-    with explain_adapter(folder, OSError, ValueError):
+    with explain(f"--init-adapter {folder}", ADAPTER_HINT, OSError, ValueError):
         return read_json(file)
-
-
-@contextlib.contextmanager
-def explain_adapter(folder: Path, *errors: type[Exception]):
-    """Turn a library's error about --init-adapter into one line."""
-    try:
-        yield
-    except errors as error:
-        problem = f"no {error} in its files" if isinstance(error, KeyError) else first_line(error)
-        raise InputError(f"--init-adapter {folder}: {problem}; give a folder that training wrote") from None
 
 
 def check_ancestor(folder: Path, base: Base) -> None:
     """Refuse to train an adapter further on another base or in another chat format."""
-    record = read_adapter_file(folder, RECORD)
-    with explain_adapter(folder, KeyError):
-        recorded, chat = record["base"].get("fingerprint"), record["chat_format"]
-    if recorded and recorded != fingerprint(base.folder):
-        problem = f"it was trained on another base, {record['base']['model']}"
-        raise InputError(f"--init-adapter {folder}: {problem}; give that as --model")
-    if {key: chat.get(key) for key in ChatFormat._fields} != base.encode.chat._asdict():
-        problem = f"it was trained in the chat format {chat['name']}"
-        raise InputError(f"--init-adapter {folder}: {problem}; use --chat-format {chat['name']}")
+    record, place = read_adapter_file(folder, RECORD), f"--init-adapter {folder}"
+    with explain(place, ADAPTER_HINT, KeyError):
+        recorded, chat = record["base"]["fingerprint"], record["chat_format"]
+        if recorded != fingerprint(base.headers):
+            problem = f"it was trained on another base, {record['base']['model']}"
+            raise InputError(f"{place}: {problem}; give that as --model")
+        if {key: chat[key] for key in ChatFormat._fields} != base.encode.chat._asdict():
+            problem = f"it was trained in the chat format {chat['name']}"
+            raise InputError(f"{place}: {problem}; use --chat-format {chat['name']}")
 
 
 def shard_base(model, device: torch.device) -> None:
@@ -2658,19 +2836,290 @@ def shard_base(model, device: torch.device) -> None:
 # ---- Speed ---------------------------------------------------------------------------------------
 
 
-def lean_lora_forward(self, x: torch.Tensor) -> torch.Tensor:
-    """A LoRA layer's forward: W x + s B A dropout(x), with A and B cast to x's type.
+def lean_decoder(decoder) -> None:
+    """Let norms and gated MLPs keep only their inputs for backward.
 
-    PEFT casts x up to the adapters' float32 instead, which doubles what is kept for backward and
-    multiplies in float32; autocast would avoid that, with a cast before every product.
+    By themselves an MLP keeps silu(gate) and silu(gate) * up as well, and a norm its input in float32.
     """
-    result = self.base_layer(x)
-    if self.disable_adapters:
+    lean_rope(sys.modules[type(decoder).__module__])
+    agreed: dict[type, bool] = {}
+    for module in decoder.modules():
+        kind, norm = type(module), "RMSNorm" in type(module).__name__
+        if not norm and not hasattr(module, "gate_proj") and not hasattr(module, "gate_up_proj"):
+            continue
+        ours = (fused_norm if norm else gated_mlp).__get__(module)
+        if kind not in agreed:
+            width, like = len(module.weight) if norm else decoder.config.hidden_size, next(decoder.parameters())
+            x = torch.linspace(-2, 2, 4 * width, device=like.device, dtype=like.dtype).view(1, 4, width)
+            agreed[kind] = same_results(module.forward, ours, x)
+        if norm:  # Gemma's multiply by 1 + weight, which torch's does not
+            module.normalize = ours if agreed[kind] else module.forward
+            module.forward = lean_norm.__get__(module)
+        elif agreed[kind]:
+            module.forward = ours
+
+
+@functools.cache  # once for a module
+def lean_rope(modeling) -> None:
+    """Replace apply_rotary_pos_emb in a transformers module: three kernels for a tensor each way, not five and eight.
+
+    It is a global there: no argument or module leads to it.
+    """
+    original = modeling.apply_rotary_pos_emb
+
+    def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
+        result, half = x * cos, x.shape[-1] // 2
+        result[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
+        result[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
         return result
-    (name,) = self.active_adapters
-    a, b = self.lora_A[name].weight.to(x.dtype), self.lora_B[name].weight.to(x.dtype)
-    linear = torch.nn.functional.linear
-    return result.add(linear(linear(self.lora_dropout[name](x), a), b), alpha=self.scaling[name])
+
+    class Rotate(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, cos, sin):
+            ctx.save_for_backward(cos, sin)
+            return rotated(x, cos, sin, 1)
+
+        @staticmethod
+        def backward(ctx, grad):
+            cos, sin = ctx.saved_tensors
+            return rotated(grad, cos, sin, -1), None, None
+
+    @functools.wraps(original)
+    def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+        if torch.compiler.is_compiling() or cos.shape[-1] != q.shape[-1]:  # some models rotate only a part
+            return original(q, k, cos, sin, unsqueeze_dim)
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
+
+    modeling.apply_rotary_pos_emb = apply_rotary_pos_emb
+
+
+def lean_norm(self, x: torch.Tensor) -> torch.Tensor:
+    """The forward of an RMSNorm."""
+    return keep_inputs(self.normalize, x)
+
+
+def fused_norm(self, x: torch.Tensor) -> torch.Tensor:
+    """torch's RMSNorm with the weight of this module: one kernel on CUDA."""
+    eps = getattr(self, "variance_epsilon", getattr(self, "eps", None))
+    return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, eps)
+
+
+def gated_mlp(self, x: torch.Tensor) -> torch.Tensor:
+    """The forward of Llama's MLP, and of Phi-3's with gate and up in one projection."""
+    if hasattr(self, "gate_up_proj"):
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+    else:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+    act = self.act_fn if hasattr(self, "act_fn") else self.activation_fn
+    return self.down_proj(keep_inputs(lambda gate, up: act(gate) * up, gate, up))
+
+
+def same_results(one: Callable, other: Callable, x: torch.Tensor) -> bool:
+    """Whether two functions give the same for x, but for the rounding of bfloat16."""
+    with torch.no_grad(), contextlib.suppress(AssertionError):
+        torch.testing.assert_close(one(x), other(x), rtol=2e-2, atol=2e-2)
+        return True
+    return False
+
+
+def keep_inputs(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """function(*inputs), element-wise work that backward does again: only its inputs are kept.
+
+    The result carries its origin, (function, inputs), so that LoraProducts can keep that in its place.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler chooses by itself what to keep
+        return function(*inputs)
+    result = recomputed().apply(function, *inputs)
+    result.origin = function, inputs
+    return result
+
+
+@functools.cache
+def recomputed() -> type[torch.autograd.Function]:
+    """The autograd function of keep_inputs."""
+
+    class Recomputed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, function, *inputs):
+            ctx.function = function
+            ctx.save_for_backward(*inputs)
+            return function(*inputs)
+
+        @staticmethod
+        def backward(ctx, grad):
+            with torch.enable_grad():
+                inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+                result = ctx.function(*inputs)
+            return None, *torch.autograd.grad(result, inputs, grad)
+
+    return Recomputed
+
+
+# The layers that read the same input, where a model has them.
+SAME_INPUT = {"q_proj": "q, k, v", "k_proj": "q, k, v", "v_proj": "q, k, v", "gate_proj": "mlp", "up_proj": "mlp"}
+
+
+class LoraGroup:
+    """Adapted layers that read the same input: all are computed when the first is called, with one dropout.
+
+    PEFT's forward computes in the adapters' float32 and keeps a dropped copy of the input for each layer.
+    """
+
+    def __init__(self, layers: list):
+        self.layers, self.input, self.outputs = layers, None, {}
+        # A of all layers, stacked and times the scaling, and each layer's B: set by cast_adapters.
+        self.a, self.b = torch.empty(0), [torch.empty(0)]
+        for place, layer in enumerate(layers):
+            layer.group, layer.place = self, place
+            layer.forward = lean_lora_forward.__get__(layer)
+
+    def outputs_of(self, layer, x: torch.Tensor) -> torch.Tensor:
+        """W x + B A dropout(x) of one of the layers, for x [..., inputs]."""
+        if self.input is not x:
+            function, inputs = getattr(x, "origin", (lambda x: x, (x,)))
+            outputs = lora_products().apply(self, x.detach(), function, self.a, *self.b, *inputs)
+            self.input, self.outputs = x, dict(zip(self.layers, outputs, strict=True))
+        output = self.outputs.pop(layer)
+        self.input = x if self.outputs else None
+        return output
+
+
+def lean_lora_forward(self, x: torch.Tensor) -> torch.Tensor:
+    """The forward of an adapted layer: W x + s B A dropout(x)."""
+    if self.disable_adapters:
+        return self.base_layer(x)
+    if not torch.compiler.is_compiling():
+        return self.group.outputs_of(self, x)
+    linear, a = torch.nn.functional.linear, self.group.a.chunk(len(self.group.layers))[self.place]
+    return self.base_layer(x) + linear(linear(self.lora_dropout["default"](x), a), self.group.b[self.place])
+
+
+@functools.cache
+def lora_products() -> type[torch.autograd.Function]:
+    """The autograd function of LoraGroup."""
+
+    class LoraProducts(torch.autograd.Function):
+        """W x + B A dropout(x) for each layer of a group, where x = function(*inputs).
+
+        Kept are those inputs, the dropout's mask of one byte a number, and A dropout(x).
+        """
+
+        @staticmethod
+        def forward(ctx, group, x, function, a, *tensors):
+            dropout, members = group.layers[0].lora_dropout["default"], len(group.layers)
+            ctx.p = dropout.p if dropout.training and hasattr(dropout, "p") else 0
+            b, inputs = tensors[:members], tensors[members:]
+            rows, mask = x.flatten(0, -2), None
+            if ctx.p:
+                rows, mask = torch.native_dropout(rows, ctx.p, True)
+            inner = rows @ a.T
+            outputs = tuple(layer.base_layer(x) for layer in group.layers)
+            for output, part, b_part in zip(outputs, inner.chunk(members, 1), b, strict=True):
+                output.view(-1, output.shape[-1]).addmm_(part, b_part.T)
+            ctx.group, ctx.function = group, function
+            ctx.save_for_backward(mask, inner, a, *b, *inputs)
+            return outputs
+
+        @staticmethod
+        def backward(ctx, *grads):
+            layers, members = ctx.group.layers, len(grads)
+            mask, inner, a, *tensors = ctx.saved_tensors
+            b, inputs = tensors[:members], tensors[members:]
+
+            def drop(x: torch.Tensor) -> torch.Tensor:
+                return torch.ops.aten.native_dropout_backward(x, mask, 1 / (1 - ctx.p)) if ctx.p else x
+
+            needed = ctx.needs_input_grad[4 + members :]
+            with torch.enable_grad():
+                leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
+                x = ctx.function(*leaves)
+            grads = tuple(grad.flatten(0, -2) for grad in grads)
+            inner_grads = [grad @ b_part for grad, b_part in zip(grads, b, strict=True)]
+            inner_grad = torch.cat(inner_grads, 1) if members > 1 else inner_grads[0]
+            b_grads = [grad.T @ part for grad, part in zip(grads, inner.chunk(members, 1), strict=True)]
+            a_grad = inner_grad.T @ drop(x.detach().flatten(0, -2))
+            if any(needed):
+                x_grad = drop(inner_grad @ a)
+                for layer, grad in zip(layers, grads, strict=True):
+                    x_grad.addmm_(grad, base_weight(layer.base_layer).to(grad.dtype))
+                input_grads = torch.autograd.grad(x, leaves, x_grad.view_as(x))
+            else:
+                input_grads = (None,) * len(leaves)
+            return None, None, None, a_grad, *b_grads, *input_grads
+
+    return LoraProducts
+
+
+def base_weight(layer) -> torch.Tensor:
+    """The weight [outputs, inputs] of a linear layer, restored where it is in 4 bits."""
+    if not hasattr(layer, "quant_state"):
+        return layer.weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, layer.quant_state)
+
+
+def lean_lora(decoder) -> None:
+    """Group the adapted layers of a decoder, and cast all adapters to the type of its activations in each forward."""
+    from peft.tuners.lora import LoraLayer
+
+    groups: list[LoraGroup] = []
+    for parent in decoder.modules():
+        by_input: dict[str, list] = {}
+        for name, child in parent.named_children():
+            if isinstance(child, LoraLayer):
+                by_input.setdefault(SAME_INPUT.get(name, name), []).append(child)
+        groups += map(LoraGroup, by_input.values())
+    dtype = next(decoder.parameters()).dtype  # the embedding's
+    decoder.register_forward_pre_hook(lambda *_: cast_adapters(groups, dtype))
+
+
+def cast_adapters(groups: list[LoraGroup], dtype: torch.dtype) -> None:
+    """Give each group its A and B in this type, by a few kernels for all of them.
+
+    Each layer casting its own takes 448 kernels for Llama-3.1-8B, and as many for the gradients.
+    """
+    layers = [layer for group in groups for layer in group.layers]
+    weights = [getattr(layer, kind)["default"].weight for kind in ("lora_A", "lora_B") for layer in layers]
+    members = [len(group.layers) for group in groups]
+    cast = iter(cast_function().apply(dtype, layers[0].scaling["default"], members, *weights))
+    for group in groups:
+        group.a = next(cast)
+    for group in groups:
+        group.b = [next(cast) for _ in group.layers]
+
+
+@functools.cache
+def cast_function() -> type[torch.autograd.Function]:
+    """The autograd function of cast_adapters."""
+
+    class Cast(torch.autograd.Function):
+        """float32 A and B of all layers -> scaling * A, stacked for each group of so many members, and B in `dtype`."""
+
+        @staticmethod
+        def forward(ctx, dtype, scaling, members, *weights):
+            a, b = weights[: sum(members)], weights[sum(members) :]
+            ctx.r, ctx.scaling, ctx.groups, first = len(a[0]), scaling, len(members), 0
+            stacks = []
+            for count in members:
+                stacks.append(a[first].new_empty(count * ctx.r, a[first].shape[1], dtype=dtype))
+                first += count
+            copies = [torch.empty_like(weight, dtype=dtype) for weight in b]
+            torch._foreach_copy_([part for stack in stacks for part in stack.split(ctx.r)] + copies, weights)
+            torch._foreach_mul_(stacks, scaling)
+            return *stacks, *copies
+
+        @staticmethod
+        def backward(ctx, *grads):
+            copies = [torch.empty_like(grad, dtype=torch.float32) for grad in grads]
+            torch._foreach_copy_(copies, grads)
+            stacks = copies[: ctx.groups]
+            torch._foreach_mul_(stacks, ctx.scaling)
+            parts = [part for stack in stacks for part in stack.split(ctx.r)]
+            return None, None, None, *parts, *copies[ctx.groups :]
+
+    return Cast
 
 
 def packed_attention() -> str:
@@ -2713,7 +3162,7 @@ def packed_attention() -> str:
         if not (varlen and grouped):
             key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
         if varlen:
-            q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+            q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
             ends, longest = (cu_seq_lens_q,) * 2, (max_length_q,) * 2
             more = {"enable_gqa": True} if grouped else {}
             window = (sliding_window - 1 if sliding_window else -1, 0)
@@ -2848,8 +3297,9 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
         if args.bf16 and not torch.cpu._is_avx512_bf16_supported():
             print_field("device", "this CPU has no bfloat16: --no-bf16 --bnb-dtype float32 is about ten times faster")
         if args.optim.startswith("paged_"):
-            unpaged = optimizer_on(args.optim, "cpu")
-            print_field("device", f"{args.optim} needs CUDA: {unpaged} does the same arithmetic unpaged")
+            print_field(
+                "device", f"{args.optim} needs CUDA: {optimizer_on(args.optim, 'cpu')} keeps its state in 32 bits"
+            )
         return torch.device("cpu")
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
@@ -2886,9 +3336,8 @@ def device_name(device: torch.device) -> str:
 
 
 def optimizer_on(optim: str, device_type: str) -> str:
-    """The optimizer that does the same arithmetic on this device: paged state needs CUDA."""
-    unpaged = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}
-    return optim if device_type == "cuda" else unpaged.get(optim, optim)
+    """The optimizer for this device. Paged state needs CUDA; on a CPU 8-bit state takes seconds a step."""
+    return "adamw_torch" if optim.startswith("paged_") and device_type != "cuda" else optim
 
 
 class Stop:
@@ -3181,8 +3630,7 @@ def train_within_memory(trainer, checkpoint: str | None, output: Path, world: Wo
     more = checkpointed + -(-(len(layers) - checkpointed) // 2)
     mode = "all" if more == len(layers) else str(more)
     print_field("memory", f"not enough with {checkpointed} layers checkpointed; continuing with {mode}")
-    command = [option for option in sys.argv if option not in ("--resume", "--overwrite")]
-    os.execv(sys.executable, [sys.executable, *command, "--resume", "--gradient-checkpointing", mode])
+    os.execv(sys.executable, [sys.executable, *resuming_options(), "--gradient-checkpointing", mode])
 
 
 @contextlib.contextmanager
@@ -3333,7 +3781,7 @@ def run_record(args: argparse.Namespace, base: Base, inputs: Inputs, counts: dic
         "base": {
             "model": args.model if base.revision else os.path.abspath(args.model),
             "revision": base.revision,
-            "fingerprint": fingerprint(base.folder),
+            "fingerprint": fingerprint(base.headers),
         },
         "init_adapter": args.init_adapter
         and {
@@ -3374,8 +3822,12 @@ def resume_command(world: World) -> str:
     """What to type after a stop."""
     if world.size > 1:
         return "the same command, launcher included, with --resume"
-    options = [option for option in sys.argv if option not in ("--resume", "--overwrite")]
-    return shlex.join([this_python(), *options, "--resume"])
+    return shlex.join([this_python(), *resuming_options()])
+
+
+def resuming_options() -> list[str]:
+    """This script and its flags, to continue the run."""
+    return [option for option in sys.argv if option not in ("--resume", "--overwrite")] + ["--resume"]
 
 
 def read_json(file: Path) -> Any:
@@ -3435,12 +3887,12 @@ def find_prompts(questions: list[str] | None, data: Data, encode: Encoder, count
         return [Prompt(q, before_answer(*tokens)) for q, tokens in zip(questions, encode(turns), strict=True)]
     found: dict[str, Prompt] = {}
     rows = data.eval_rows or data.train_rows
-    header, answer_header = (encode.chat.header.format(role=role) for role in ("user", "assistant"))
+    before, after = encode.chat.before, encode.chat.after
     for i in sorted(chain.from_iterable(islice(rows.plan, 8 * count))):
         sample = rows.samples[int(i)]
         ids = before_answer(sample["input_ids"], sample["labels"])
-        text = encode.tokenizer.decode(ids, skip_special_tokens=False).rpartition(header)[2]
-        text = text.removesuffix(answer_header).removesuffix(encode.chat.turn_end).strip()
+        text = encode.tokenizer.decode(ids, skip_special_tokens=False).rpartition(before["user"])[2]
+        text = text.removesuffix(before["assistant"]).removesuffix(after["user"]).strip()
         found.setdefault(text, Prompt(text, ids))
         if len(found) == count:
             break
