@@ -454,7 +454,7 @@ def prepare_data(
     """Read, encode, hold out and pack files {name: sha256}; InputError where nothing would be trained."""
     found, warned, samples = read_data(train_files | eval_files, args, encode)
     digests, tokens, trained, part, for_eval = measure(samples, eval_files)
-    both = train_files.keys() & eval_files.keys()
+    both = [file for file in train_files if file in eval_files]
     warned += [DataWarning(file, 1, "held out", "also in --eval-files: not trained on") for file in both]
     if eval_files:
         copies = ~for_eval & np.isin(digests, digests[for_eval])
@@ -1132,9 +1132,9 @@ def find_messages(record: dict) -> Any:
         return messages
     if "prompt" in record and "completion" in record:
         sides = (("user", record["prompt"]), ("assistant", record["completion"]))
-        return list(
-            chain(*(text if isinstance(text, list) else [{"role": role, "content": text}] for role, text in sides))
-        )
+        return [
+            m for role, text in sides for m in (text if isinstance(text, list) else [{"role": role, "content": text}])
+        ]
     if "instruction" in record and "output" in record:
         parts = [part for part in (record["instruction"], record.get("input")) if part]
         question = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else None
@@ -1150,22 +1150,21 @@ def message_turn(message: Any, row: int) -> Turn:
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
 
-    def wrong(problem: str) -> Turn:
-        return Turn("error", problem, row)
-
     weight = message.get("weight")  # OpenAI's: 0 for an answer that is only context
     role, trained = ROLE_NAMES.get(SHAREGPT.get(name, name), ("", False)) if isinstance(name, str) else ("", False)
     if message.get("tool_calls") or message.get("function_call"):
-        return wrong(NO_TOOLS)
-    if not role:
-        return wrong(unknown_role(name))
-    if not isinstance(content, str):
-        return wrong(f"the content of a {role} message is not text; only text can be trained on")
-    if re.search("[\ud800-\udfff]", content):
-        return wrong(f"a lone surrogate in a {role} message; repair the text's encoding")
-    if weight not in (None, 0, 1):
-        return wrong(f"unknown weight {shorten(weight)}; write 1 for a trained answer, 0 for one that is only context")
-    return Turn(role, content.strip(), row, trained and (role != "assistant" or weight != 0))
+        problem = NO_TOOLS
+    elif not role:
+        problem = unknown_role(name)
+    elif not isinstance(content, str):
+        problem = f"the content of a {role} message is not text; only text can be trained on"
+    elif re.search("[\ud800-\udfff]", content):
+        problem = f"a lone surrogate in a {role} message; repair the text's encoding"
+    elif weight not in (None, 0, 1):
+        problem = f"unknown weight {shorten(weight)}; write 1 for a trained answer, 0 for one that is only context"
+    else:
+        return Turn(role, content.strip(), row, trained and (role != "assistant" or weight != 0))
+    return Turn("error", problem, row)
 
 
 def read_records(file: str) -> Iterator[tuple[int, Any]]:
