@@ -238,7 +238,7 @@ def test_the_memory_plan_counts_the_weights_of_each_family(name):
     model = load(folder, "eager")
     weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     assert (plan["base weights"] + plan["embedding and head"]) * 2**30 == pytest.approx(4 * weights, rel=0.01)
-    targets = sft.lora_targets(SEVEN, sft.layer_shapes(headers))
+    targets = sft.choose_targets(SEVEN, headers)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert plan["LoRA, float32"] * 2**30 == 4 * trained
