@@ -81,6 +81,20 @@ class InputError(Exception):
     """An error the user can fix: `place: what is wrong; how to fix it`, a line each, exit status 2."""
 
 
+@contextlib.contextmanager
+def explain(place: str, hint: str, *errors: type[Exception]):
+    """Turn a library's error into one line: the place, then the hint, in which {error} is the error's first line."""
+    try:
+        yield
+    except errors as error:
+        raise InputError(f"{place}: {hint.replace('{error}', first_line(error))}") from None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's error, without its full stop."""
+    return f"no {error} in it" if isinstance(error, KeyError) else str(error).strip().split("\n")[0].rstrip(".")
+
+
 # ---- Flags ---------------------------------------------------------------------------------------
 
 EXAMPLES = """\
@@ -754,14 +768,7 @@ def derive_format(render: Callable, vocabulary: Vocabulary) -> tuple[ChatFormat,
 
 def probe_conversations(with_system: bool) -> Iterator[list[dict[str, str]]]:
     """Conversations that await an answer: with and without a system turn, one to three questions, unusual texts."""
-    texts = (
-        "Qui es-tu ?",
-        "« L'été »\n\n\n{{ x }} {% if y %} 🙂 日本",
-        "a  b\tc",
-        "<|user|> [INST] </s>",
-        "#\u00a0…",
-        "-",
-    )
+    texts = ("Qui es-tu ?", "« L'été »\n\n\n{{ x }} {% y %} 🙂 日本", "a  b\tc <|user|> [INST] </s>", "-")
     for system, questions, first in product(range(1 + with_system), (1, 2, 3), range(len(texts))):
         roles = ["system"] * system + ["user", "assistant"] * questions
         yield [{"role": role, "content": texts[(first + i) % len(texts)]} for i, role in enumerate(roles[:-1])]
@@ -2322,20 +2329,6 @@ def find_base(args: argparse.Namespace) -> Base:
     encode = load_encoder(args.model, folder, args.chat_format)
     tokenizer.chat_template = chat_template(encode.chat, adds_bos=bool(encode.start))
     return Base(folder, revision, config, tokenizer, encode, headers, targets)
-
-
-@contextlib.contextmanager
-def explain(place: str, hint: str, *errors: type[Exception]):
-    """Turn a library's error into one line: the place, then the hint, in which {error} is the error's first line."""
-    try:
-        yield
-    except errors as error:
-        raise InputError(f"{place}: {hint.replace('{error}', first_line(error))}") from None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's error, without its full stop."""
-    return f"no {error} in it" if isinstance(error, KeyError) else str(error).strip().split("\n")[0].rstrip(".")
 
 
 def local_model(name: str) -> str | None:
