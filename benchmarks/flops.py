@@ -54,7 +54,7 @@ def attention_on_meta(lengths: list[int]) -> dict:
     from transformers.integrations.sdpa_attention import repeat_kv
 
     def packed(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         ends, longest = (cu_seq_lens_q,) * 2, (max_length_q,) * 2
         out = varlen_attn(q, k, v, *ends, *longest, scale=scaling, window_size=(-1, 0), enable_gqa=True)
         return out[None], None
@@ -216,7 +216,7 @@ def fitting(shape: dict, args, tokens: int, share: float, card: float) -> tuple[
     """(free layers, GiB then needed, bytes per token and free layer) by the trainer's memory_plan for this card."""
     layers = shape["num_hidden_layers"]
     need = [sum(sft.memory_plan(args, sft.World(), shape, tokens, share, free).values()) for free in range(layers + 1)]
-    limit = 0.95 * args.torch_memory_fraction * card  # plan_checkpointing keeps the same margin
+    limit = 0.95 * args.torch_memory_fraction * card  # measure_room keeps the same margin
     free = max((free for free in range(layers + 1) if need[free] <= limit), default=0)
     return free, need[free], (need[-1] - need[1]) / max(1, layers - 1) * 2**30 / tokens
 

@@ -57,16 +57,18 @@ def main(n=1_250_000):
     encoders = [
         sft.load_encoder(str(folder), str(folder), "dolores") for folder in (parts.smollm2(), parts.llama31_tokenizer())
     ]
-    file = str(Path(tempfile.mkdtemp()) / "d")
+    folder = tempfile.mkdtemp()
+    os.environ["HF_DATASETS_CACHE"] = folder  # every file is new, so the cache is never read
+    file, args = str(Path(folder) / "d"), sft.parse_args(["--input-format", "chatml"])
 
     def measure(make, size):
         Path(file).write_text(make(size))
-        read = seconds(lambda: sft.survey(sft.find_files([file]), "chatml"))
+        read = seconds(lambda: sft.read_data(sft.find_files([file]), args))
         conversations = list(sft.read_conversations([file], "chatml"))
 
         def encode(encoder):
-            for _ in sft.encode_conversations(conversations, encoder, 2048, "split", lambda *_: None):
-                pass
+            for batch in sft.batch_conversations(conversations):
+                sft.encode_conversations(batch, encoder, 2048, "split")
 
         return [read, *(seconds(lambda e=e: encode(e)) for e in encoders)]
 

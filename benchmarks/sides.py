@@ -66,7 +66,7 @@ def ours(args, model, rows, trained_tokens_only=True, lean_lora=True, bf16_norms
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 del module.forward  # the class's own, PEFT's
-    sft.plan_checkpointing(model, rows, args)
+    args = sft.plan_micro_steps(model, rows, args)
     return in_order(
         sft.make_trainer(
             args, sft.World(), model, None, rows, None, [], SimpleNamespace(any_rank_signaled=lambda _: False)

@@ -145,7 +145,7 @@ def test_adapters_are_loaded_onto_the_process_s_own_device(short_smollm2, monkey
     config = sft.load_config("base", str(short_smollm2))
     encode = sft.load_encoder("base", str(short_smollm2), "dolores")
     base = sft.Base(str(short_smollm2), None, config, tokenizer, encode, {}, args.lora_target_modules)
-    model = sft.load_model(args, WORLD, base, None, torch.device("cpu"))
+    model, _ = sft.load_model(args, WORLD, base, None, torch.device("cpu"))
     model.save_pretrained(tmp_path / "adapter")
     monkeypatch.setattr("peft.peft_model.infer_device", lambda: "cuda:0")
     model.load_adapter(str(tmp_path / "adapter"), "default")

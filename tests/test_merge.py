@@ -118,6 +118,15 @@ def test_bit_for_bit_what_peft_merges(sharded, tiny_llama31, tmp_path, dtype, lo
     assert changed == {n for n in ours if n.split(".")[-2] in PROJECTIONS}  # all of them, and nothing else
 
 
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_pieces_of_a_weight_are_merged_as_the_whole(tiny_llama31, tmp_path, monkeypatch, lora):
+    """Pieces of 32 rows, merged in blocks of 16: each gets its own rows of the adapter."""
+    monkeypatch.setattr(merge_lora, "PIECE", 2 * 32 * 64)
+    monkeypatch.setattr(merge_lora, "MERGE_BLOCK", 1)
+    adapter = random_adapter(tiny_llama31, tmp_path / "adapter", **lora)
+    assert_equal(weights(merge(adapter, tmp_path / "merged")), peft_merged(tiny_llama31, adapter))
+
+
 def test_tied_embeddings_and_a_single_file(smollm2, tmp_path):
     adapter = random_adapter(smollm2, tmp_path / "adapter")
     merged = merge(adapter, tmp_path / "merged")
@@ -177,10 +186,10 @@ def test_nf4_base_weights_are_those_that_training_saw(tiny_llama31, tmp_path, do
 
 
 @pytest.mark.slow
-def test_peak_memory_is_some_tensors_not_the_model(tiny_llama31, tmp_path):
-    """A base of 1.2 GB, whose largest adapted tensor has 33 MB (fp32: 67 MB), in one file of zeros with holes."""
+def test_peak_memory_does_not_grow_with_the_model(tiny_llama31, tmp_path):
+    """A base of 0.8 GB, whose largest adapted tensor has 16 MB, in one file of zeros with holes."""
     config = json.loads((tiny_llama31 / "config.json").read_text())
-    config |= {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8, "num_attention_heads": 16}
+    config |= {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 8, "num_attention_heads": 8}
     config |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256}
     base = Path(shutil.copytree(tiny_llama31, tmp_path / "base"))
     (base / "config.json").write_text(json.dumps(config))
@@ -193,7 +202,7 @@ def test_peak_memory_is_some_tensors_not_the_model(tiny_llama31, tmp_path):
     with open(base / "model.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + at)
-    assert at > 1.7e9
+    assert at > 7e8
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     from peft import LoraConfig, get_peft_model
@@ -204,16 +213,22 @@ def test_peak_memory_is_some_tensors_not_the_model(tiny_llama31, tmp_path):
     names.peft_config["default"].save_pretrained(adapter)
     complete_adapter(base, adapter)
 
-    code = """if True:
-        import resource, sys, merge_lora, peft, transformers
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        before = peak()
+    # VmHWM is the peak of this process alone; ru_maxrss would begin with that of pytest, which started it.
+    code = r"""if True:
+        import re, sys, merge_lora
+        load = merge_lora.import_libraries
+        peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
+        def load_and_measure():
+            global loaded
+            load()
+            loaded = peak()
+        merge_lora.import_libraries = load_and_measure
         merge_lora.main(sys.argv[1:])
-        print("grew", (peak() - before) // 1024)
+        print("grew", (peak() - loaded) // 1024)
     """
     command = [sys.executable, "-c", code, "--adapter", str(adapter), "--output", str(tmp_path / "merged")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    assert int(done.stdout.split("grew")[1]) < 450, done.stdout  # MiB
+    assert int(done.stdout.split("grew")[1]) < 150, done.stdout  # MiB
 
 
 # ---- other families of models ----
@@ -587,14 +602,15 @@ def test_the_shared_system_turn_is_in_the_modelfile(copy, tmp_path, capsys, syst
 
 def test_how_ollama_will_split_text(llama31_tokenizer, smollm2, tmp_path):
     """Llama 3.1's patterns are known; SmolLM2's are not, nor Llama's with one letter changed."""
-    llama = llama31_tokenizer.backend_tokenizer.to_str()
+    llama = llama31_tokenizer.backend_tokenizer.to_str().replace("<|eot_id|>", "<|im_end|>")
     for text, line in (
         (llama, "tokenizer  Ollama reads this tokenizer as llama-bpe"),
         ((smollm2 / "tokenizer.json").read_text(), "warning    Ollama does not know this tokenizer"),
         (llama.replace("{1,3}", "{1,2}"), "warning    Ollama does not know this tokenizer"),
     ):
         (tmp_path / "tokenizer.json").write_text(text)
-        assert merge_lora.ollama_tokenizer(tmp_path).startswith(line)
+        pre_tokenizer = merge_lora.read_tokenizer(tmp_path / "tokenizer.json", "<|im_end|>").pre_tokenizer
+        assert merge_lora.ollama_tokenizer(tmp_path, pre_tokenizer).startswith(line)
 
 
 def test_one_bos_whatever_the_route(adapter, tiny_llama31, llama31_tokenizer, tmp_path):
@@ -1104,10 +1120,14 @@ def test_verify_fails_loudly(short_smollm2, tmp_path, monkeypatch, fault, scale)
     right, calls = merge_lora.merge_with_peft, []
     nf4 = merge_lora.NF4(torch.bfloat16, True)
     wrong = {
-        "forgotten": lambda layer, weight: weight,
-        "twice": lambda layer, weight: right(layer, right(layer, weight)),
-        "one layer forgotten": lambda layer, weight: calls.append(1) or weight if not calls else right(layer, weight),
-        "other base weights": lambda layer, weight: right(layer, merge_lora.quantize_and_restore(weight, nf4)),
+        "forgotten": lambda layer, weight, row: weight,
+        "twice": lambda layer, weight, row: right(layer, right(layer, weight, row), row),
+        "one layer forgotten": lambda layer, weight, row: (
+            right(layer, weight, row) if calls else calls.append(1) or weight
+        ),
+        "other base weights": lambda layer, weight, row: right(
+            layer, merge_lora.quantize_and_restore(weight, nf4), row
+        ),
     }
     monkeypatch.setattr(merge_lora, "merge_with_peft", wrong[fault])
     with pytest.raises(merge_lora.VerificationFailed, match=r"^the merged model is not base \+ adapter: model\.layers"):

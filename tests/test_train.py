@@ -333,7 +333,7 @@ def test_gradient_checkpointing_flag(short_smollm2, capsys):
         ("auto", [False, False]),
     ):
         model = lora_model(short_smollm2)
-        sft.plan_checkpointing(model, [], arguments("--gradient-checkpointing", option))
+        sft.plan_micro_steps(model, [], arguments("--gradient-checkpointing", option))
         assert [layer.gradient_checkpointing for layer in model.get_base_model().model.layers] == recomputed
         assert f"{sum(recomputed)} of 2 layers" in unwrapped(capsys.readouterr().out)
 
@@ -391,7 +391,7 @@ def test_nf4_trains_on_a_cpu(data_folder, short_smollm2):
     (data_folder / "train.chatml").write_text(dialogues(6))  # takes minutes where a CPU has no bfloat16
     code, out = run(data_folder, "--model", short_smollm2, "--output", "out", *options)
     assert code == 0, out
-    assert " adamw_8bit " in out and "paged_adamw_8bit" in out
+    assert "paged_adamw_8bit needs CUDA: adamw_torch" in out
     results = record(data_folder)["results"]
     assert results["eval_loss_after"] < results["eval_loss_before"]
 
@@ -443,7 +443,7 @@ def test_lean_lora_is_pefts_lora(short_smollm2):
 def test_checkpointed_layers_give_the_same_gradients(short_smollm2):
     model, inputs, grads = lora_model(short_smollm2, "--lora-dropout", 0).train(), batch(), []
     for option in ("all", "none"):
-        sft.plan_checkpointing(model, [], arguments("--gradient-checkpointing", option))
+        sft.plan_micro_steps(model, [], arguments("--gradient-checkpointing", option))
         model.zero_grad()
         model(**inputs).loss.backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
