@@ -86,6 +86,20 @@ class InputError(Exception):
     """An error the user can fix: `place: what is wrong; how to fix it`, a line each, exit status 2."""
 
 
+@contextlib.contextmanager
+def explain(place: str, hint: str, *errors: type[Exception]):
+    """Turn a library's error into one line: the place, then the hint, in which {error} is the error's first line."""
+    try:
+        yield
+    except errors as error:
+        raise InputError(f"{place}: {hint.replace('{error}', first_line(error))}") from None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's error, without its full stop."""
+    return f"no {error} in it" if isinstance(error, KeyError) else str(error).strip().split("\n")[0].rstrip(".")
+
+
 # ---- Flags ---------------------------------------------------------------------------------------
 
 EXAMPLES = """\
@@ -701,7 +715,7 @@ def base_format(vocabulary: Vocabulary) -> ChatFormat:
                 at = next(i for i in range(len(wanted) + 1) if wanted[: i + 1] != got[: i + 1])
                 raise TemplateError(f"it writes {wanted[at : at + 40]!r} where we would write {got[at : at + 40]!r}")
     if not takes_system:
-        print_field("format", "the base's template refuses system turns: their text opens the first user turn")
+        print_field("format", "the base's template takes no system turn: its text opens the first user turn")
     return chat
 
 
@@ -731,6 +745,8 @@ def derive_format(render: Callable, vocabulary: Vocabulary) -> tuple[ChatFormat,
     ends = [token for token in special_tokens(vocabulary) if token in answer_end]
     if not ends:
         raise TemplateError("it ends an answer without a control token")
+    if not before_user:
+        raise TemplateError("it puts nothing before a user turn")
     if re.search(r'\{\{|"""', f"{opening}{before_system}{system_end}{to_answer}{to_user}"):
         raise TemplateError("it has two braces or three quotes, which a Modelfile cannot hold")
     chat = ChatFormat(
@@ -750,14 +766,7 @@ def derive_format(render: Callable, vocabulary: Vocabulary) -> tuple[ChatFormat,
 
 def probe_conversations(with_system: bool) -> Iterator[list[dict[str, str]]]:
     """Conversations that await an answer: with and without a system turn, one to three questions, unusual texts."""
-    texts = (
-        "Qui es-tu ?",
-        "« L'été »\n\n\n{{ x }} {% if y %} 🙂 日本",
-        "a  b\tc",
-        "<|user|> [INST] </s>",
-        "#\u00a0…",
-        "-",
-    )
+    texts = ("Qui es-tu ?", "« L'été »\n\n\n{{ x }} {% y %} 🙂 日本", "a  b\tc <|user|> [INST] </s>", "-")
     for system, questions, first in product(range(1 + with_system), (1, 2, 3), range(len(texts))):
         roles = ["system"] * system + ["user", "assistant"] * questions
         yield [{"role": role, "content": texts[(first + i) % len(texts)]} for i, role in enumerate(roles[:-1])]
@@ -2372,7 +2381,8 @@ def find_base(args: argparse.Namespace, folder: str, revision: str | None, encod
     headers = read_headers(args.model, folder)
     for file in weight_files(folder):
         if not file.is_file():
-            raise InputError(f"--model {args.model}: no {file.name} in it; give a folder with the weights")
+            missing = file.name if file.name != "model.safetensors" else "*.safetensors"
+            raise InputError(f"--model {args.model}: no {missing} in it; give a folder with the weights")
     targets = choose_targets(args.lora_target_modules, headers)
     config = load_config(args.model, folder)
     check_names(args.model, config, headers, targets)
@@ -2380,20 +2390,6 @@ def find_base(args: argparse.Namespace, folder: str, revision: str | None, encod
     tokenizer = load_tokenizer(args.model, folder)
     tokenizer.chat_template = chat_template(encode.chat, adds_bos=bool(encode.start))
     return Base(folder, revision, config, tokenizer, encode, headers, targets)
-
-
-@contextlib.contextmanager
-def explain(place: str, hint: str, *errors: type[Exception]):
-    """Turn a library's error into one line: the place, then the hint, in which {error} is the error's first line."""
-    try:
-        yield
-    except errors as error:
-        raise InputError(f"{place}: {hint.replace('{error}', first_line(error))}") from None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's error, without its full stop."""
-    return f"no {error} in it" if isinstance(error, KeyError) else str(error).strip().split("\n")[0].rstrip(".")
 
 
 def model_on_disk(name: str) -> str | None:
@@ -2431,17 +2427,15 @@ def resolve_model(name: str) -> tuple[str, str | None]:
     """(local folder, Hub revision or None) of a folder or Hub name; downloads what is missing."""
     if folder := local_model(name):
         return folder, None
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    place = f"--model {name}"
+    offline = (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError)
     unreachable = "not in the local cache, and cannot reach the Hugging Face Hub; go online or give a local folder"
     unknown = "not found on the Hub; check the name, or run `hf auth login` if it is private"
     gated = f"access is gated; accept the license at hf.co/{name}, then run `hf auth login`"
-    with (  # the last one that fits counts
-        explain(place, unreachable, errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError),
-        explain(place, unknown, errors.RepositoryNotFoundError),
-        explain(place, gated, errors.GatedRepoError),
-    ):
+    hub = functools.partial(explain, f"--model {name}")
+    with hub(unreachable, *offline), hub(unknown, RepositoryNotFoundError), hub(gated, GatedRepoError):
         patterns = ["*.json", "*.safetensors", "*.jinja"]
         folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns="original/*")
     check_whole_model(name, folder)
@@ -2520,34 +2514,27 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def read_headers(name: str, folder: str | Path) -> dict[str, StoredTensor]:
-    """The base's tensors by name, or {} where files are missing; InputError for a damaged file."""
+    """The base's tensors by name, or {} where files are missing; InputError for a damaged file.
+
+    A safetensors file is 8 bytes of length, a JSON header, the data.
+    """
     files = weight_files(folder)
     if not all(file.is_file() for file in files):
         return {}
     tensors = {}
     for file in files:
-        hint = f"{file.name} is damaged or incomplete; copy or download it again"
-        # A file that is not safetensors may have any bytes where these are expected.
-        with explain(f"--model {name}", hint, ValueError, KeyError, TypeError, AttributeError):
-            tensors |= read_header(file)
-    return tensors
-
-
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file: 8 bytes of length, a JSON header, the data. ValueError if it is cut."""
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        data = 8 + int.from_bytes(stream.read(8), "little")
-        if data > size:
-            raise ValueError
-        header = json.loads(stream.read(data - 8))
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, tensor in header.items():
-        start, end = (data + offset for offset in tensor["data_offsets"])
-        if end > size:
-            raise ValueError
-        tensors[name] = StoredTensor(file, tensor["dtype"], tensor["shape"], start, end)
+        hint, size = f"{file.name} is damaged or incomplete; copy or download it again", file.stat().st_size
+        # A file that is not safetensors may have any bytes here.
+        damaged = explain(f"--model {name}", hint, ValueError, KeyError, TypeError, AttributeError)
+        with damaged, open(file, "rb") as stream:
+            data = 8 + int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(data - 8) if data <= size else "")
+            header.pop("__metadata__", None)
+            for key, tensor in header.items():
+                start, end = (data + offset for offset in tensor["data_offsets"])
+                tensors[key] = StoredTensor(file, tensor["dtype"], tensor["shape"], start, end)
+                if end > size:
+                    raise ValueError
     return tensors
 
 
@@ -2620,19 +2607,12 @@ def layer_shapes(headers: dict[str, StoredTensor]) -> dict[str, tuple[int, int]]
 
 
 def choose_targets(names: list[str], headers: dict[str, StoredTensor]) -> list[str]:
-    """This base's names of the layers to adapt, with one line where they are not the given ones. Without headers []."""
-    if not headers:
-        return []
-    targets = lora_targets(names, layer_shapes(headers))
-    if names != ["all-linear"] and not set(targets) <= set(names):
-        print_field("lora", f"this base has {', '.join(sorted(set(targets) - set(names)))} instead: adapting it")
-    return targets
+    """This base's linear layers that --lora-target-modules means; InputError for a name that is none of them.
 
-
-def lora_targets(names: list[str], linear: Iterable[str]) -> list[str]:
-    """The linear layers that --lora-target-modules means; InputError for a name that is none."""
-    linear = sorted(linear)
-    if names == ["all-linear"]:
+    One line says where they are not the given ones. Without headers [].
+    """
+    linear = sorted(layer_shapes(headers))
+    if not headers or names == ["all-linear"]:
         return linear
     targets = []
     for name in names or [""]:
@@ -2643,6 +2623,8 @@ def lora_targets(names: list[str], linear: Iterable[str]) -> list[str]:
                 problem = "embedding and output head are never adapted"
             raise InputError(f"--lora-target-modules {name}: {problem}; {suggest(name, linear)}")
         targets.append(target)
+    if others := sorted(set(targets) - set(names)):
+        print_field("lora", f"this base has {', '.join(others)} instead: adapting it")
     return list(dict.fromkeys(targets))
 
 

@@ -4,7 +4,11 @@ The models are tiny and random, with the real configs (tests/families.py); weigh
 """
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +165,50 @@ def test_llama_cpp_answers_like_transformers(trained, tmp_path):
         assert theirs == ours[: len(theirs)] and (len(theirs) == len(ours) or reason == "stop")
 
 
+def test_the_adapter_folder_in_other_programs(trained):
+    """As the README's table says: PEFT's auto class and a pipeline; vLLM is too large to install, it reads these keys."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import pipeline
+
+    _, folder = trained
+    tokenizer = AutoTokenizer.from_pretrained(folder / "out")
+    ids = tokenizer.apply_chat_template(CHATS[0], add_generation_prompt=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        live = AutoPeftModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32)(input_ids=ids).logits
+        assert torch.allclose(live, load(folder / "merged", "eager")(input_ids=ids).logits, atol=1e-4)
+    generate = pipeline("text-generation", str(folder / "merged"), device="cpu", dtype=torch.float32)
+    said = generate(CHATS[0], max_new_tokens=8, do_sample=False)[0]["generated_text"]
+    assert said[:-1] == CHATS[0] and said[-1]["role"] == "assistant" and said[-1]["content"]
+
+    config = json.loads((folder / "out/adapter_config.json").read_text())
+    expected = {
+        "r": 4,
+        "lora_alpha": 8,
+        "bias": "none",
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    assert {key: config[key] for key in expected} == expected and isinstance(config["target_modules"], list)
+    names = load_file(folder / "out/adapter_model.safetensors")
+    pattern = r"base_model\.model\.model\.layers\.\d+\.(self_attn|mlp)\.\w+\.lora_[AB]\.weight"
+    assert names and all(re.fullmatch(pattern, name) for name in names)
+
+
+def test_the_hub_takes_the_merged_folder(trained):
+    """`hf upload` as in the README understands its arguments and stops at the network only; the card can be read."""
+    from huggingface_hub import ModelCard
+
+    name, folder = trained
+    for path in (folder / "merged", folder / "out"):
+        assert ModelCard.load(path / "README.md").data.pipeline_tag == "text-generation"
+    if name == TRAINABLE[0]:
+        command = [Path(sys.executable).with_name("hf"), "upload", "you/dolores-v5", "merged"]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_TOKEN": "hf_none"}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode and "offline" in done.stderr.lower() and "usage" not in done.stderr.lower(), done.stderr
+
+
 @pytest.fixture
 def error(tmp_path, monkeypatch):
     """The one line with which training and dry run refuse a base, before anything is written."""
@@ -238,7 +286,7 @@ def test_the_memory_plan_counts_the_weights_of_each_family(name):
     model = load(folder, "eager")
     weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     assert (plan["base weights"] + plan["embedding and head"]) * 2**30 == pytest.approx(4 * weights, rel=0.01)
-    targets = sft.lora_targets(SEVEN, sft.layer_shapes(headers))
+    targets = sft.choose_targets(SEVEN, headers)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert plan["LoRA, float32"] * 2**30 == 4 * trained
