@@ -62,7 +62,7 @@ def ours(args, model, rows, trained_tokens_only=True, lean_lora=True, bf16_norms
     if not bf16_norms:
         model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
     model = sft.add_lora(model, args, args.lora_target_modules, None)
-    if not lean_lora:
+    if not (lean_lora and bf16_norms):  # lean LoRA multiplies in one type
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 del module.forward  # the class's own, PEFT's
