@@ -198,7 +198,9 @@ def test_the_only_step_learns(data_folder, short_smollm2):
 @pytest.mark.parametrize("name", sft.SCHEDULERS)
 def test_every_schedule_is_read_in_the_middle_of_each_step(name):
     trainer = object.__new__(sft.trainer_class(False))
-    trainer.args = sft.training_arguments(arguments("--lr-scheduler-type", name, "--warmup-ratio", "0.25"), True)
+    trainer.args = sft.training_arguments(
+        arguments("--lr-scheduler-type", name, "--warmup-ratio", "0.25"), sft.Batches(1, 32), True
+    )
     trainer.lr_scheduler, rates = None, []
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule = trainer.create_scheduler(8, optimizer)
@@ -257,8 +259,8 @@ TRAINER_FLAGS = {
 @pytest.mark.parametrize("flag", TRAINER_FLAGS, ids=" ".join)
 def test_flags_that_trainer_takes(flag):
     name, value = TRAINER_FLAGS[flag]
-    assert getattr(sft.training_arguments(arguments(*flag), evaluating=True), name) == value
-    assert getattr(sft.training_arguments(arguments(), evaluating=True), name) != value
+    assert getattr(sft.training_arguments(arguments(*flag), sft.Batches(1, 32), evaluating=True), name) == value
+    assert getattr(sft.training_arguments(arguments(), sft.Batches(1, 32), evaluating=True), name) != value
 
 
 def test_lora_flags(short_smollm2):
@@ -469,10 +471,10 @@ def test_gradients_after_an_evaluation_are_right(short_smollm2):
 
 def test_a_head_that_is_not_linear_is_refused(short_smollm2):
     model = AutoModelForCausalLM.from_pretrained(short_smollm2, attn_implementation=sft.packed_attention())
-    sft.check_head(model, 49152)
+    sft.check_head(model)
     whole = model.forward
     model.forward = lambda **kwargs: type(out := whole(**kwargs))(logits=30 * torch.tanh(out.logits / 30))
-    assert_says(error_of(sft.check_head, model, 49152), "--model", "head")
+    assert_says(error_of(sft.check_head, model), "--model", "head")
 
 
 def test_evaluation_weighs_tokens_not_batches(data_folder, short_smollm2):
