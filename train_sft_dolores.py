@@ -429,10 +429,10 @@ def train(args: argparse.Namespace, world: World) -> None:
     base = find_base(args, *resolve_model(args.model))
     data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
     print_data(args, world, data)
-    check_steps(args, world, data.counts)
 
     device = start_torch(args, world)
     check_weights(args.model, base)
+    check_steps(args, world, data.counts)
     tokenizer = load_tokenizer(args.model, base.folder, base.encode)
     if device.type == "cuda":
         card, config = torch.cuda.get_device_properties(device), plan_config(base.config, base.headers)
@@ -2233,9 +2233,9 @@ def print_time_plan(args: argparse.Namespace, world: World, config: dict, counts
     head = config["hidden_size"] * config["vocab_size"] * counts["trained_tokens"] / counts["tokens"]
     flop = ((4 + 2 * recomputed) * linear + 6 * adapters + 4 * head) * counts["tokens"] * args.epochs
     minutes = {card: flop / (UTILIZATION * peak * 1e12) / world.size / 60 for card, peak in CARDS.items()}
-    shown = ", ".join(f"{max(1, round(amount)):,} min on an {card}" for card, amount in minutes.items())
-    source = f"calculated at {UTILIZATION:.0%} of each card's peak, not measured"
-    print_field("time", f"about {shown}, evaluations not counted ({source})")
+    shown = ", ".join(f"{card} {max(1, round(amount)):,} min" for card, amount in minutes.items())
+    source = f"calculated at {UTILIZATION:.0%} of the card's peak, not measured"
+    print_field("time", f"{shown} ({source}), and the evaluations")
     return {card: round(amount, 2) for card, amount in minutes.items()}
 
 

@@ -259,8 +259,13 @@ TRAINER_FLAGS = {
 @pytest.mark.parametrize("flag", TRAINER_FLAGS, ids=" ".join)
 def test_flags_that_trainer_takes(flag):
     name, value = TRAINER_FLAGS[flag]
-    assert getattr(sft.training_arguments(arguments(*flag), sft.Batches(1, 32), evaluating=True), name) == value
-    assert getattr(sft.training_arguments(arguments(), sft.Batches(1, 32), evaluating=True), name) != value
+
+    def taken(*options):
+        args = arguments(*options)
+        batches = sft.Batches(args.train_batch_size, args.grad_accum)
+        return getattr(sft.training_arguments(args, batches, evaluating=True), name)
+
+    assert taken(*flag) == value != taken()
 
 
 def test_lora_flags(short_smollm2):
@@ -301,7 +306,7 @@ def allocator(*options, **environment) -> tuple[str, str]:
     """(the value that torch finds in its variable when it is imported, the output)."""
     code = (
         "import os, sys; sys.argv[0] = 'x'; import train_sft_dolores as sft; assert 'torch' not in sys.modules;"
-        "args = sft.parse_args(); sft.set_allocator(args.cuda_alloc_expandable, args.max_split_size_mb); import torch; print('=', os.environ.get('PYTORCH_ALLOC_CONF'))"
+        "args = sft.parse_args(); print(sft.set_allocator(args.cuda_alloc_expandable, args.max_split_size_mb)); import torch; print('=', os.environ.get('PYTORCH_ALLOC_CONF'))"
     )
     clean = {k: v for k, v in os.environ.items() if "ALLOC_CONF" not in k}
     out = subprocess.run(
