@@ -32,7 +32,6 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -44,6 +43,7 @@ if TYPE_CHECKING:  # these imports take seconds, and neither --help nor a wrong 
 CHECKPOINT_FILES = ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
                     "chat_template.jinja")  # fmt: skip
 RUN_FILES = ("training_args.json", "config.json")  # of a whole run; a checkpoint has them in its parent folder
+CHAT_FORMAT = ("before", "after", "eos_token", "answer_start", "no_system", "folds_system")  # in training_args.json
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "USE_POLICY.md", "NOTICE")  # must travel with the weights
 VOCABULARY_FILES = ("tokenizer.model",)  # SentencePiece, which llama.cpp and Ollama prefer for Gemma, Phi-3, Mistral
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names and torch's
@@ -76,9 +76,10 @@ SUPPORTED = {"alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclud
 # has the last message, it is the beginning of the answer to generate and stays open.
 MODELFILE = '''FROM @source@
 
-TEMPLATE """{{- range $i, $_ := .Messages }}
-{{- $last := eq (len (slice $.Messages $i)) 1 -}}
-@header@{{ .Content }}{{ if eq .Role "assistant" }}{{ if not $last }}@answer_end@{{ end }}{{ else }}@turn_end@{{ if $last }}@assistant@{{ end }}{{ end }}
+TEMPLATE """@before@{{- range $i, $_ := .Messages }}
+{{- $last := eq (len (slice $.Messages $i)) 1 }}@no_system@
+{{- if eq .Role "system" }}@before_system@{{ .Content }}@after_system@{{ else if eq .Role "assistant" }}@before_answer@{{ .Content }}{{ if not $last }}@after_assistant@{{ end }}{{ else }}@before_user@{{ .Content }}@after_user@{{ end }}
+{{- if and $last (ne .Role "assistant") }}@prompt@{{ end }}@after@
 {{- end }}"""
 
 PARAMETER temperature @temperature@
@@ -202,7 +203,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                              "default one of our own); needs memory for the whole model")  # fmt: skip
     parser.add_argument("--chat", nargs="?", const="", metavar="DIR",
                         help="do not merge; talk to this adapter or merged folder (default: --output if it exists, "
-                             "else --adapter)")  # fmt: skip
+                             "else --adapter); questions can come from a file: --chat DIR < FILE")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -223,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
 
     plan = plan_merge(adapter, base, args.base_weights)
     if not args.force:
-        check_fingerprint(adapter, base)
+        check_fingerprint(adapter, base, plan.tensors)
     output.parent.mkdir(parents=True, exist_ok=True)
     check_disk(plan, output.parent)
     size = gigabytes(sum(tensor.end - tensor.start for tensor in plan.tensors.values()))
@@ -309,6 +310,8 @@ class TokenizerFacts(NamedTuple):
 
     end_token_id: int  # of the chat format's end token
     largest_id: int
+    adds_bos: bool
+    added: dict[str, dict[str, Any]]  # added tokens by id, as in tokenizer_config.json
     pre_tokenizer: dict[str, Any]  # as in tokenizer.json
 
 
@@ -324,7 +327,7 @@ def read_adapter(folder: Path) -> Adapter:
             raise InputError(f"{file}: missing; train_sft_dolores.py writes it when training has ended")
     config, training = read_json(folder / "adapter_config.json"), read_json(run_folder / "training_args.json")
     base_config = read_json(run_folder / "config.json") if (run_folder / "config.json").exists() else {}
-    for key, inner in (("chat_format", ("header", "turn_end", "answer_end", "eos_token")), ("base", ("model",))):
+    for key, inner in (("chat_format", CHAT_FORMAT), ("base", ("model", "fingerprint"))):
         if not isinstance(training.get(key), dict) or any(k not in training[key] for k in inner):
             raise InputError(f"{run_folder}/training_args.json: no {key} in it; train_sft_dolores.py writes it")
     check_mergeable(folder / "adapter_config.json", config)
@@ -336,15 +339,19 @@ def read_tokenizer(file: Path, end_token: str) -> TokenizerFacts:
     """Read a tokenizer.json; InputError if it is damaged or lacks the end token."""
     from tokenizers import Tokenizer
 
-    with one_line_errors(file, {Exception: "{error}; copy it from the base"}):  # Rust's type
+    with explain(file, "{error}; copy it from the base", Exception):  # Rust's type
         tokenizer = Tokenizer.from_file(str(file))
     end_token_id = tokenizer.token_to_id(end_token)
     if end_token_id is None:
         raise InputError(f"{file}: has no {end_token}, the chat format's end token; is it the right adapter?")
+    keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    added = tokenizer.get_added_tokens_decoder()
     pre_tokenizer = tokenizer.pre_tokenizer
     return TokenizerFacts(
         end_token_id,
         max(tokenizer.get_vocab().values()),
+        bool(tokenizer.encode("").ids),
+        {str(number): {key: getattr(token, key) for key in keys} for number, token in added.items()},
         json.loads(pre_tokenizer.__getstate__()) if pre_tokenizer else {},
     )
 
@@ -374,55 +381,48 @@ def find_base(named: str | None, adapter: Adapter) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     revision = recorded.get("revision") if model == recorded["model"] else None  # another model has other commits
+    unwritable = "cannot use the Hugging Face cache ({error}); set HF_HOME to a folder that can be written to"
     unreachable = "not in the cache, and cannot reach the Hugging Face Hub; name a local folder with --base"
-    problems = {
-        errors.GatedRepoError: f"gated; accept its licence on huggingface.co/{model}, then `hf auth login`",
-        errors.RevisionNotFoundError: f"no revision {revision} on the Hugging Face Hub; name a local folder with --base",
-        errors.RepositoryNotFoundError: "not found on the Hugging Face Hub; check the name, run `hf auth login`, "
-        "or name a local folder with --base",
-        errors.HFValidationError: "neither a folder nor a Hugging Face id; name the base with --base",
-        errors.LocalEntryNotFoundError: unreachable,
-        errors.HfHubHTTPError: unreachable,
-        ConnectionError: unreachable,
-        OSError: "cannot use the Hugging Face cache ({error}); set HF_HOME to a folder that can be written to",
-    }
-    with one_line_errors(model, problems):
+    no_name = "neither a folder nor a Hugging Face id; name the base with --base"
+    unknown = (
+        "not found on the Hugging Face Hub; check the name, run `hf auth login`, or name a local folder with --base"
+    )
+    no_revision = f"no revision {revision} on the Hugging Face Hub; name a local folder with --base"
+    gated = f"gated; accept its licence on huggingface.co/{model}, then `hf auth login`"
+    with (  # the last one that fits counts
+        explain(model, unwritable, OSError),
+        explain(model, unreachable, errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError),
+        explain(model, no_name, errors.HFValidationError),
+        explain(model, unknown, errors.RepositoryNotFoundError),
+        explain(model, no_revision, errors.RevisionNotFoundError),
+        explain(model, gated, errors.GatedRepoError),
+    ):
         patterns = ["*.json", "*.safetensors", *VOCABULARY_FILES, *LICENCE_FILES]
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
 
 
-def check_fingerprint(adapter: Adapter, base: Path) -> None:
-    """Refuse a base with other weights than the one of the training; older adapters have no fingerprint recorded."""
-    recorded = adapter.training["base"].get("fingerprint")
-    if recorded and fingerprint(base) != recorded:
+def check_fingerprint(adapter: Adapter, base: Path, tensors: dict[str, Stored]) -> None:
+    """Refuse a base with other weights than the one of the training."""
+    if fingerprint(tensors) != adapter.training["base"]["fingerprint"]:
         raise InputError(
             f"{base}: not the base that the adapter was trained on, its weights differ; name the right --base, "
             "or merge anyway with --force"
         )
 
 
-def fingerprint(folder: Path) -> str:
-    """A sha256 that tells models of the same shape apart, from the headers and 4 KiB of each tensor's data.
+def fingerprint(tensors: dict[str, Stored]) -> str:
+    """A sha256 that tells models of the same shape apart, as train_sft_dolores.py computes it.
 
     Hashes, for every tensor in the order of their names, the line "name dtype [shape]" and the first 4096 bytes.
     """
-    index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     digest = hashlib.sha256()
     with contextlib.ExitStack() as stack:
-        tensors = []
-        for name in sorted(names):
-            stream = stack.enter_context(open(folder / name, "rb", buffering=0))
-            data = 8 + int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(data - 8))
-            for tensor, t in header.items():
-                if tensor != "__metadata__":
-                    start, end = t["data_offsets"]
-                    tensors.append((tensor, t["dtype"], t["shape"], stream, data + start, end - start))
-        for tensor, dtype, shape, stream, start, size in sorted(tensors, key=itemgetter(0)):
-            digest.update(f"{tensor} {dtype} {shape}\n".encode())
-            stream.seek(start)
-            digest.update(stream.read(min(size, 4096)))
+        files = {tensor.file for tensor in tensors.values()}
+        streams = {file: stack.enter_context(open(file, "rb", buffering=0)) for file in files}
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+            streams[tensor.file].seek(tensor.start)
+            digest.update(streams[tensor.file].read(min(tensor.end - tensor.start, 4096)))
     return digest.hexdigest()
 
 
@@ -584,7 +584,7 @@ def build_skeleton(base: Path) -> tuple[PreTrainedConfig, PreTrainedModel]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     hint = "{error}; name a causal language model with --base"
-    with one_line_errors(base / "config.json", {ValueError: hint, OSError: hint, KeyError: hint}):
+    with explain(base / "config.json", hint, ValueError, OSError, KeyError):
         config = AutoConfig.from_pretrained(base)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -601,7 +601,7 @@ def match_layers(adapter: Adapter, model: PreTrainedModel) -> dict[str, Layer]:
     file = adapter.folder / "adapter_model.safetensors"
     unused = read_header(file)
     # PEFT resolves "all-linear" by the class of a PreTrainedModel, so the skeleton is one.
-    with one_line_errors(adapter.folder, {ValueError: "does not fit the base ({error}); name the right --base"}):
+    with explain(adapter.folder, "does not fit the base ({error}); name the right --base", ValueError):
         inject_adapter_in_model(LoraConfig.from_pretrained(adapter.folder), model, low_cpu_mem_usage=True)
     layers = {}
     for name, module in model.named_modules():
@@ -812,9 +812,9 @@ def write_small_files(adapter: Adapter, base: Path, plan: Plan, folder: Path) ->
         shutil.copyfile(adapter.folder / name, folder / name)
     write_json(folder / "config.json", config_for_all_readers(read_json(base / "config.json"), plan))
     write_json(folder / "generation_config.json", generation_config(base, adapter.tokenizer.end_token_id))
-    tokenizer_config = tokenizer_config_for_all_readers(read_json(adapter.folder / "tokenizer_config.json"))
-    eos_token = adapter.training["chat_format"]["eos_token"]
-    write_json(folder / "tokenizer_config.json", {**tokenizer_config, "eos_token": eos_token})
+    write_json(
+        folder / "tokenizer_config.json", tokenizer_config_for_all_readers(adapter, plan.config.model_type, folder)
+    )
     text, note = modelfile_of(adapter, plan.config)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
     return [ollama_tokenizer(folder, adapter.tokenizer.pre_tokenizer), *note]
@@ -864,13 +864,20 @@ def generation_config(base: Path, end_token: int) -> dict[str, Any]:
     return {**config, "eos_token_id": eos if len(eos) > 1 else eos[0]}
 
 
-def tokenizer_config_for_all_readers(config: dict[str, Any]) -> dict[str, Any]:
+def tokenizer_config_for_all_readers(adapter: Adapter, model_type: str, folder: Path) -> dict[str, Any]:
     """Without what only transformers 5 understands, and without a template that Ollama would prefer to ours."""
+    config = read_json(adapter.folder / "tokenizer_config.json")
     for key in ("backend", "is_local", "local_files_only", "chat_template", "auto_map"):
         config.pop(key, None)
     if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 expects a dict
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    return {**config, "tokenizer_class": "PreTrainedTokenizerFast"}
+    # llama.cpp's converter finds tokens that tokenizer.model lacks only here.
+    config["added_tokens_decoder"] = adapter.tokenizer.added
+    config["eos_token"] = adapter.training["chat_format"]["eos_token"]
+    config["add_bos_token"] = adapter.tokenizer.adds_bos  # else llama.cpp adds one to Phi-3's prompts
+    # By this class llama.cpp's converter tells Phi-4 from Phi-3.
+    phi4 = model_type == "phi3" and not (folder / "tokenizer.model").is_file()
+    return {**config, "tokenizer_class": "GPT2Tokenizer" if phi4 else "PreTrainedTokenizerFast"}
 
 
 def modelfile_of(adapter: Adapter, config: PreTrainedConfig) -> tuple[str, list[str]]:
@@ -880,20 +887,26 @@ def modelfile_of(adapter: Adapter, config: PreTrainedConfig) -> tuple[str, list[
     return modelfile(adapter.training["chat_format"], num_ctx, system=system), note
 
 
-def modelfile(chat_format: dict[str, str], num_ctx: int, source: str = ".", system: str | None = None) -> str:
+def modelfile(chat_format: dict[str, Any], num_ctx: int, source: str = ".", system: str | None = None) -> str:
     """The Modelfile for a chat format, a context of num_ctx tokens, a model folder `source` and a SYSTEM text."""
-    header = chat_format["header"]
+    before, after, no_system = chat_format["before"], chat_format["after"], chat_format["no_system"]
+    folds = chat_format["folds_system"]  # then a user turn right after the system turn has nothing before it
     values = {
         "source": source,
-        "header": header.replace("{role}", "{{ .Role }}"),
-        "assistant": header.replace("{role}", "assistant"),
-        "turn_end": chat_format["turn_end"],
-        "answer_end": chat_format["answer_end"],
+        "before": '{{- $before := "" }}' if folds else "",
+        "after": "{{- $before = .Role }}" if folds else "",
+        "no_system": f'{{{{ if and (eq $i 0) (ne .Role "system") }}}}{no_system}{{{{ end }}}}' if no_system else "",
+        **{f"before_{role}": text for role, text in before.items()},
+        **{f"after_{role}": text for role, text in after.items()},
+        "before_answer": before["assistant"] + chat_format["answer_start"],
+        "prompt": before["assistant"],
         "temperature": str(SAMPLING["temperature"]),
         "num_ctx": str(num_ctx),
         "stops": "\n".join(f'PARAMETER stop "{stop}"' for stop in stop_texts(chat_format)),
         "system": f'\nSYSTEM """{system}"""\n' if system else "",
     }
+    if folds:
+        values["before_user"] = f'{{{{ if ne $before "system" }}}}{before["user"]}{{{{ end }}}}'
     return fill(MODELFILE, values)
 
 
@@ -933,14 +946,10 @@ def ollama_tokenizer(folder: Path, pre_tokenizer: dict[str, Any]) -> str:
     )
 
 
-def stop_texts(chat_format: dict[str, str]) -> list[str]:
-    """The end token, and what opens a turn: a role tag in plain text ends nothing unless it is listed here."""
-    header = chat_format["header"]
-    if "<|{role}|>" in header:
-        opening = [f"<|{role}|>" for role in ("user", "system", "assistant")]
-    else:
-        opening = [f"<|{part.split('|>')[0]}|>" for part in header.split("<|")[1:]]
-    return list(dict.fromkeys([chat_format["eos_token"], *opening]))
+def stop_texts(chat_format: dict[str, Any]) -> list[str]:
+    """The end token, and the tags that open a turn: one in plain text ends nothing unless it is listed here."""
+    opening = " ".join(chat_format["before"][role] for role in ("user", "system", "assistant"))
+    return list(dict.fromkeys([chat_format["eos_token"], *re.findall(r"<[^<>\s]+>|\[[^][\s]+\]", opening)]))
 
 
 def write_card(adapter: Adapter, plan: Plan, folder: Path, name: str, folder_name: str) -> None:
@@ -1075,7 +1084,10 @@ def compare_log_probs(plain: Tensor, live: Tensor, by_peft: Tensor, merged: Tens
 
 
 def chat(folder: Path, base: str | None) -> None:
-    """Talk to an adapter folder or a merged folder, with the sampling, stops and SYSTEM text of its Modelfile."""
+    """Talk to an adapter folder or a merged folder, with the sampling, stops and SYSTEM text of its Modelfile.
+
+    In a terminal the questions are one conversation; those of a file are asked one by one.
+    """
     import_libraries()
     import torch
     from peft import PeftModel
@@ -1103,9 +1115,14 @@ def chat(folder: Path, base: str | None) -> None:
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             super().on_finalized_text(before_stop(text, stops), stream_end)
 
-    messages = [{"role": "system", "content": system[1]}] if system else []
-    print(f"{folder}: type a message; an empty line or Ctrl-D ends the chat")
+    opening = [{"role": "system", "content": system[1]}] if system else []
+    messages = [*opening]
+    if sys.stdin.isatty():
+        print(f"{folder}: type a message; an empty line or Ctrl-D ends the chat")
     while question := read_line("> ").strip():
+        if not sys.stdin.isatty():
+            print(question)
+            messages = [*opening]
         messages.append({"role": "user", "content": question})
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True
@@ -1186,14 +1203,13 @@ def written_beside(output: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def one_line_errors(place: str | Path, hints: dict[type[Exception], str]) -> Iterator[None]:
-    """Turn a library's exceptions into an InputError: the first hint whose type fits; {error} is the message."""
+def explain(place: str | Path, hint: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn a library's error into one line: the place, then the hint, in which {error} is the error's first line."""
     try:
         yield
-    except tuple(hints) as error:
-        hint = next(text for kind, text in hints.items() if isinstance(error, kind))
+    except errors as error:
         message = str(error).strip().split("\n")[0].rstrip(".")
-        raise InputError(f"{place}: {hint.format(error=message)}") from None
+        raise InputError(f"{place}: {hint.replace('{error}', message)}") from None
 
 
 def read_text(file: Path) -> str:

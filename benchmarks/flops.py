@@ -54,7 +54,7 @@ def attention_on_meta(lengths: list[int]) -> dict:
     from transformers.integrations.sdpa_attention import repeat_kv
 
     def packed(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         ends, longest = (cu_seq_lens_q,) * 2, (max_length_q,) * 2
         out = varlen_attn(q, k, v, *ends, *longest, scale=scaling, window_size=(-1, 0), enable_gqa=True)
         return out[None], None
@@ -78,13 +78,16 @@ def attention_on_meta(lengths: list[int]) -> dict:
     def gemm_4bit(x, data, shape, *args, **kwargs):
         return 2 * int(np.prod(x[:-1])) * int(np.prod(shape))
 
+    def addmm_(total, a, b, *args, **kwargs):
+        return 2 * a[0] * a[1] * b[1]
+
     ops = torch.ops
-    return {ops.torch_attn._varlen_attn: forward, ops.torch_attn._varlen_attn_backward: backward,
+    return {ops.aten.addmm_: addmm_, ops.torch_attn._varlen_attn: forward, ops.torch_attn._varlen_attn_backward: backward,
             ops.bitsandbytes.gemm_4bit: gemm_4bit}  # fmt: skip
 
 
 def drop_as_on_cuda(model) -> None:
-    """CUDA's dropout keeps a mask of one byte a number; the one for other devices keeps it in x's dtype."""
+    """The peers' dropout keeps a mask of one byte a number on CUDA; the one for other devices keeps it in x's dtype."""
     import torch
 
     class Dropout(torch.nn.Dropout):
@@ -101,11 +104,13 @@ def our_step(shape: dict, args, batch: dict, free: int):
     import torch
 
     model = llama.nf4_llama(shape, "meta", "packed_on_cuda")
-    # The head as a function: FlopCounterMode's hooks on modules fail on autograd.grad inside a forward.
+    # Head and SiLU as functions: FlopCounterMode's hooks on modules fail where autograd.grad is called inside a step.
+    for layer in model.model.layers:
+        del layer.mlp.act_fn
+        layer.mlp.act_fn = torch.nn.functional.silu
     model.get_output_embeddings = lambda: partial(torch.nn.functional.linear, weight=model.lm_head.weight)
     sft.install_chunked_loss(model)
     model = sft.add_lora(model, args, args.lora_target_modules, None)
-    drop_as_on_cuda(model)
     base = model.get_base_model()
     base.activation_checkpointing_enable({"use_reentrant": False})
     sft.checkpoint_layers(base.get_decoder().layers, free)
@@ -216,7 +221,7 @@ def fitting(shape: dict, args, tokens: int, share: float, card: float) -> tuple[
     """(free layers, GiB then needed, bytes per token and free layer) by the trainer's memory_plan for this card."""
     layers = shape["num_hidden_layers"]
     need = [sum(sft.memory_plan(args, sft.World(), shape, tokens, share, free).values()) for free in range(layers + 1)]
-    limit = 0.95 * args.torch_memory_fraction * card  # plan_checkpointing keeps the same margin
+    limit = 0.95 * args.torch_memory_fraction * card  # measure_room keeps the same margin
     free = max((free for free in range(layers + 1) if need[free] <= limit), default=0)
     return free, need[free], (need[-1] - need[1]) / max(1, layers - 1) * 2**30 / tokens
 

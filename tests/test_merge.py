@@ -10,6 +10,7 @@ import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,6 +62,10 @@ def run(*arguments, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, **kwargs)
 
 
+def fingerprint(folder: Path) -> str:
+    return merge_lora.fingerprint(merge_lora.read_base_headers(folder))
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
 
@@ -83,6 +88,12 @@ def assert_equal(ours: dict, theirs: dict):
 def edit_json(file: Path, **changes):
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, **changes}))
+
+
+def name_base(adapter: Path, model: str, revision: str | None):
+    """The record with another name of the base, and its weights as they were."""
+    file = adapter / "training_args.json"
+    edit_json(file, base=json.loads(file.read_text())["base"] | {"model": model, "revision": revision})
 
 
 # ---- the numbers ----
@@ -332,13 +343,13 @@ def test_families_that_cannot_be_merged(short_smollm2, tmp_path):
 def test_the_fingerprint_sees_other_weights_and_nothing_else(sharded, tiny_llama31, tmp_path):
     """The same for one file or several; another as soon as one tensor differs in its first bytes, shape or dtype."""
 
-    recorded = merge_lora.fingerprint(tiny_llama31)
-    assert merge_lora.fingerprint(sharded) == recorded and len(recorded) == 64
+    recorded = fingerprint(tiny_llama31)
+    assert fingerprint(sharded) == recorded and len(recorded) == 64
     tensors = weights(tiny_llama31)
 
     def changed(**changes):
         save_file({**tensors, **changes}, tmp_path / "model.safetensors", {"format": "pt"})
-        return merge_lora.fingerprint(tmp_path)
+        return fingerprint(tmp_path)
 
     assert changed() == recorded
     norm, head = tensors["model.norm.weight"], tensors["lm_head.weight"].clone()
@@ -355,12 +366,10 @@ def test_the_fingerprint_as_it_is_defined(tiny_llama31):
     for name, value in sorted(weights(tiny_llama31).items()):
         digest.update(f"{name} BF16 {list(value.shape)}\n".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().tobytes()[:4096])
-    assert merge_lora.fingerprint(tiny_llama31) == digest.hexdigest()
+    assert fingerprint(tiny_llama31) == digest.hexdigest()
 
 
 def test_a_base_with_other_weights_is_refused_unless_forced(copy, tiny_llama31, tmp_path):
-    recorded = merge_lora.fingerprint(tiny_llama31)
-    edit_json(copy / "training_args.json", base={"model": str(tiny_llama31), "revision": None, "fingerprint": recorded})
     merge(copy, tmp_path / "right")
     other = Path(shutil.copytree(tiny_llama31, tmp_path / "other"))
     tensors = weights(other)
@@ -482,7 +491,11 @@ def test_tokenizer_config_is_for_old_readers_too(copy, llama31_tokenizer, tmp_pa
         pad_token="<|finetune_right_pad_id|>",
     )
     merged = merge(copy, tmp_path / "merged")
-    assert json.loads((merged / "tokenizer_config.json").read_text()) == {
+    written = json.loads((merged / "tokenizer_config.json").read_text())
+    added = written.pop("added_tokens_decoder")
+    assert len(added) == 256 and added["128009"]["content"] == "<|eot_id|>" and added["128009"]["special"]
+    assert written == {
+        "add_bos_token": True,
         "bos_token": "<|begin_of_text|>",
         "eos_token": "<|eot_id|>",
         "pad_token": "<|finetune_right_pad_id|>",
@@ -537,7 +550,7 @@ def test_the_card_of_a_llama_from_the_hub(copy, tiny_llama31, tmp_path, monkeypa
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: tiny_llama31)
-    edit_json(copy / "training_args.json", base={"model": "meta-llama/Llama-3.1-8B-Instruct", "revision": "0e9e39f"})
+    name_base(copy, "meta-llama/Llama-3.1-8B-Instruct", "0e9e39f")
     front, text = card(merge(copy, tmp_path / "merged"))
     assert front == {"base_model": "meta-llama/Llama-3.1-8B-Instruct", "library_name": "transformers",
                      "pipeline_tag": "text-generation"}  # fmt: skip
@@ -607,7 +620,7 @@ def test_one_bos_whatever_the_route(adapter, tiny_llama31, llama31_tokenizer, tm
     import train_sft_dolores as sft
 
     merged = merge(adapter, tmp_path / "merged")
-    assert (merged / "chat_template.jinja").read_text().startswith("{{ bos_token }}")
+    assert (merged / "chat_template.jinja").read_text().startswith("{{- bos_token }}")
     roles, contents = (
         ("system", "user", "assistant", "user"),
         ("Tu es Dolores.", "Qui es-tu ?", "Personne.", "Et moi ?"),
@@ -636,8 +649,10 @@ def test_one_bos_whatever_the_route(adapter, tiny_llama31, llama31_tokenizer, tm
 # ---- chat in the terminal ----
 
 
-@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged folder"])
-def test_chat_streams_answers_in_the_models_format(short_smollm2, tmp_path, monkeypatch, capsys, merged):
+@pytest.mark.parametrize(
+    ("merged", "terminal"), [(False, True), (True, True), (True, False)], ids=["adapter", "merged folder", "questions"]
+)
+def test_chat_streams_answers_in_the_models_format(short_smollm2, tmp_path, monkeypatch, capsys, merged, terminal):
     from transformers import GenerationMixin
 
     folder = random_adapter(short_smollm2, tmp_path / "adapter")
@@ -646,6 +661,7 @@ def test_chat_streams_answers_in_the_models_format(short_smollm2, tmp_path, monk
         folder = merge(folder, tmp_path / "merged")
     lines, seen = iter(["Qui es-tu ?", "Et moi ?", ""]), []
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: terminal))
     monkeypatch.setattr(merge_lora, "CHAT_TOKENS", 8)
     generate = GenerationMixin.generate
 
@@ -656,15 +672,22 @@ def test_chat_streams_answers_in_the_models_format(short_smollm2, tmp_path, monk
     monkeypatch.setattr(GenerationMixin, "generate", watched)
     capsys.readouterr()
     merge_lora.main(["--chat", str(folder)])
-    assert len(capsys.readouterr().out.split()) > 10
+    printed = capsys.readouterr().out
+    if terminal:
+        assert len(printed.split()) > 10
+    else:
+        questions, answers = printed.splitlines()[::2], printed.splitlines()[1::2]
+        assert questions == ["Qui es-tu ?", "Et moi ?"] and all(map(str.strip, answers))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     (first, temperature, stops), (second, _, _) = seen
     prompt = "<|system|>\nTu es Dolores.\n<|user|>\nQui es-tu ?\n<|assistant|>\n"
     assert tokenizer.decode(first) == prompt and temperature == 0.7
     assert stops == ["<|im_end|>", "<|user|>", "<|system|>", "<|assistant|>"]
-    assert tokenizer.decode(second).startswith(prompt) and tokenizer.decode(second).endswith(
-        "Et moi ?\n<|assistant|>\n"
-    )
+    if terminal:
+        assert tokenizer.decode(second).startswith(prompt)
+        assert tokenizer.decode(second).endswith("Et moi ?\n<|assistant|>\n")
+    else:  # each question is a conversation of its own
+        assert tokenizer.decode(second) == prompt.replace("Qui es-tu ?", "Et moi ?")
 
 
 def test_chat_stops_at_a_role_tag():
@@ -863,8 +886,7 @@ def test_a_tokenizer_larger_than_the_embedding(copy, tmp_path):
 
 
 def test_an_end_token_that_does_not_exist(copy, tmp_path):
-    edit_json(copy / "training_args.json", chat_format={"name": "chatml", "header": "<|im_start|>{role}\n", "turn_end": "\n",
-                                                        "answer_end": "\n", "eos_token": "<|im_end|>"})  # fmt: skip
+    edit_json(copy / "training_args.json", chat_format=chat_format("chatml", ""))
     line = "{a}/tokenizer.json: has no <|im_end|>, the chat format's end token; is it the right adapter?"
     refused(line, copy, tmp_path)
 
@@ -883,7 +905,7 @@ def test_a_base_that_is_nowhere(copy, tmp_path):
     )
     line = "org/none: not in the cache, and cannot reach the Hugging Face Hub; name a local folder with --base"
     refused(line, copy, tmp_path, "--base", "org/none")  # the tests are offline
-    edit_json(copy / "training_args.json", base={"model": "/gone/base", "revision": None})
+    name_base(copy, "/gone/base", None)
     refused("/gone/base: no such base folder; name it with --base", copy, tmp_path)
 
 
@@ -894,7 +916,7 @@ def test_the_hub_is_asked_for_the_trained_revision(copy, tiny_llama31, tmp_path,
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda name, **kw: asked.append((name, kw)) or tiny_llama31
     )
-    edit_json(copy / "training_args.json", base={"model": "org/base", "revision": "0e9e39f"})
+    name_base(copy, "org/base", "0e9e39f")
     merge(copy, tmp_path / "merged")
     merge(copy, tmp_path / "other", "--base", "org/copy")
     assert [(name, kw["revision"]) for name, kw in asked] == [("org/base", "0e9e39f"), ("org/copy", None)]
@@ -921,7 +943,7 @@ def test_what_the_hub_says(copy, tmp_path, monkeypatch, error, line):
         raise getattr(huggingface_hub.errors, error)("long\nstory", response=Response())
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    edit_json(copy / "training_args.json", base={"model": "org/base", "revision": "abc"})
+    name_base(copy, "org/base", "abc")
     refused(line, copy, tmp_path)
 
 
@@ -977,7 +999,7 @@ def test_a_hub_cache_that_cannot_be_written(copy, tmp_path, monkeypatch):
         Path("/sys/hub").mkdir()
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    edit_json(copy / "training_args.json", base={"model": "org/base", "revision": "abc"})
+    name_base(copy, "org/base", "abc")
     with pytest.raises(
         merge_lora.InputError, match=r"^org/base: cannot use the Hugging Face cache .*; set HF_HOME to "
     ):

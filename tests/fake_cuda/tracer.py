@@ -135,14 +135,24 @@ def install_loss(model) -> None:
 
 def add_adapters(model, case: Case):
     args = flags_of(case)
-    return sft.add_lora(model, args, args.lora_target_modules, None)
+    with (
+        # Fake tensors have no values to compare.
+        mock.patch.object(sft, "same_results", lambda *_: True),
+        # PEFT moves new adapters to the base's device; Module.to would replace fake parameters, and they are there.
+        mock.patch.object(torch.nn.Module, "to", lambda module, *args, **kwargs: module),
+    ):
+        model = sft.add_lora(model, args, args.lora_target_modules, None)
+    for parameter in trained_of(model):
+        parameter.register_post_accumulate_grad_hook(count_sum)
+    forget_gradients(model)
+    return model
 
 
-def choose_checkpointing(model, case: Case) -> int:
-    """Let the trainer set the layers' checkpointing; returns how many layers keep their activations."""
+def choose_checkpointing(model, case: Case) -> tuple[int, int]:
+    """Let the trainer plan: (layers that keep their activations, rows run at once)."""
     with contextlib.redirect_stdout(sys.stderr):
-        sft.plan_checkpointing(model, LongestRow(case), flags_of(case))
-    return sum(not layer.gradient_checkpointing for layer in layers_of(model))
+        chosen = sft.plan_micro_steps(model, LongestRow(case), flags_of(case))
+    return sum(not layer.gradient_checkpointing for layer in layers_of(model)), chosen.rows
 
 
 def compile_layers(model, backend: str) -> None:
@@ -159,10 +169,6 @@ def planned(case: Case, free: int) -> dict[str, float]:
     """GiB of each part, by the trainer's memory plan."""
     shape = LLAMA31_8B | {"num_hidden_layers": case.layers}
     return sft.memory_plan(flags_of(case), WORLD, shape, case.tokens * case.rows, case.trained, free)
-
-
-def layers_that_fit(layers: int, peak: Callable[[int], int], limit: int) -> int:
-    return sft.uncheckpointed_layers_that_fit(layers, peak, limit)
 
 
 def answer(model, tokenizer, prompt: str, tokens: int) -> str:
@@ -269,7 +275,8 @@ class Trace(TorchDispatchMode):
         self.operators[name] += 1
         on_card = any(isinstance(x, torch.Tensor) and x.device.type == "cuda" for x in tree_iter(args))
         if on_card and not func.is_view and name not in NO_KERNEL:
-            self.kernels += KERNELS.get(name, 1)
+            lists = -(-len(args[0]) // 64) if name.startswith("aten::_foreach_") else 1  # so many tensors at a time
+            self.kernels += KERNELS.get(name, lists)
 
 
 def declare_kernels() -> list[str]:
@@ -289,6 +296,7 @@ def declare_kernels() -> list[str]:
         raise AssertionError("a kernel ran on a fake tensor")
 
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::") and lacking(name)]
+    names.append("aten::_fused_rms_norm")  # it has no kernel for CPUs
     for name in names:
         CUDA_KERNELS.impl(name.removeprefix("aten::"), kernel, "CUDA")
     return names
@@ -378,9 +386,7 @@ def make_model(case: Case, card: Card):
             model.is_loaded_in_4bit = True  # PEFT asks
         model.requires_grad_(False)
         install_loss(model)
-        # PEFT moves new adapters to the base's device; Module.to would replace fake parameters, and they are there.
-        with mock.patch.object(torch.nn.Module, "to", lambda module, *args, **kwargs: module):
-            model = add_adapters(model, case)
+        model = add_adapters(model, case)
     gc.collect()
     return model
 
@@ -417,6 +423,16 @@ def trained_of(model) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def count_sum(parameter) -> None:
+    parameter.sums += 1
+
+
+def forget_gradients(model) -> None:
+    model.zero_grad()
+    for parameter in trained_of(model):
+        parameter.sums = 0
+
+
 def check_gradients(model, sums: int) -> None:
     """Each trained parameter has a gradient of its own shape and dtype on the card, the sum of so many; no other has."""
     for name, parameter in model.named_parameters():
@@ -425,7 +441,7 @@ def check_gradients(model, sums: int) -> None:
         if gradient is not None:
             assert gradient.shape == parameter.shape and gradient.dtype == parameter.dtype == torch.float32, name
             assert gradient.device.type == parameter.device.type == "cuda", name
-            assert gradient._version == sums - 1, f"{name}: {gradient._version + 1} gradients"
+            assert parameter.sums == sums, f"{name}: {parameter.sums} gradients"
 
 
 def micro_step(card: Card, model, batch: dict) -> None:
@@ -450,8 +466,8 @@ def kept(card: Card, model, case: Case) -> dict:
 
 def step(card: Card, model, case: Case) -> dict:
     """The second of two micro-steps, when all gradients exist: bytes, operators, kernels."""
-    free = choose_checkpointing(model, case)
-    model.zero_grad()
+    free, _ = choose_checkpointing(model, case)
+    forget_gradients(model)
     batch = card.put(collate([row_of(case)] * case.rows))
     micro_step(card, model, batch)
     card.trace.start()
@@ -468,13 +484,15 @@ def step(card: Card, model, case: Case) -> dict:
 
 
 def measured(card: Card, model, case: Case, gib: float) -> dict:
-    """How many layers the trainer leaves uncheckpointed after measuring on a card of this size, and a step's peak."""
+    """What the trainer chooses after measuring on a card of this size, that step's peak, and that of the next choice."""
     with card.answering(gib), card.on():
-        free = choose_checkpointing(model, dataclasses.replace(case, checkpointing="auto"))
-    chosen, more = (
-        step(card, model, dataclasses.replace(case, checkpointing=case.layers - layers)) for layers in (free, free + 1)
-    )
-    return chosen | {"next": more["peak"]}
+        free, rows = choose_checkpointing(model, dataclasses.replace(case, checkpointing="auto"))
+    chosen = dataclasses.replace(case, checkpointing=case.layers - free, rows=rows)
+    if free < case.layers:
+        more = dataclasses.replace(chosen, checkpointing=case.layers - free - 1)
+    else:
+        more = dataclasses.replace(chosen, rows=2 * rows)  # --grad-accum is a power of two
+    return step(card, model, chosen) | {"rows": rows, "next": step(card, model, more)["peak"]}
 
 
 def sums(card: Card, model, case: Case) -> dict:
@@ -491,8 +509,7 @@ def sums(card: Card, model, case: Case) -> dict:
         model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA31_8B | small), attn_implementation="sdpa")
         model.requires_grad_(False)
         install_loss(model)
-        with mock.patch.object(torch.nn.Module, "to", lambda module, *args, **kwargs: module):
-            return add_adapters(model, case).train()
+        return add_adapters(model, case).train()
 
     real = small_model()
     with torch.autograd.profiler.profile() as profile:
@@ -512,7 +529,7 @@ def compiled(card: Card, model, case: Case) -> dict:
     from torch._dynamo.utils import counters
 
     choose_checkpointing(model, case)
-    model.zero_grad()
+    forget_gradients(model)
     compile_layers(model, "aot_eager")
     for count, batch_case in enumerate((case, dataclasses.replace(case, tokens=1000, documents=3)), 1):
         batch = card.put(collate([row_of(batch_case)] * case.rows))
@@ -523,13 +540,14 @@ def compiled(card: Card, model, case: Case) -> dict:
 
 
 def evaluation(card: Card, model, case: Case) -> dict:
-    """The held-out loss of one batch, without gradients."""
+    """The held-out loss of the second of two batches, without gradients: the adapters' copies are there already."""
     batch = card.put(collate([row_of(case)] * case.rows))
-    with card.on():
+    with card.on(), torch.no_grad():
+        loss = model.eval()(**batch, num_items_in_batch=1).loss
+        del loss
         card.trace.start()
         before = card.trace.live
-        with torch.no_grad():
-            loss = model.eval()(**batch, num_items_in_batch=1).loss
+        loss = model(**batch, num_items_in_batch=1).loss
         assert loss.shape == () and loss.dtype == torch.float32 and not loss.requires_grad
         left = card.trace.live - before
     return {"peak": card.trace.peak - before, "left": left, "waits": card.trace.waits}
@@ -591,6 +609,8 @@ def main() -> None:
         except Exception:
             result, made = {"error": traceback.format_exc()}, None
         print(json.dumps(result), flush=True)
+    sys.stderr.flush()
+    os._exit(0)  # at a normal exit, autograd's threads for the fake card sometimes abort the process
 
 
 if __name__ == "__main__":
