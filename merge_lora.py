@@ -676,6 +676,8 @@ def merge_shards(plan: Plan, folder: Path) -> int:
         torch.set_num_threads(1)  # the blocks are small: threads that wait for each other take several times as long
         sources = {s: stack.enter_context(open(s, "rb", buffering=0)) for s in shards(plan)}
         targets = {s: stack.enter_context(open(folder / s.name, "wb", buffering=0)) for s in shards(plan)}
+        for shard, target in targets.items():
+            target.truncate(shard.stat().st_size)  # to append large pieces costs ext4 several times as much
         reader, writer = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
 
         def read(number: int) -> Future[Tensor]:
