@@ -4,7 +4,11 @@ The models are tiny and random, with the real configs (tests/families.py); weigh
 """
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +56,7 @@ def test_loss_and_gradients_are_those_of_transformers(name, tmp_path):
     expected.backward()
 
     packed = load(folder, sft.packed_attention())
-    sft.check_head(packed, packed.config.vocab_size)
+    sft.check_head(packed)
     sft.install_chunked_loss(packed)
     row = {"input_ids": [s.input_ids for s in samples], "labels": [s.labels for s in samples],
            "file": [""] * len(samples), "line": [0] * len(samples)}  # fmt: skip
@@ -161,6 +165,50 @@ def test_llama_cpp_answers_like_transformers(trained, tmp_path):
         assert theirs == ours[: len(theirs)] and (len(theirs) == len(ours) or reason == "stop")
 
 
+def test_the_adapter_folder_in_other_programs(trained):
+    """As the README's table says: PEFT's auto class and a pipeline; vLLM is too large to install, it reads these keys."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import pipeline
+
+    _, folder = trained
+    tokenizer = AutoTokenizer.from_pretrained(folder / "out")
+    ids = tokenizer.apply_chat_template(CHATS[0], add_generation_prompt=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        live = AutoPeftModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32)(input_ids=ids).logits
+        assert torch.allclose(live, load(folder / "merged", "eager")(input_ids=ids).logits, atol=1e-4)
+    generate = pipeline("text-generation", str(folder / "merged"), device="cpu", dtype=torch.float32)
+    said = generate(CHATS[0], max_new_tokens=8, do_sample=False)[0]["generated_text"]
+    assert said[:-1] == CHATS[0] and said[-1]["role"] == "assistant" and said[-1]["content"]
+
+    config = json.loads((folder / "out/adapter_config.json").read_text())
+    expected = {
+        "r": 4,
+        "lora_alpha": 8,
+        "bias": "none",
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    assert {key: config[key] for key in expected} == expected and isinstance(config["target_modules"], list)
+    names = load_file(folder / "out/adapter_model.safetensors")
+    pattern = r"base_model\.model\.model\.layers\.\d+\.(self_attn|mlp)\.\w+\.lora_[AB]\.weight"
+    assert names and all(re.fullmatch(pattern, name) for name in names)
+
+
+def test_the_hub_takes_the_merged_folder(trained):
+    """`hf upload` as in the README understands its arguments and stops at the network only; the card can be read."""
+    from huggingface_hub import ModelCard
+
+    name, folder = trained
+    for path in (folder / "merged", folder / "out"):
+        assert ModelCard.load(path / "README.md").data.pipeline_tag == "text-generation"
+    if name == TRAINABLE[0]:
+        command = [Path(sys.executable).with_name("hf"), "upload", "you/dolores-v5", "merged"]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_TOKEN": "hf_none"}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode and "offline" in done.stderr.lower() and "usage" not in done.stderr.lower(), done.stderr
+
+
 @pytest.fixture
 def error(tmp_path, monkeypatch):
     """The one line with which training and dry run refuse a base, before anything is written."""
@@ -200,14 +248,16 @@ def test_files_with_other_names_are_refused(tmp_path):
     """transformers may load them all the same; the merge, tensor by tensor, could not."""
     sft.load_libraries()
     folder = str(family("llama3"))
-    headers = sft.read_headers(folder, folder)
-    config = sft.load_config(folder, folder)
-    sft.check_names(folder, config, headers, SEVEN)
+    base = sft.find_base(arguments("--model", folder), folder)
+    headers = base.headers
+    sft.check_weights(folder, base)
     name = "model.layers.1.mlp.up_proj.weight"
     lost = {key: value for key, value in headers.items() if key != name}
-    assert_says(error_of(sft.check_names, folder, config, lost, SEVEN), f"--model {folder}", name)
+    assert_says(error_of(sft.check_weights, folder, base._replace(headers=lost)), f"--model {folder}", name)
     other = {**headers, name: headers[name]._replace(shape=[160, 32])}
-    assert_says(error_of(sft.check_names, folder, config, other, SEVEN), f"--model {folder}", name, "[160, 32]")
+    assert_says(
+        error_of(sft.check_weights, folder, base._replace(headers=other)), f"--model {folder}", name, "[160, 32]"
+    )
 
 
 def test_target_modules_of_each_family(capsys):
@@ -238,7 +288,7 @@ def test_the_memory_plan_counts_the_weights_of_each_family(name):
     model = load(folder, "eager")
     weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     assert (plan["base weights"] + plan["embedding and head"]) * 2**30 == pytest.approx(4 * weights, rel=0.01)
-    targets = sft.lora_targets(SEVEN, sft.layer_shapes(headers))
+    targets = sft.choose_targets(SEVEN, headers)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert plan["LoRA, float32"] * 2**30 == 4 * trained

@@ -24,8 +24,7 @@ class Setup:
         sft.load_libraries()
         self.folder = str({"llama31": parts.tiny_llama31, "smollm2": parts.smollm2}[base]())
         self.encode = sft.load_encoder(self.folder, self.folder, name)
-        self.tokenizer = sft.load_tokenizer(self.folder, self.folder)
-        self.tokenizer.chat_template = sft.chat_template(self.encode.chat, bool(self.encode.start))
+        self.tokenizer = sft.load_tokenizer(self.folder, self.folder, self.encode)
 
     def ids(self, messages, **options) -> list[int]:
         options = {"tokenize": True, "return_dict": True, **options}
@@ -128,9 +127,10 @@ def chats() -> list[list[dict]]:
 
 def base_encoder(name: str):
     """(encoder, transformers' tokenizer with the base's own template) of a family."""
-    sft.load_libraries()
+    from transformers import AutoTokenizer
+
     folder = str(family(name))
-    return sft.load_encoder(folder, folder, "base"), sft.load_tokenizer(folder, folder)
+    return sft.load_encoder(folder, folder, "base"), AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
@@ -179,7 +179,7 @@ def test_a_conversation_without_system_turn_opens_with_the_default_one():
 def test_a_template_that_refuses_system_turns(capsys):
     """Gemma 2: the text opens the first user turn, as in Gemma 3, and a line says so."""
     encode, tokenizer = base_encoder("gemma2")
-    assert "refuses system turns" in capsys.readouterr().out
+    assert "takes no system turn" in capsys.readouterr().out
     text = tokenizer.decode(training_ids(encode, MESSAGES[:3]))
     assert text == (
         "<bos><start_of_turn>user\nTu es Dolores.\n\nÇa va ?<end_of_turn>\n<start_of_turn>model\nOui, ça va.<end_of_turn>\n"
@@ -208,6 +208,7 @@ def vocabulary(name: str, chat_template: str | None) -> sft.Vocabulary:
         ("llama3", "{{ nothing.at.all }}", "nothing"),
         ("llama3", template("llama3_1").replace("Cutting Knowledge", "{{ '{{' }}"), "two braces"),
         ("llama3", template("phi4"), "control token"),
+        ("llama3", "{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}", "before a user turn"),
         ("qwen3", template("qwen3_5_think"), "think"),
         # As newer Mistrals have it: the system turn goes into the last user turn.
         ("mistral", template("mistral").replace("loop.first", "loop.last"), "Qui es-tu"),
