@@ -429,7 +429,6 @@ def train(args: argparse.Namespace, world: World) -> None:
     base = find_base(args, *resolve_model(args.model))
     data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
     print_data(args, world, data)
-    check_steps(args, world, data.counts)
 
     device = start_torch(args, world)
     check_weights(args.model, base)
@@ -438,6 +437,7 @@ def train(args: argparse.Namespace, world: World) -> None:
         card, config = torch.cuda.get_device_properties(device), plan_config(base.config, base.headers)
         print_memory_plan(args, world, config, data.counts, card.total_memory / 2**30, card.name)
 
+    check_steps(args, world, data.counts)
     record = run_record(args, base, inputs, data.counts)
     checkpoint = None
     if not world.rank:
