@@ -438,6 +438,7 @@ def train(args: argparse.Namespace, world: World) -> None:
         card, config = torch.cuda.get_device_properties(device), plan_config(base.config, base.headers)
         print_memory_plan(args, world, config, data.counts, card.total_memory / 2**30, card.name)
 
+    check_steps(args, world, data.counts)
     record = run_record(args, base, inputs, data.counts)
     checkpoint = None
     if not world.rank:

@@ -8,13 +8,14 @@ The conversations are sentences of train.chatml in random order, encoded with Ll
 training does before it loads a model: read, check, encode, write to disk, measure and pack.
 TRL's is load_dataset and SFTTrainer's preparation with assistant_only_loss and packing="bfd". Each run is a process
 of its own with an empty cache, the sides take turns; seconds are those of the preparation, without imports; peak
-memory is the kernel's figure for the process, imports included. MB are those of the ChatML file for every side.
+memory is the kernel's figure for the largest process, imports included. MB are those of the ChatML file for every side.
 """
 
 import argparse
 import json
 import random
 import re
+import resource
 import shutil
 import statistics
 import sys
@@ -84,9 +85,12 @@ def ours(folder: Path, input_format: str) -> dict:
     args = sft.parse_args(["--train-files", file, "--input-format", input_format, "--eval-fraction", "0"])
     encode = sft.load_encoder("Llama 3.1", str(parts.llama31_tokenizer()), args.chat_format)
     start = time.monotonic()
+    began = time.process_time()
     counts = sft.prepare_data(args, sft.World(), sft.find_files([file]), {}, encode).counts
+    workers = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {"seconds": time.monotonic() - start, "tokens": counts["tokens"], "rows": counts["rows"],
-            "trained": counts["trained_tokens"], "fill": counts["fill"]}  # fmt: skip
+            "trained": counts["trained_tokens"], "fill": counts["fill"],
+            "own": time.process_time() - began, "workers": workers.ru_utime + workers.ru_stime}  # fmt: skip
 
 
 def trl(folder: Path) -> dict:
@@ -176,6 +180,9 @@ def main() -> None:
             rest = f"{first['trained']:>13,}{first['rows']:>9,}{first['fill']:>8.1%}" if "rows" in first else ""
             print(f"{side:<20}{seconds:>8.2f}{megabytes / seconds:>8.2f}{max(r['peak'] for r in found):>10.2f}"
                   f"{first['tokens']:>13,}{rest}")  # fmt: skip
+        if "ours, ChatML" in runs:
+            own, workers = (statistics.median(r[key] for r in runs["ours, ChatML"]) for key in ("own", "workers"))
+            print(f"\nprocessor time of ours, ChatML: {own:.2f} s to read and write, {workers:.2f} s in the workers")
 
 
 if __name__ == "__main__":

@@ -160,6 +160,16 @@ def test_bad_data(data, place, fact, tmp_path):
     assert not HEAVY & modules and not (tmp_path / "out").exists()
 
 
+def test_data_is_prepared_before_torch_is_imported(tmp_path, smollm2):
+    """Errors that only the tokenizer finds come as early as the others."""
+    for text, place in (("<|user|>\n\n" + OK, "d.chatml:1"), ("<|user|>\nq\n<|assistant|>\n" + "a " * 99, "d.chatml")):
+        (tmp_path / "d.chatml").write_text(text)
+        options = ("--train-files", "d.chatml", "--model", smollm2, "--output", "out", "--max-length", 16)
+        code, _, err, modules = run(tmp_path, *options)
+        assert code == 2 and not {"torch", "transformers"} & modules
+        assert_says(err, place)
+
+
 def test_bad_eval_files(tmp_path):
     (tmp_path / "train.chatml").write_text(OK)
     (tmp_path / "e.chatml").write_text("oops")

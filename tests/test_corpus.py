@@ -31,17 +31,18 @@ def test_it_parses_without_a_warning():
 
 
 def test_size(conversations, llama31_tokenizer):
-    """As the README says: at least 300 conversations, 120 of them with 3 to 8 exchanges, 90,000 tokens."""
+    """At least 300 conversations, 120 of them with 3 to 8 exchanges, 90,000 tokens; both READMEs say how many."""
     exchanges = [sum(turn.role == "assistant" for turn in c.turns) for c in conversations]
     encode = sft.Encoder(llama31_tokenizer, sft.chat_format("dolores", llama31_tokenizer))
     tokens = sum(len(ids) for ids, _ in encode([c.turns for c in conversations]))
     assert len(conversations) >= 300 and sum(3 <= n <= 8 for n in exchanges) >= 120 and tokens >= 90_000
+    claim = re.search(r"whose (\d+) conversations are shipped here", (ROOT / "README.md").read_text())
+    assert int(claim[1]) == len(conversations)
     claim = re.search(
-        r"the (\d+) conversations shipped here:\s+about ([\d,]+) Llama 3.1 tokens",
-        (ROOT / "README.md").read_text(),
+        r"aux (\d+) conversations fournies ici : environ ([\d ]+) tokens", (ROOT / "README.fr.md").read_text()
     )
     assert int(claim[1]) == len(conversations)
-    assert abs(int(claim[2].replace(",", "")) - tokens) < 0.01 * tokens
+    assert abs(int(claim[2].replace(" ", "")) - tokens) < 0.01 * tokens
 
 
 def test_lengths_are_spread(answers):
