@@ -2377,7 +2377,10 @@ def inspect_base(args: argparse.Namespace, folder: str) -> tuple[dict[str, Any],
     headers, config = read_headers(args.model, folder), read_config(args.model, folder)
     check_base(args.model, config, headers)
     check_sizes(args, config)
-    choose_targets(args.lora_target_modules, headers)
+    targets = choose_targets(args.lora_target_modules, headers)
+    others = sorted(set(targets) - set(args.lora_target_modules))
+    if others and args.lora_target_modules != ["all-linear"]:
+        print_field("lora", f"this base has {', '.join(others)} instead: adapting it")
     return config, headers, load_encoder(args.model, folder, args.chat_format)
 
 
@@ -2612,10 +2615,7 @@ def layer_shapes(headers: dict[str, StoredTensor]) -> dict[str, tuple[int, int]]
 
 
 def choose_targets(names: list[str], headers: dict[str, StoredTensor]) -> list[str]:
-    """This base's linear layers that --lora-target-modules means; InputError for a name that is none of them.
-
-    One line says where they are not the given ones. Without headers [].
-    """
+    """This base's linear layers that --lora-target-modules means, [] without headers; InputError for a wrong name."""
     linear = sorted(layer_shapes(headers))
     if not headers or names == ["all-linear"]:
         return linear
@@ -2628,8 +2628,6 @@ def choose_targets(names: list[str], headers: dict[str, StoredTensor]) -> list[s
                 problem = "embedding and output head are never adapted"
             raise InputError(f"--lora-target-modules {name}: {problem}; {suggest(name, linear)}")
         targets.append(target)
-    if others := sorted(set(targets) - set(names)):
-        print_field("lora", f"this base has {', '.join(others)} instead: adapting it")
     return list(dict.fromkeys(targets))
 
 

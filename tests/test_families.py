@@ -93,6 +93,7 @@ def trained(request, tmp_path_factory) -> tuple[str, Path]:
     (folder / "train.chatml").write_text(dialogues(40))
     code, printed = run(folder, *options_of(request.param))
     assert code == 0, printed
+    assert len(re.findall("^lora .*qkv_proj", printed, re.M)) == request.param.startswith("phi")  # said once
     base, out, merged = (str(path) for path in (family(request.param), folder / "out", folder / "merged"))
     merge_lora.main(["--adapter", out, "--base", base, "--output", merged])
     return request.param, folder
@@ -266,6 +267,7 @@ def test_target_modules_of_each_family(capsys):
         linear = fused if name.startswith("phi") else seven
         for given in (["all-linear"], SEVEN):
             assert sorted(sft.choose_targets(given, headers)) == linear
+            sft.inspect_base(arguments("--model", folder, "--lora-target-modules", ",".join(given)), folder)
             said = "gate_up_proj, qkv_proj" in capsys.readouterr().out
             assert said == (name.startswith("phi") and given == SEVEN)
         assert sft.choose_targets(["o_proj"], headers) == ["o_proj"]
