@@ -2,6 +2,8 @@
 PYTHON ?= python3
 QUESTION ?= Qu'est-ce que l'oubli ?
 python = .venv/bin/python
+# One thread each, and files in conftest.py's order rather than xdist's.
+pytest = OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast lint bench test-ollama clean
 
@@ -18,10 +20,10 @@ demo: .venv/demo
 	$(python) merge_lora.py --chat demo/merged < demo/questions.txt
 
 test: .venv/dev
-	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile
+	$(pytest)
 
 test-fast: .venv/dev
-	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile -m "not slow"
+	$(pytest) -m "not slow"
 
 lint: .venv/dev
 	.venv/bin/ruff check .

@@ -299,15 +299,14 @@ class Inputs(NamedTuple):
 
 
 class Base(NamedTuple):
-    """The base model on disk."""
+    """The base model on disk, as far as it is known without torch."""
 
     folder: str
     revision: str | None  # commit on the Hub
-    config: transformers.PreTrainedConfig
-    tokenizer: transformers.PreTrainedTokenizerFast  # for saving and generating
-    encode: Encoder  # for the data
-    headers: dict[str, StoredTensor]  # of the weights, by name
+    config: dict[str, Any]  # config.json
+    headers: dict[str, StoredTensor]  # of the weights, by name; empty before they are downloaded
     targets: list[str]  # the linear layers that get adapters
+    encode: Encoder
 
 
 class Data(NamedTuple):
@@ -318,6 +317,13 @@ class Data(NamedTuple):
     lengths: np.ndarray  # int64 [N]: tokens of each training sample
     counts: dict[str, Any]
     warnings: list[DataWarning]
+
+
+class Batches(NamedTuple):
+    """How an optimizer step runs on one process; the product is always --train-batch-size x --grad-accum."""
+
+    rows: int  # in a batch
+    accumulated: int
 
 
 def main() -> None:
@@ -394,15 +400,15 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
     inputs = find_inputs(args)
     folder = model_on_disk(args.model)
     if folder:
-        config, headers, encode = inspect_base(args, folder)
-        data = prepare_data(args, world, inputs.train_files, inputs.eval_files, encode)
+        base = find_base(args, folder)
+        data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
         print_data(args, world, data)
-        config = plan_config(config, headers)
+        config = plan_config(base.config, base.headers)
         plan = print_memory_plan(args, world, config, data.counts, capacity=24, device="a 24 GiB GPU")
         minutes = print_time_plan(args, world, config, data.counts)
         report = data.counts | {"memory_gib": plan, "minutes": minutes, "advice": advise(args, world, data.counts)}
         found = data.warnings
-        print_rows(data.train_rows, args.preview, encode.tokenizer)
+        print_rows(data.train_rows, args.preview, base.encode.tokenizer)
     else:
         report, found, _ = read_data(inputs.train_files | inputs.eval_files, args)
         print_survey(report)
@@ -420,39 +426,31 @@ def train(args: argparse.Namespace, world: World) -> None:
     if not model_on_disk(args.model):
         read_data(inputs.train_files | inputs.eval_files, args)  # shows errors in the data before a download
     lock = claim_output(args.output, args.resume, args.overwrite) if not world.rank else None
-    folder, revision = resolve_model(args.model)
-    encode = inspect_base(args, folder)[2]
-    data = prepare_data(args, world, inputs.train_files, inputs.eval_files, encode)
+    base = find_base(args, *resolve_model(args.model))
+    data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
     print_data(args, world, data)
+    check_steps(args, world, data.counts)
 
-    flags = ("--cuda-alloc-expandable", "--no-cuda-alloc-expandable", "--max-split-size-mb")
-    set_allocator(
-        args.cuda_alloc_expandable, args.max_split_size_mb, quiet=not any(a.startswith(flags) for a in sys.argv)
-    )
-    print_field("starting", "torch, transformers and peft")
-    load_libraries()
-    device = choose_device(args, world)
-    base = find_base(args, folder, revision, encode)
-    if args.init_adapter:
-        check_ancestor(args.init_adapter, base)
+    device = start_torch(args, world)
+    check_weights(args.model, base)
+    tokenizer = load_tokenizer(args.model, base.folder, base.encode)
     if device.type == "cuda":
-        card = torch.cuda.get_device_properties(device)
-        config = plan_config(base.config.to_dict(), base.headers)
+        card, config = torch.cuda.get_device_properties(device), plan_config(base.config, base.headers)
         print_memory_plan(args, world, config, data.counts, card.total_memory / 2**30, card.name)
 
     record = run_record(args, base, inputs, data.counts)
     checkpoint = None
-    check_steps(args, world, data.counts)
     if not world.rank:
         if args.resume:
             checkpoint = resume_point(args.output, record, args.force_resume)
         else:
             clear_output(args.output)
-    model, planned = load_model(args, world, base, data.train_rows, device)
+    model, batches = load_model(args, base, data.train_rows, device)
     prompts = find_prompts(inputs.prompts, data, base.encode)
-    trainer = fit(planned, world, base, data, prompts, model, record, checkpoint, stop)
+    trainer = make_trainer(args, world, batches, model, tokenizer, data.train_rows, data.eval_rows, prompts, stop)
+    fit(args, world, trainer, data, record, checkpoint)
     if lock:
-        finish(args, record, trainer, base.config)
+        finish(args, record, trainer, base.folder)
         lock.close()
     trainer.accelerator.end_training()
 
@@ -468,30 +466,22 @@ def prepare_data(
     """Read, encode, hold out and pack files {name: sha256}; InputError where nothing would be trained."""
     found, warned, samples = read_data(train_files | eval_files, args, encode)
     digests, tokens, trained, part, for_eval = measure(samples, eval_files)
-    both = train_files.keys() & eval_files.keys()
+    both = [file for file in train_files if file in eval_files]
+    warned += [DataWarning(file, 1, "held out", "also in --eval-files: not trained on") for file in both]
     if eval_files:
         copies = ~for_eval & np.isin(digests, digests[for_eval])
-        chosen, evaluated = np.flatnonzero(~for_eval & ~copies), np.flatnonzero(for_eval)
-        warned += [DataWarning(file, 1, "held out", "also in --eval-files: not trained on") for file in both]
         warned += warn_held_out(samples, copies)
     else:
-        held_out = hold_out(digests, args.eval_fraction, args.seed)
-        chosen, evaluated = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-        if args.eval_fraction and not len(evaluated):
+        for_eval, copies = hold_out(digests, args.eval_fraction, args.seed), np.zeros_like(for_eval)
+        if args.eval_fraction and not for_eval.any():
             warned.append(
                 DataWarning(next(iter(train_files)), 1, "held out", "nothing is: the data is one conversation")
             )
-
-    if args.early_stopping and not len(evaluated):
-        problem = "nothing is held out; use --eval-fraction or --eval-files"
-        raise InputError(f"--early-stopping {args.early_stopping}: {problem}")
-    if len(evaluated) and args.save_steps % args.eval_steps:
-        problem = f"--save-steps {args.save_steps}: must be a multiple of --eval-steps {args.eval_steps}"
-        raise InputError(f"{problem}; change one of them")
+    chosen, evaluated = np.flatnonzero(~for_eval & ~copies), np.flatnonzero(for_eval)
+    check_evaluation(args, len(evaluated))
     too_long = f"no answer fits into --max-length {args.max_length}"
     if not trained[chosen].sum():
-        evaluated_only = eval_files and (both or copies.any())
-        why = "all of it is in --eval-files" if evaluated_only else too_long
+        why = "all of it is in --eval-files" if both or copies.any() else too_long
         raise InputError(f"{', '.join(train_files)}: nothing to train on; {why}")
     if eval_files and not trained[evaluated].sum():
         raise InputError(f"{', '.join(eval_files)}: nothing to evaluate; {too_long}")
@@ -515,12 +505,22 @@ def prepare_data(
     return Data(train_rows, eval_rows, tokens[chosen], counts, warned)
 
 
-def load_model(args: argparse.Namespace, world: World, base: Base, train_rows: Rows, device: torch.device):
-    """(the frozen base with trainable adapters and a loss on trained tokens, the flags with the batches of its plan)."""
+def check_evaluation(args: argparse.Namespace, held_out: int) -> None:
+    """Refuse flags that need held-out samples where there are none, or evaluations at each checkpoint."""
+    if args.early_stopping and not held_out:
+        problem = "nothing is held out; use --eval-fraction or --eval-files"
+        raise InputError(f"--early-stopping {args.early_stopping}: {problem}")
+    if held_out and args.save_steps % args.eval_steps:
+        problem = f"--save-steps {args.save_steps}: must be a multiple of --eval-steps {args.eval_steps}"
+        raise InputError(f"{problem}; change one of them")
+
+
+def load_model(args: argparse.Namespace, base: Base, train_rows: Rows, device: torch.device):
+    """(the frozen base with trainable adapters and a loss on trained tokens, the batches of a step)."""
     transformers.set_seed(args.seed)
     print_field("loading", args.model)
     model = load_base(args, base.folder, device)
-    check_head(model, base.config.vocab_size)
+    check_head(model)
     install_chunked_loss(model)
     model = add_lora(model, args, base.targets, base.revision)
     if args.shard_base:
@@ -530,10 +530,8 @@ def load_model(args: argparse.Namespace, world: World, base: Base, train_rows: R
     return model, plan_micro_steps(model, train_rows, args)
 
 
-def fit(args, world: World, base: Base, data: Data, prompts: list[Prompt], model, record: dict, checkpoint: str | None,
-        stop: Stop):  # fmt: skip
-    """Evaluate, train, answer; fills record["results"] and returns the Trainer. Exits on a signal."""
-    trainer = make_trainer(args, world, model, base.tokenizer, data.train_rows, data.eval_rows, prompts, stop)
+def fit(args, world: World, trainer, data: Data, record: dict, checkpoint: str | None) -> None:
+    """Evaluate, train, answer; fills record["results"]. Exits on a signal."""
     # Only the first process has read the checkpoint folder.
     checkpoint, results = accelerate.utils.broadcast_object_list([checkpoint, record.get("results") or {}])
     record["results"] = results
@@ -542,29 +540,21 @@ def fit(args, world: World, base: Base, data: Data, prompts: list[Prompt], model
         if data.eval_rows:
             print_field("before", f"the loss of {plural(data.counts['held_out'], 'held-out conversation')}")
             results["eval_loss_before"] = trainer.evaluate()["eval_loss"]
-        results["samples"] = {"before": answer_all("before", model, base.tokenizer, prompts)}
+        results["samples"] = {"before": trainer.answer("before")}
         trainer.evaluation_seconds = time.monotonic() - began
         if not world.rank:
             write_json(args.output / RECORD, record)
             write_samples(args.output / "samples.md", args.name, "Before training", results["samples"]["before"])
 
-    stop.finish_step_first = True
+    trainer.stop.finish_step_first = True
     transformers.set_seed(args.seed)  # the same random numbers whether or not an evaluation came first
     began = time.monotonic()
     train_within_memory(trainer, checkpoint, args.output, world)
-    seconds, device = round(time.monotonic() - began), device_name(model.device)
+    seconds, device = round(time.monotonic() - began), device_name(trainer.model.device)
     results |= {"seconds": seconds, "resumed": bool(checkpoint), "device": device}
     if trainer.state.global_step < trainer.state.max_steps:
-        explain_early_end(trainer.state, stop, args.early_stopping, world)
-    results["samples"]["after"] = answer_all("after", model, base.tokenizer, prompts)
-    return trainer
-
-
-def answer_all(when: str, model, tokenizer, prompts: list[Prompt]) -> dict[str, str]:
-    """The model's answers by their questions; says so, because they take a while."""
-    if prompts:
-        print_field(when, f"the answers to {plural(len(prompts), 'question')}")
-    return generate_answers(model, tokenizer, prompts)
+        explain_early_end(trainer.state, trainer.stop, args.early_stopping, world)
+    results["samples"]["after"] = trainer.answer("after")
 
 
 def explain_early_end(state, stop: Stop, early_stopping: int | None, world: World) -> None:
@@ -578,12 +568,12 @@ def explain_early_end(state, stop: Stop, early_stopping: int | None, world: Worl
         print_field("stopped", f"{at}: {without} at step {state.best_global_step}")
 
 
-def finish(args: argparse.Namespace, record: dict, trainer, config) -> None:
+def finish(args: argparse.Namespace, record: dict, trainer, base_folder: str) -> None:
     """Write the adapter (the best by held-out loss), its record, card and loss curve; print what to type next."""
     state, results, data = trainer.state, record["results"], record["data"]
     check_learned(trainer.model, args.learning_rate, state.global_step)
     trainer.save_model(str(args.output))
-    config.save_pretrained(args.output)
+    transformers.AutoConfig.from_pretrained(base_folder).save_pretrained(args.output)
     results["steps"] = state.global_step
     if state.best_metric is not None:
         results |= {"eval_loss_after": state.best_metric, "best_step": state.best_global_step}
@@ -903,11 +893,9 @@ def read_conversations(
         reader = read_chatml if "chatml" in (input_format, detected) and input_format != "messages" else read_messages
         for turns in reader(file, warn):
             found = True
-            problems = find_problems(turns)
-            if problems and not refuse:
-                line, text = problems[0]
-                raise InputError(f"{file}:{line}: {text}")
-            if refuse and problems:
+            if problems := find_problems(turns):
+                if not refuse:
+                    raise InputError("{}:{}: {}".format(file, *problems[0]))
                 refuse(file, problems)
             else:
                 yield build_conversation(turns, file, warn)
@@ -1141,9 +1129,9 @@ def find_messages(record: dict) -> Any:
         return messages
     if "prompt" in record and "completion" in record:
         sides = (("user", record["prompt"]), ("assistant", record["completion"]))
-        return list(
-            chain(*(text if isinstance(text, list) else [{"role": role, "content": text}] for role, text in sides))
-        )
+        return [
+            m for role, text in sides for m in (text if isinstance(text, list) else [{"role": role, "content": text}])
+        ]
     if "instruction" in record and "output" in record:
         parts = [part for part in (record["instruction"], record.get("input")) if part]
         question = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else None
@@ -1159,22 +1147,21 @@ def message_turn(message: Any, row: int) -> Turn:
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
 
-    def wrong(problem: str) -> Turn:
-        return Turn("error", problem, row)
-
     weight = message.get("weight")  # OpenAI's: 0 for an answer that is only context
     role, trained = ROLE_NAMES.get(SHAREGPT.get(name, name), ("", False)) if isinstance(name, str) else ("", False)
     if message.get("tool_calls") or message.get("function_call"):
-        return wrong(NO_TOOLS)
-    if not role:
-        return wrong(unknown_role(name))
-    if not isinstance(content, str):
-        return wrong(f"the content of a {role} message is not text; only text can be trained on")
-    if re.search("[\ud800-\udfff]", content):
-        return wrong(f"a lone surrogate in a {role} message; repair the text's encoding")
-    if weight not in (None, 0, 1):
-        return wrong(f"unknown weight {shorten(weight)}; write 1 for a trained answer, 0 for one that is only context")
-    return Turn(role, content.strip(), row, trained and (role != "assistant" or weight != 0))
+        problem = NO_TOOLS
+    elif not role:
+        problem = unknown_role(name)
+    elif not isinstance(content, str):
+        problem = f"the content of a {role} message is not text; only text can be trained on"
+    elif re.search("[\ud800-\udfff]", content):
+        problem = f"a lone surrogate in a {role} message; repair the text's encoding"
+    elif weight not in (None, 0, 1):
+        problem = f"unknown weight {shorten(weight)}; write 1 for a trained answer, 0 for one that is only context"
+    else:
+        return Turn(role, content.strip(), row, trained and (role != "assistant" or weight != 0))
+    return Turn("error", problem, row)
 
 
 def read_records(file: str) -> Iterator[tuple[int, Any]]:
@@ -1538,14 +1525,10 @@ def read_data(
     Returns counts, warnings and the samples: a memory-mapped datasets.Dataset whose columns are the fields of Sample,
     or None. A second start with the same files and settings finds them in the cache. InputError lists all errors.
     """
-    settings = [args.input_format, args.skip_bad]
+    depends_on = [args.input_format, args.skip_bad, *files.items()]
     if encode:
-        settings += [
-            hashlib.sha256(encode.tokenizer.to_str().encode()).hexdigest(),
-            encode.chat,
-            args.max_length,
-            args.overlong,
-        ]
+        tokenizer = hashlib.sha256(encode.tokenizer.to_str().encode()).hexdigest()
+        depends_on += [tokenizer, encode.chat, args.max_length, args.overlong]
 
     def make(folder: Path) -> None:
         found: dict[str, Any] = {}
@@ -1563,7 +1546,7 @@ def read_data(
         raise_errors(found)
         write_json(folder / "found.json", found)
 
-    folder = cached_folder("samples" if encode else "survey", [*settings, *files.items()], make)
+    folder = cached_folder("samples" if encode else "survey", depends_on, make)
     found = read_json(folder / "found.json")
     warned = [DataWarning(*warning) for warning in found.pop("warnings")]
     if not encode:
@@ -1643,7 +1626,7 @@ def start_worker(work: Callable) -> None:
     """Prepare a worker process: it ends with its parent, and keeps to one core."""
     global worker_task
     worker_task = work
-    # One thread of the tokenizer's own: the main thread's memory arena makes it a fifth slower.
+    # One thread of the tokenizer's own: in the main thread, whose memory is handed back after each batch, it is slower.
     os.environ |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "1"}
     threading.Thread(target=end_with_parent, daemon=True).start()
 
@@ -2256,12 +2239,11 @@ def print_time_plan(args: argparse.Namespace, world: World, config: dict, counts
     return {card: round(amount, 2) for card, amount in minutes.items()}
 
 
-def plan_micro_steps(model, rows: Rows, args: argparse.Namespace) -> argparse.Namespace:
+def plan_micro_steps(model, rows: Rows, args: argparse.Namespace) -> Batches:
     """Choose which layers recompute their activations, as --gradient-checkpointing says, and how many rows run at once.
 
     Each layer left uncheckpointed saves about 1 % of a step, so auto leaves as many as the GPU has room for. Where that
-    is all of them, it also runs several of a step's rows at once. Returns the flags with --train-batch-size and
-    --grad-accum to run with; their product stays, and with it every step's gradient.
+    is all of them, it also runs several of a step's batches as one, which leaves every step's gradient as it is.
     """
     base = model.get_base_model()
     layers, mode = base.get_decoder().layers, args.gradient_checkpointing
@@ -2269,18 +2251,18 @@ def plan_micro_steps(model, rows: Rows, args: argparse.Namespace) -> argparse.Na
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     uncheckpointed = uncheckpointed_layers(mode, len(layers), auto=0 if args.shard_base else len(layers))
-    batches = 1  # run as one
+    together = 1  # batches run as one
     if mode == "auto" and model.device.type == "cuda" and not args.shard_base:
-        uncheckpointed, batches = measure_room(model, rows, args)
+        uncheckpointed, together = measure_room(model, rows, args)
     checkpoint_layers(layers, uncheckpointed)
     recompute = f"{len(layers) - uncheckpointed} of {len(layers)} layers recompute their activations"
     print_field("memory", f"{recompute} (--gradient-checkpointing {mode})")
     if args.compile:
         compile_layers(base)
-    size, accumulated = args.train_batch_size * batches, args.grad_accum // batches
-    if batches > 1:
-        print_field("memory", f"room for {size} rows at once: each step runs {plural(accumulated, 'batch')} of them")
-    return argparse.Namespace(**vars(args) | {"train_batch_size": size, "grad_accum": accumulated})
+    batches = Batches(args.train_batch_size * together, args.grad_accum // together)
+    if together > 1:
+        print_field("memory", f"room for {batches.rows} rows at once: a step is {batches.accumulated} such batches")
+    return batches
 
 
 def checkpoint_layers(layers, uncheckpointed: int) -> None:
@@ -2372,32 +2354,16 @@ def load_libraries() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def inspect_base(args: argparse.Namespace, folder: str) -> tuple[dict[str, Any], dict[str, StoredTensor], Encoder]:
-    """The base's config.json, headers and encoder, checked as far as that needs no torch."""
+def find_base(args: argparse.Namespace, folder: str, revision: str | None = None) -> Base:
+    """The base model in this folder, checked as far as that needs no torch."""
     headers, config = read_headers(args.model, folder), read_config(args.model, folder)
     check_base(args.model, config, headers)
     check_sizes(args, config)
     targets = choose_targets(args.lora_target_modules, headers)
-    others = sorted(set(targets) - set(args.lora_target_modules))
-    if others and args.lora_target_modules != ["all-linear"]:
-        print_field("lora", f"this base has {', '.join(others)} instead: adapting it")
-    return config, headers, load_encoder(args.model, folder, args.chat_format)
-
-
-def find_base(args: argparse.Namespace, folder: str, revision: str | None, encode: Encoder) -> Base:
-    """The base model, checked as far as its weights need not be read."""
-    headers = read_headers(args.model, folder)
-    for file in weight_files(folder):
-        if not file.is_file():
-            missing = file.name if file.name != "model.safetensors" else "*.safetensors"
-            raise InputError(f"--model {args.model}: no {missing} in it; give a folder with the weights")
-    targets = choose_targets(args.lora_target_modules, headers)
-    config = load_config(args.model, folder)
-    check_names(args.model, config, headers, targets)
-    check_sizes(args, config.to_dict())
-    tokenizer = load_tokenizer(args.model, folder)
-    tokenizer.chat_template = chat_template(encode.chat, adds_bos=bool(encode.start))
-    return Base(folder, revision, config, tokenizer, encode, headers, targets)
+    base = Base(folder, revision, config, headers, targets, load_encoder(args.model, folder, args.chat_format))
+    if args.init_adapter:
+        check_ancestor(args.init_adapter, base)
+    return base
 
 
 def model_on_disk(name: str) -> str | None:
@@ -2485,10 +2451,12 @@ def load_encoder(name: str, folder: str, format_name: str) -> Encoder:
 TOKENIZER_HINT = "its tokenizer does not load ({error}); complete the folder"
 
 
-def load_tokenizer(name: str, folder: str):
-    """transformers' tokenizer of the base, for saving and generating."""
+def load_tokenizer(name: str, folder: str, encode: Encoder):
+    """transformers' tokenizer of the base, for saving and generating, with the chat template of the encoder's format."""
     with explain(f"--model {name}", TOKENIZER_HINT, ValueError, OSError, KeyError):
-        return transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = chat_template(encode.chat, adds_bos=bool(encode.start))
+    return tokenizer
 
 
 def read_config(name: str, folder: str) -> dict[str, Any]:
@@ -2496,12 +2464,6 @@ def read_config(name: str, folder: str) -> dict[str, Any]:
     hint = "config.json does not load ({error}); copy or download it again"
     with explain(f"--model {name}", hint, ValueError, OSError):
         return dict(read_json(Path(folder, "config.json")))
-
-
-def load_config(name: str, folder: str):
-    """The base's config as transformers reads it."""
-    with explain(f"--model {name}", "{error}; give a causal language model", ValueError, OSError, KeyError):
-        return transformers.AutoConfig.from_pretrained(folder)
 
 
 class StoredTensor(NamedTuple):
@@ -2615,7 +2577,10 @@ def layer_shapes(headers: dict[str, StoredTensor]) -> dict[str, tuple[int, int]]
 
 
 def choose_targets(names: list[str], headers: dict[str, StoredTensor]) -> list[str]:
-    """This base's linear layers that --lora-target-modules means, [] without headers; InputError for a wrong name."""
+    """This base's linear layers that --lora-target-modules means, [] without headers; InputError for a wrong name.
+
+    One line says where they are not the given ones.
+    """
     linear = sorted(layer_shapes(headers))
     if not headers or names == ["all-linear"]:
         return linear
@@ -2628,12 +2593,21 @@ def choose_targets(names: list[str], headers: dict[str, StoredTensor]) -> list[s
                 problem = "embedding and output head are never adapted"
             raise InputError(f"--lora-target-modules {name}: {problem}; {suggest(name, linear)}")
         targets.append(target)
+    if others := sorted(set(targets) - set(names)):
+        print_field("lora", f"this base has {', '.join(others)} instead: adapting it")
     return list(dict.fromkeys(targets))
 
 
-def check_names(name: str, config, headers: dict[str, StoredTensor], targets: list[str]) -> None:
+def check_weights(name: str, base: Base) -> None:
     """Refuse a base whose files do not hold the model's weights by the same names: its adapter could not be merged."""
-    with explain(f"--model {name}", "{error}; give a causal language model", ValueError), torch.device("meta"):
+    for file in weight_files(base.folder):
+        if not file.is_file():
+            missing = file.name if file.name != "model.safetensors" else "*.safetensors"
+            raise InputError(f"--model {name}: no {missing} in it; give a folder with the weights")
+    headers = base.headers
+    hint = "{error}; give a causal language model"
+    with explain(f"--model {name}", hint, ValueError, OSError, KeyError), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(base.folder)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     tied = set(model.all_tied_weights_keys)
     for parameter, value in model.named_parameters():
@@ -2645,7 +2619,7 @@ def check_names(name: str, config, headers: dict[str, StoredTensor], targets: li
             raise InputError(f"--model {name}: {problem}; copy or download it again")
     for module_name, module in model.named_modules():
         target = module_name.rpartition(".")[2]
-        if target in targets and not isinstance(module, torch.nn.Linear):
+        if target in base.targets and not isinstance(module, torch.nn.Linear):
             raise InputError(f"--lora-target-modules {target}: is a {type(module).__name__}; give linear layers")
 
 
@@ -2702,9 +2676,9 @@ def quantized_on(device: torch.device) -> Iterator[None]:
         Params4bit._quantize = quantize
 
 
-def check_head(model, vocabulary: int) -> None:
+def check_head(model) -> None:
     """Refuse a model that changes its head's logits in a way that head_logits does not: our loss would be wrong."""
-    ids = torch.arange(8, device=model.device)[None] % vocabulary
+    ids = torch.arange(8, device=model.device)[None]
     head, logits = model.get_output_embeddings(), head_logits(model)
     with torch.no_grad():
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
@@ -2781,7 +2755,7 @@ def check_ancestor(folder: Path, base: Base) -> None:
     record, place = read_adapter_file(folder, RECORD), f"--init-adapter {folder}"
     with explain(place, ADAPTER_HINT, KeyError):
         recorded, chat = record["base"]["fingerprint"], record["chat_format"]
-        if recorded != fingerprint(base.headers):
+        if base.headers and recorded != fingerprint(base.headers):  # a dry run may come before the download
             problem = f"it was trained on another base, {record['base']['model']}"
             raise InputError(f"{place}: {problem}; give that as --model")
         if {key: chat[key] for key in ChatFormat._fields} != base.encode.chat._asdict():
@@ -3254,21 +3228,29 @@ def compile_layers(base, **options) -> None:
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def set_allocator(expandable: bool, max_split_size_mb: int, quiet: bool = False) -> None:
-    """Set CUDA's allocator. torch reads the variable on import, so this comes first."""
-    show = (lambda *_: None) if quiet else print_field
+def start_torch(args: argparse.Namespace, world: World) -> torch.device:
+    """Set CUDA's allocator, import torch and the rest, and choose this process's device."""
+    said = set_allocator(args.cuda_alloc_expandable, args.max_split_size_mb)
+    flags = ("--cuda-alloc-expandable", "--no-cuda-alloc-expandable", "--max-split-size-mb")
+    if said and any(option.startswith(flags) for option in sys.argv):
+        print_field("allocator", said)
+    print_field("starting", "torch, transformers and peft")
+    load_libraries()
+    return choose_device(args, world)
+
+
+def set_allocator(expandable: bool, max_split_size_mb: int) -> str:
+    """Set CUDA's allocator: torch reads the variable on import. Returns what is to be said about it."""
     for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         if variable in os.environ:
-            show("allocator", f"{variable}={os.environ[variable]} from the environment is kept")
-            return
-    setting = f"max_split_size_mb:{max_split_size_mb}"
+            return f"{variable}={os.environ[variable]} from the environment is kept"
     on_wsl = "microsoft" in platform.release().lower()  # there they fail on some GPUs (pytorch issue 192330)
     if expandable and not on_wsl:
         # Together the two block the reuse of freed segments: 220 MiB reserved become 14,060 (pytorch issue 123548).
-        setting = "expandable_segments:True"
-        why = f"without --max-split-size-mb {max_split_size_mb}: together they waste memory"
-        show("allocator", f"expandable_segments, {why}")
-    os.environ["PYTORCH_ALLOC_CONF"] = setting
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        return f"expandable_segments, without --max-split-size-mb {max_split_size_mb}: together they waste memory"
+    os.environ["PYTORCH_ALLOC_CONF"] = f"max_split_size_mb:{max_split_size_mb}"
+    return ""
 
 
 def choose_device(args: argparse.Namespace, world: World) -> torch.device:
@@ -3351,7 +3333,7 @@ class Stop:
         return self.agreed is not None
 
 
-def training_arguments(args: argparse.Namespace, evaluating: bool) -> transformers.TrainingArguments:
+def training_arguments(args: argparse.Namespace, batches: Batches, evaluating: bool) -> transformers.TrainingArguments:
     """Our flags under transformers' names."""
     cuda = torch.cuda.is_available()
     for _, variable in (TRACKERS[name] for name in args.report_to if name != "none"):
@@ -3361,9 +3343,9 @@ def training_arguments(args: argparse.Namespace, evaluating: bool) -> transforme
     arguments = transformers.TrainingArguments(
         output_dir=str(args.output),
         num_train_epochs=args.epochs,
-        per_device_train_batch_size=args.train_batch_size,
+        per_device_train_batch_size=batches.rows,
         per_device_eval_batch_size=args.eval_batch_size,
-        gradient_accumulation_steps=args.grad_accum,
+        gradient_accumulation_steps=batches.accumulated,
         learning_rate=args.learning_rate,
         lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=args.warmup_ratio,  # below 1 it is a share
@@ -3391,9 +3373,11 @@ def training_arguments(args: argparse.Namespace, evaluating: bool) -> transforme
     return arguments
 
 
-def make_trainer(args, world: World, model, tokenizer, train_rows, eval_rows, prompts: list[Prompt], stop: Stop):
+def make_trainer(
+    args, world: World, batches: Batches, model, tokenizer, train_rows, eval_rows, prompts: list[Prompt], stop: Stop
+):
     """A Hugging Face Trainer with exact evaluation, complete checkpoints and one line for each step."""
-    arguments = training_arguments(args, evaluating=eval_rows is not None)  # starts the process group
+    arguments = training_arguments(args, batches, evaluating=eval_rows is not None)  # starts the process group
     if not args.output.is_dir():
         problem = "does not exist on this machine"
         raise InputError(f"--output {args.output}: {problem}; name a folder that all machines share")
@@ -3408,9 +3392,10 @@ def make_trainer(args, world: World, model, tokenizer, train_rows, eval_rows, pr
         eval_dataset=eval_rows and eval_rows.padded(world.size * args.eval_batch_size),
         processing_class=tokenizer,
     )
+    trainer.prompts, trainer.stop = prompts, stop
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.add_callback(progress_callback(trainer, stop))
-    trainer.add_callback(checkpoint_callback(trainer, args.output, args.name, args.save_total_limit, prompts))
+    trainer.add_callback(progress_callback(trainer))
+    trainer.add_callback(checkpoint_callback(trainer, args.output, args.name, args.save_total_limit))
     if args.early_stopping and eval_rows:
         trainer.add_callback(transformers.EarlyStoppingCallback(args.early_stopping))
     return trainer
@@ -3420,6 +3405,8 @@ def trainer_class(shard_base: bool) -> type[transformers.Trainer]:
     """Hugging Face's Trainer with the few changes that no argument or callback makes."""
 
     class Trainer(transformers.Trainer):
+        prompts: list[Prompt]
+        stop: Stop
         tokens = 0  # seen by this process
         evaluation_seconds = 0.0  # of the evaluation before training, with its answers
         documents: tuple[str, ...] = ()  # of the current step
@@ -3456,6 +3443,12 @@ def trainer_class(shard_base: bool) -> type[transformers.Trainer]:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(schedule.optimizer, rates)
             return self.lr_scheduler
 
+        def answer(self, when: str) -> dict[str, str]:
+            """The model's answers by their questions; says so, because they take a while."""
+            if self.prompts:
+                print_field(when, f"the answers to {plural(len(self.prompts), 'question')}")
+            return generate_answers(self.model, self.processing_class, self.prompts)
+
         def floating_point_ops(self, inputs):
             """Skip a count that walks through all parameters for each batch and is wrong for LoRA."""
             return 0
@@ -3476,7 +3469,7 @@ def trainer_class(shard_base: bool) -> type[transformers.Trainer]:
     return Trainer
 
 
-def progress_callback(trainer, stop: Stop) -> transformers.TrainerCallback:
+def progress_callback(trainer) -> transformers.TrainerCallback:
     """Prints one line per logging step and a progress bar on a terminal; ends training on a signal."""
     from tqdm import tqdm
 
@@ -3500,7 +3493,7 @@ def progress_callback(trainer, stop: Stop) -> transformers.TrainerCallback:
                     f"{'estimate':<10} about {max(1, round(left / 60)):,} min left, until {clock(left)}",
                     file=sys.stdout,
                 )
-            if stop.any_rank_signaled(trainer.accelerator):
+            if trainer.stop.any_rank_signaled(trainer.accelerator):
                 control.should_save = control.should_training_stop = True
 
         def on_evaluate(self, args, state, control, **kwargs):
@@ -3535,9 +3528,7 @@ def progress_callback(trainer, stop: Stop) -> transformers.TrainerCallback:
     return Progress()
 
 
-def checkpoint_callback(
-    trainer, output: Path, name: str, limit: int, prompts: list[Prompt]
-) -> transformers.TrainerCallback:
+def checkpoint_callback(trainer, output: Path, name: str, limit: int) -> transformers.TrainerCallback:
     """Saves each new best at once, completes checkpoints, and lets the model answer after each evaluation."""
 
     class Checkpoints(transformers.TrainerCallback):
@@ -3556,7 +3547,7 @@ def checkpoint_callback(
                     f"{best}, {RISING} evaluations ago: from here the data is learned by heart. "
                     "The adapter will be that of the best step; Ctrl-C stops now, --early-stopping does it by itself",
                 )
-            answers = generate_answers(trainer.model, trainer.processing_class, prompts)
+            answers = generate_answers(trainer.model, trainer.processing_class, trainer.prompts)
             if state.is_world_process_zero:
                 write_samples(output / "samples.md", name, f"Step {state.global_step}", answers)
 

@@ -78,13 +78,16 @@ def attention_on_meta(lengths: list[int]) -> dict:
     def gemm_4bit(x, data, shape, *args, **kwargs):
         return 2 * int(np.prod(x[:-1])) * int(np.prod(shape))
 
+    def addmm_(total, a, b, *args, **kwargs):
+        return 2 * a[0] * a[1] * b[1]
+
     ops = torch.ops
-    return {ops.torch_attn._varlen_attn: forward, ops.torch_attn._varlen_attn_backward: backward,
+    return {ops.aten.addmm_: addmm_, ops.torch_attn._varlen_attn: forward, ops.torch_attn._varlen_attn_backward: backward,
             ops.bitsandbytes.gemm_4bit: gemm_4bit}  # fmt: skip
 
 
 def drop_as_on_cuda(model) -> None:
-    """CUDA's dropout keeps a mask of one byte a number; the one for other devices keeps it in x's dtype."""
+    """The peers' dropout keeps a mask of one byte a number on CUDA; the one for other devices keeps it in x's dtype."""
     import torch
 
     class Dropout(torch.nn.Dropout):
@@ -101,11 +104,13 @@ def our_step(shape: dict, args, batch: dict, free: int):
     import torch
 
     model = llama.nf4_llama(shape, "meta", "packed_on_cuda")
-    # The head as a function: FlopCounterMode's hooks on modules fail on autograd.grad inside a forward.
+    # Head and SiLU as functions: FlopCounterMode's hooks on modules fail where autograd.grad is called inside a step.
+    for layer in model.model.layers:
+        del layer.mlp.act_fn
+        layer.mlp.act_fn = torch.nn.functional.silu
     model.get_output_embeddings = lambda: partial(torch.nn.functional.linear, weight=model.lm_head.weight)
     sft.install_chunked_loss(model)
     model = sft.add_lora(model, args, args.lora_target_modules, None)
-    drop_as_on_cuda(model)
     base = model.get_base_model()
     base.activation_checkpointing_enable({"use_reentrant": False})
     sft.checkpoint_layers(base.get_decoder().layers, free)

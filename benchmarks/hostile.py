@@ -57,14 +57,15 @@ def main(n=1_250_000):
     encoders = [
         sft.load_encoder(str(folder), str(folder), "dolores") for folder in (parts.smollm2(), parts.llama31_tokenizer())
     ]
-    folder = tempfile.mkdtemp()
-    os.environ["HF_DATASETS_CACHE"] = folder  # every file is new, so the cache is never read
-    file, args = str(Path(folder) / "d"), sft.parse_args(["--input-format", "chatml"])
+    args = sft.parse_args(["--input-format", "chatml"])
 
     def measure(make, size):
-        Path(file).write_text(make(size))
-        read = seconds(lambda: sft.read_data(sft.find_files([file]), args))
-        conversations = list(sft.read_conversations([file], "chatml"))
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["HF_DATASETS_CACHE"] = folder
+            file = str(Path(folder) / "d")
+            Path(file).write_text(make(size))
+            read = seconds(lambda: sft.read_data(sft.find_files([file]), args))
+            conversations = list(sft.read_conversations([file], "chatml"))
 
         def encode(encoder):
             for batch in sft.batch_conversations(conversations):
@@ -76,7 +77,6 @@ def main(n=1_250_000):
         found = [measure(make, size) for size in (n, 2 * n, 4 * n, 8 * n)]
         cells = "".join(" / ".join(f"{part:5.2f}" for part in times).rjust(24) for times in found)
         print(f"{name:<25}{cells}{sum(found[-1]) / sum(found[0]):7.1f}", flush=True)
-    os.remove(file)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def test_loss_and_gradients_are_those_of_transformers(name, tmp_path):
     expected.backward()
 
     packed = load(folder, sft.packed_attention())
-    sft.check_head(packed, packed.config.vocab_size)
+    sft.check_head(packed)
     sft.install_chunked_loss(packed)
     row = {"input_ids": [s.input_ids for s in samples], "labels": [s.labels for s in samples],
            "file": [""] * len(samples), "line": [0] * len(samples)}  # fmt: skip
@@ -249,14 +249,16 @@ def test_files_with_other_names_are_refused(tmp_path):
     """transformers may load them all the same; the merge, tensor by tensor, could not."""
     sft.load_libraries()
     folder = str(family("llama3"))
-    headers = sft.read_headers(folder, folder)
-    config = sft.load_config(folder, folder)
-    sft.check_names(folder, config, headers, SEVEN)
+    base = sft.find_base(arguments("--model", folder), folder)
+    headers = base.headers
+    sft.check_weights(folder, base)
     name = "model.layers.1.mlp.up_proj.weight"
     lost = {key: value for key, value in headers.items() if key != name}
-    assert_says(error_of(sft.check_names, folder, config, lost, SEVEN), f"--model {folder}", name)
+    assert_says(error_of(sft.check_weights, folder, base._replace(headers=lost)), f"--model {folder}", name)
     other = {**headers, name: headers[name]._replace(shape=[160, 32])}
-    assert_says(error_of(sft.check_names, folder, config, other, SEVEN), f"--model {folder}", name, "[160, 32]")
+    assert_says(
+        error_of(sft.check_weights, folder, base._replace(headers=other)), f"--model {folder}", name, "[160, 32]"
+    )
 
 
 def test_target_modules_of_each_family(capsys):
@@ -267,7 +269,6 @@ def test_target_modules_of_each_family(capsys):
         linear = fused if name.startswith("phi") else seven
         for given in (["all-linear"], SEVEN):
             assert sorted(sft.choose_targets(given, headers)) == linear
-            sft.inspect_base(arguments("--model", folder, "--lora-target-modules", ",".join(given)), folder)
             said = "gate_up_proj, qkv_proj" in capsys.readouterr().out
             assert said == (name.startswith("phi") and given == SEVEN)
         assert sft.choose_targets(["o_proj"], headers) == ["o_proj"]

@@ -24,8 +24,7 @@ class Setup:
         sft.load_libraries()
         self.folder = str({"llama31": parts.tiny_llama31, "smollm2": parts.smollm2}[base]())
         self.encode = sft.load_encoder(self.folder, self.folder, name)
-        self.tokenizer = sft.load_tokenizer(self.folder, self.folder)
-        self.tokenizer.chat_template = sft.chat_template(self.encode.chat, bool(self.encode.start))
+        self.tokenizer = sft.load_tokenizer(self.folder, self.folder, self.encode)
 
     def ids(self, messages, **options) -> list[int]:
         options = {"tokenize": True, "return_dict": True, **options}
@@ -128,9 +127,10 @@ def chats() -> list[list[dict]]:
 
 def base_encoder(name: str):
     """(encoder, transformers' tokenizer with the base's own template) of a family."""
-    sft.load_libraries()
+    from transformers import AutoTokenizer
+
     folder = str(family(name))
-    return sft.load_encoder(folder, folder, "base"), sft.load_tokenizer(folder, folder)
+    return sft.load_encoder(folder, folder, "base"), AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
