@@ -2578,9 +2578,9 @@ def layer_shapes(headers: dict[str, StoredTensor]) -> dict[str, tuple[int, int]]
 
 
 def choose_targets(names: list[str], headers: dict[str, StoredTensor]) -> list[str]:
-    """This base's linear layers that --lora-target-modules means; InputError for a name that is none of them.
+    """This base's linear layers that --lora-target-modules means, [] without headers; InputError for a wrong name.
 
-    One line says where they are not the given ones. Without headers [].
+    One line says where they are not the given ones.
     """
     linear = sorted(layer_shapes(headers))
     if not headers or names == ["all-linear"]:

@@ -93,6 +93,7 @@ def trained(request, tmp_path_factory) -> tuple[str, Path]:
     (folder / "train.chatml").write_text(dialogues(40))
     code, printed = run(folder, *options_of(request.param))
     assert code == 0, printed
+    assert len(re.findall("^lora .*qkv_proj", printed, re.M)) == request.param.startswith("phi")  # said once
     base, out, merged = (str(path) for path in (family(request.param), folder / "out", folder / "merged"))
     merge_lora.main(["--adapter", out, "--base", base, "--output", merged])
     return request.param, folder
