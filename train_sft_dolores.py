@@ -2712,30 +2712,9 @@ def keep_inputs(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) ->
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler chooses by itself what to keep
         return function(*inputs)
-    result = recomputed().apply(function, *inputs)
+    result = torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     result.origin = function, inputs
     return result
-
-
-@functools.cache
-def recomputed() -> type[torch.autograd.Function]:
-    """The autograd function of keep_inputs."""
-
-    class Recomputed(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, function, *inputs):
-            ctx.function = function
-            ctx.save_for_backward(*inputs)
-            return function(*inputs)
-
-        @staticmethod
-        def backward(ctx, grad):
-            with torch.enable_grad():
-                inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-                result = ctx.function(*inputs)
-            return None, *torch.autograd.grad(result, inputs, grad)
-
-    return Recomputed
 
 
 # The layers that read the same input, where a model has them.
