@@ -2,23 +2,28 @@
 PYTHON ?= python3
 QUESTION ?= Qu'est-ce que l'oubli ?
 python = .venv/bin/python
+# One thread each, and files in conftest.py's order rather than xdist's.
+pytest = OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast lint bench test-ollama clean
 
 demo: .venv/demo
 	@rm -rf demo/adapter demo/merged
 	$(python) tests/parts.py demo/base
+	@printf '%s\n' "Qui es-tu ?" "$(QUESTION)" > demo/questions.txt
 	$(python) train_sft_dolores.py --model demo/base --output demo/adapter --train-files train.chatml \
 	  --no-bf16 --no-bnb-nf4 --optim adamw_torch --learning-rate 5e-4 --lora-r 16 --lora-alpha 32 --lora-dropout 0 \
-	  --max-length 1024 --grad-accum 1 --epochs 0.15 --eval-fraction 0.02 --name dolores-demo
+	  --max-length 1024 --grad-accum 1 --epochs 0.15 --eval-fraction 0.02 --name dolores-demo \
+	  --sample-prompts demo/questions.txt
 	$(python) merge_lora.py --adapter demo/adapter --output demo/merged
-	$(python) tests/ask.py demo/base demo/merged "Qui es-tu ?" "$(QUESTION)"
+	@cat demo/adapter/samples.md
+	$(python) merge_lora.py --chat demo/merged < demo/questions.txt
 
 test: .venv/dev
-	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile
+	$(pytest)
 
 test-fast: .venv/dev
-	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile -m "not slow"
+	$(pytest) -m "not slow"
 
 lint: .venv/dev
 	.venv/bin/ruff check .

@@ -7,7 +7,7 @@
     ollama create dolores-v5 -f dolores_v5_full/Modelfile
 
 The base is streamed: each shard is copied byte for byte, and only the tensors that have an adapter are
-replaced on the way, one at a time. Peak memory is a few copies of the largest of these tensors, whatever
+replaced on the way, a few rows at a time. Peak memory is little more than what the libraries take, whatever
 the size of the model, and no GPU is needed. PEFT's own code does the arithmetic.
 """
 
@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import gc
 import hashlib
 import json
 import logging
@@ -31,24 +32,23 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:  # these imports take seconds, and neither --help nor a wrong flag should wait for them
     import torch
-    from tokenizers import Tokenizer
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
 CHECKPOINT_FILES = ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
                     "chat_template.jinja")  # fmt: skip
 RUN_FILES = ("training_args.json", "config.json")  # of a whole run; a checkpoint has them in its parent folder
+CHAT_FORMAT = ("before", "after", "eos_token", "answer_start", "no_system", "folds_system")  # in training_args.json
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "USE_POLICY.md", "NOTICE")  # must travel with the weights
 VOCABULARY_FILES = ("tokenizer.model",)  # SentencePiece, which llama.cpp and Ollama prefer for Gemma, Phi-3, Mistral
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names and torch's
 INFINITY = {"BF16": ("int16", 0x7F80), "F16": ("int16", 0x7C00), "F32": ("int32", 0x7F800000)}  # its bits
-COPY_CHUNK = 16 << 20  # bytes; tensors without an adapter are copied in pieces of this size
+PIECE = 8 << 20  # bytes that are read and written at once
 MERGE_BLOCK = 1 << 18  # weights merged at once
 NUM_CTX = 8192  # Ollama's context window, unless the base has a smaller one
 CHAT_TOKENS = 1024  # tokens at most in an answer of --chat
@@ -76,9 +76,10 @@ SUPPORTED = {"alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclud
 # has the last message, it is the beginning of the answer to generate and stays open.
 MODELFILE = '''FROM @source@
 
-TEMPLATE """{{- range $i, $_ := .Messages }}
-{{- $last := eq (len (slice $.Messages $i)) 1 -}}
-@header@{{ .Content }}{{ if eq .Role "assistant" }}{{ if not $last }}@answer_end@{{ end }}{{ else }}@turn_end@{{ if $last }}@assistant@{{ end }}{{ end }}
+TEMPLATE """@before@{{- range $i, $_ := .Messages }}
+{{- $last := eq (len (slice $.Messages $i)) 1 }}@no_system@
+{{- if eq .Role "system" }}@before_system@{{ .Content }}@after_system@{{ else if eq .Role "assistant" }}@before_answer@{{ .Content }}{{ if not $last }}@after_assistant@{{ end }}{{ else }}@before_user@{{ .Content }}@after_user@{{ end }}
+{{- if and $last (ne .Role "assistant") }}@prompt@{{ end }}@after@
 {{- end }}"""
 
 PARAMETER temperature @temperature@
@@ -202,7 +203,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                              "default one of our own); needs memory for the whole model")  # fmt: skip
     parser.add_argument("--chat", nargs="?", const="", metavar="DIR",
                         help="do not merge; talk to this adapter or merged folder (default: --output if it exists, "
-                             "else --adapter)")  # fmt: skip
+                             "else --adapter); questions can come from a file: --chat DIR < FILE")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -213,7 +214,6 @@ def main(argv: list[str] | None = None) -> None:
     """Merge as the command line says; InputError, VerificationFailed and Stopped say how else it can end."""
     args = parse_args(argv)
     start, output = time.monotonic(), args.output.resolve()
-    prepare_libraries()
     if args.chat is not None:
         return chat(Path(args.chat or (args.output if args.output.is_dir() else args.adapter)), args.base)
     adapter = read_adapter(args.adapter)
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
 
     plan = plan_merge(adapter, base, args.base_weights)
     if not args.force:
-        check_fingerprint(adapter, base)
+        check_fingerprint(adapter, base, plan.tensors)
     output.parent.mkdir(parents=True, exist_ok=True)
     check_disk(plan, output.parent)
     size = gigabytes(sum(tensor.end - tensor.start for tensor in plan.tensors.values()))
@@ -279,11 +279,17 @@ FIXES = {errno.ENOSPC: "make room"} | dict.fromkeys(
 )
 
 
-def prepare_libraries() -> None:
-    """Settings that must precede the import of torch, and silence for what PEFT imports."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fewer page faults in fresh buffers
+def import_libraries() -> None:
+    """Import torch, transformers and PEFT, which takes seconds, without the warnings of what PEFT imports.
+
+    Meanwhile the garbage collector is off: it would scan all modules again and again, for a fifth of the time.
+    """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns that it has no CPU kernels
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT 0.21
+    gc.disable()
+    import peft  # noqa: F401 - imports the other two
+
+    gc.enable()
 
 
 # ---- The adapter folder, and the base recorded in it ---------------------------------------------
@@ -296,13 +302,21 @@ class Adapter(NamedTuple):
     config: dict[str, Any]  # adapter_config.json, as PEFT wrote it
     training: dict[str, Any]  # training_args.json: chat_format, base, quantization, data, args
     base_config: dict[str, Any]  # config.json of the base; empty for a checkpoint of a run that has not ended
-    tokenizer: Tokenizer
+    tokenizer: TokenizerFacts
+
+
+class TokenizerFacts(NamedTuple):
+    """What merging needs to know about the tokenizer, which is not kept itself: it takes tens of MiB."""
+
+    end_token_id: int  # of the chat format's end token
+    largest_id: int
+    adds_bos: bool
+    added: dict[str, dict[str, Any]]  # added tokens by id, as in tokenizer_config.json
+    pre_tokenizer: dict[str, Any]  # as in tokenizer.json
 
 
 def read_adapter(folder: Path) -> Adapter:
     """Read the adapter folder; InputError if it is incomplete or cannot be merged."""
-    from tokenizers import Tokenizer
-
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; train one with train_sft_dolores.py, or name it with --adapter")
     checkpoint = folder.name.startswith("checkpoint-") and not (folder / "training_args.json").exists()
@@ -313,12 +327,33 @@ def read_adapter(folder: Path) -> Adapter:
             raise InputError(f"{file}: missing; train_sft_dolores.py writes it when training has ended")
     config, training = read_json(folder / "adapter_config.json"), read_json(run_folder / "training_args.json")
     base_config = read_json(run_folder / "config.json") if (run_folder / "config.json").exists() else {}
-    for key, inner in (("chat_format", ("header", "turn_end", "answer_end", "eos_token")), ("base", ("model",))):
+    for key, inner in (("chat_format", CHAT_FORMAT), ("base", ("model", "fingerprint"))):
         if not isinstance(training.get(key), dict) or any(k not in training[key] for k in inner):
             raise InputError(f"{run_folder}/training_args.json: no {key} in it; train_sft_dolores.py writes it")
     check_mergeable(folder / "adapter_config.json", config)
-    with one_line_errors(folder / "tokenizer.json", {Exception: "{error}; copy it from the base"}):  # Rust's type
-        return Adapter(folder, config, training, base_config, Tokenizer.from_file(str(folder / "tokenizer.json")))
+    tokenizer = read_tokenizer(folder / "tokenizer.json", training["chat_format"]["eos_token"])
+    return Adapter(folder, config, training, base_config, tokenizer)
+
+
+def read_tokenizer(file: Path, end_token: str) -> TokenizerFacts:
+    """Read a tokenizer.json; InputError if it is damaged or lacks the end token."""
+    from tokenizers import Tokenizer
+
+    with explain(file, "{error}; copy it from the base", Exception):  # Rust's type
+        tokenizer = Tokenizer.from_file(str(file))
+    end_token_id = tokenizer.token_to_id(end_token)
+    if end_token_id is None:
+        raise InputError(f"{file}: has no {end_token}, the chat format's end token; is it the right adapter?")
+    keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    added = tokenizer.get_added_tokens_decoder()
+    pre_tokenizer = tokenizer.pre_tokenizer
+    return TokenizerFacts(
+        end_token_id,
+        max(tokenizer.get_vocab().values()),
+        bool(tokenizer.encode("").ids),
+        {str(number): {key: getattr(token, key) for key in keys} for number, token in added.items()},
+        json.loads(pre_tokenizer.__getstate__()) if pre_tokenizer else {},
+    )
 
 
 def check_mergeable(place: Path, config: dict[str, Any]) -> None:
@@ -346,55 +381,48 @@ def find_base(named: str | None, adapter: Adapter) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     revision = recorded.get("revision") if model == recorded["model"] else None  # another model has other commits
+    unwritable = "cannot use the Hugging Face cache ({error}); set HF_HOME to a folder that can be written to"
     unreachable = "not in the cache, and cannot reach the Hugging Face Hub; name a local folder with --base"
-    problems = {
-        errors.GatedRepoError: f"gated; accept its licence on huggingface.co/{model}, then `hf auth login`",
-        errors.RevisionNotFoundError: f"no revision {revision} on the Hugging Face Hub; name a local folder with --base",
-        errors.RepositoryNotFoundError: "not found on the Hugging Face Hub; check the name, run `hf auth login`, "
-        "or name a local folder with --base",
-        errors.HFValidationError: "neither a folder nor a Hugging Face id; name the base with --base",
-        errors.LocalEntryNotFoundError: unreachable,
-        errors.HfHubHTTPError: unreachable,
-        ConnectionError: unreachable,
-        OSError: "cannot use the Hugging Face cache ({error}); set HF_HOME to a folder that can be written to",
-    }
-    with one_line_errors(model, problems):
+    no_name = "neither a folder nor a Hugging Face id; name the base with --base"
+    unknown = (
+        "not found on the Hugging Face Hub; check the name, run `hf auth login`, or name a local folder with --base"
+    )
+    no_revision = f"no revision {revision} on the Hugging Face Hub; name a local folder with --base"
+    gated = f"gated; accept its licence on huggingface.co/{model}, then `hf auth login`"
+    with (  # the last one that fits counts
+        explain(model, unwritable, OSError),
+        explain(model, unreachable, errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError),
+        explain(model, no_name, errors.HFValidationError),
+        explain(model, unknown, errors.RepositoryNotFoundError),
+        explain(model, no_revision, errors.RevisionNotFoundError),
+        explain(model, gated, errors.GatedRepoError),
+    ):
         patterns = ["*.json", "*.safetensors", *VOCABULARY_FILES, *LICENCE_FILES]
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
 
 
-def check_fingerprint(adapter: Adapter, base: Path) -> None:
-    """Refuse a base with other weights than the one of the training; older adapters have no fingerprint recorded."""
-    recorded = adapter.training["base"].get("fingerprint")
-    if recorded and fingerprint(base) != recorded:
+def check_fingerprint(adapter: Adapter, base: Path, tensors: dict[str, Stored]) -> None:
+    """Refuse a base with other weights than the one of the training."""
+    if fingerprint(tensors) != adapter.training["base"]["fingerprint"]:
         raise InputError(
             f"{base}: not the base that the adapter was trained on, its weights differ; name the right --base, "
             "or merge anyway with --force"
         )
 
 
-def fingerprint(folder: Path) -> str:
-    """A sha256 that tells models of the same shape apart, from the headers and 4 KiB of each tensor's data.
+def fingerprint(tensors: dict[str, Stored]) -> str:
+    """A sha256 that tells models of the same shape apart, as train_sft_dolores.py computes it.
 
     Hashes, for every tensor in the order of their names, the line "name dtype [shape]" and the first 4096 bytes.
     """
-    index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     digest = hashlib.sha256()
     with contextlib.ExitStack() as stack:
-        tensors = []
-        for name in sorted(names):
-            stream = stack.enter_context(open(folder / name, "rb", buffering=0))
-            data = 8 + int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(data - 8))
-            for tensor, t in header.items():
-                if tensor != "__metadata__":
-                    start, end = t["data_offsets"]
-                    tensors.append((tensor, t["dtype"], t["shape"], stream, data + start, end - start))
-        for tensor, dtype, shape, stream, start, size in sorted(tensors, key=itemgetter(0)):
-            digest.update(f"{tensor} {dtype} {shape}\n".encode())
-            stream.seek(start)
-            digest.update(stream.read(min(size, 4096)))
+        files = {tensor.file for tensor in tensors.values()}
+        streams = {file: stack.enter_context(open(file, "rb", buffering=0)) for file in files}
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+            streams[tensor.file].seek(tensor.start)
+            digest.update(streams[tensor.file].read(min(tensor.end - tensor.start, 4096)))
     return digest.hexdigest()
 
 
@@ -474,10 +502,10 @@ def read_tensor(stored: Stored) -> Tensor:
 
 
 def typed(data: Tensor, tensor: Stored) -> Tensor:
-    """A uint8 tensor of a stored tensor's bytes → the same memory in its dtype and shape."""
+    """A uint8 tensor of a stored tensor's bytes, or of some of its rows → the same memory in its dtype and shape."""
     import torch
 
-    return data.view(getattr(torch, DTYPES[tensor.dtype])).view(tensor.shape)
+    return data.view(getattr(torch, DTYPES[tensor.dtype])).view(-1, *tensor.shape[1:])
 
 
 # ---- The plan: which tensor gets which adapter, and every check that needs no weights ------------
@@ -510,6 +538,7 @@ def plan_merge(adapter: Adapter, base: Path, base_weights: str) -> Plan:
     """Match adapter and base by their headers; InputError if they do not fit each other."""
     check_same_architecture(adapter, base)
     tensors = read_base_headers(base)
+    import_libraries()
     config, model = build_skeleton(base)
     quantized = quantized_weights(adapter, model) if base_weights == "nf4" else {}
     layers = match_layers(adapter, model)
@@ -541,25 +570,12 @@ def check_same_architecture(adapter: Adapter, base: Path) -> None:
 
 
 def check_tokenizer(adapter: Adapter, vocab_size: int) -> None:
-    """Refuse a tokenizer that does not fit the base's embedding or lacks the end token."""
-    end_token_id(adapter)
-    largest = max(adapter.tokenizer.get_vocab().values())
-    if largest >= vocab_size:
+    """Refuse a tokenizer that does not fit the base's embedding."""
+    if adapter.tokenizer.largest_id >= vocab_size:
         raise InputError(
-            f"{adapter.folder}/tokenizer.json: has token id {largest}, but the base's embedding {vocab_size} rows; "
-            "name the right --base"
+            f"{adapter.folder}/tokenizer.json: has token id {adapter.tokenizer.largest_id}, but the base's embedding "
+            f"{vocab_size} rows; name the right --base"
         )
-
-
-def end_token_id(adapter: Adapter) -> int:
-    """The id of the chat format's end token in the adapter's tokenizer."""
-    token = adapter.training["chat_format"]["eos_token"]
-    found = adapter.tokenizer.token_to_id(token)
-    if found is None:
-        raise InputError(
-            f"{adapter.folder}/tokenizer.json: has no {token}, the chat format's end token; is it the right adapter?"
-        )
-    return found
 
 
 def build_skeleton(base: Path) -> tuple[PreTrainedConfig, PreTrainedModel]:
@@ -568,7 +584,7 @@ def build_skeleton(base: Path) -> tuple[PreTrainedConfig, PreTrainedModel]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     hint = "{error}; name a causal language model with --base"
-    with one_line_errors(base / "config.json", {ValueError: hint, OSError: hint, KeyError: hint}):
+    with explain(base / "config.json", hint, ValueError, OSError, KeyError):
         config = AutoConfig.from_pretrained(base)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -585,7 +601,7 @@ def match_layers(adapter: Adapter, model: PreTrainedModel) -> dict[str, Layer]:
     file = adapter.folder / "adapter_model.safetensors"
     unused = read_header(file)
     # PEFT resolves "all-linear" by the class of a PreTrainedModel, so the skeleton is one.
-    with one_line_errors(adapter.folder, {ValueError: "does not fit the base ({error}); name the right --base"}):
+    with explain(adapter.folder, "does not fit the base ({error}); name the right --base", ValueError):
         inject_adapter_in_model(LoraConfig.from_pretrained(adapter.folder), model, low_cpu_mem_usage=True)
     layers = {}
     for name, module in model.named_modules():
@@ -635,7 +651,7 @@ def quantized_weights(adapter: Adapter, model: PreTrainedModel) -> dict[str, NF4
 
 
 class Piece(NamedTuple):
-    """Bytes of a shard that are handled at once; a file's header has an empty name."""
+    """Bytes of a shard that are handled at once, of whole rows if a weight is merged; a file's header has no name."""
 
     file: Path
     name: str
@@ -674,8 +690,7 @@ def merge_shards(plan: Plan, folder: Path) -> int:
             if number + 1 < len(pieces):
                 reading = read(number + 1)
             if piece.name in plan.layers or piece.name in plan.quantized:
-                weight = new_weight(typed(data, plan.tensors[piece.name]), piece.name, plan)
-                data = weight.flatten().view(torch.uint8)
+                data = new_weight(data, piece, plan).flatten().view(torch.uint8)
                 merged |= {piece.name} & plan.layers.keys()
             if piece.name and not finite(data, plan.tensors[piece.name].dtype):
                 raise InputError(
@@ -695,20 +710,31 @@ def shards(plan: Plan) -> list[Path]:
 
 
 def shard_pieces(shard: Path, plan: Plan) -> list[Piece]:
-    """The header, then the tensors in the file's order: whole if they change, in chunks if they do not."""
+    """The header, then the tensors in the file's order, each in pieces of about PIECE bytes."""
     tensors = sorted((t.start, name, t.end) for name, t in plan.tensors.items() if t.file == shard)
     pieces = [Piece(shard, "", 0, tensors[0][0])]
     for start, name, end in tensors:
-        step = max(end - start, 1) if name in plan.layers or name in plan.quantized else COPY_CHUNK
+        step = PIECE
+        if name in plan.quantized:  # its scales are quantized together, so it stays whole
+            step = end - start
+        elif name in plan.layers:
+            height, width = plan.tensors[name].shape
+            block = block_height(width) * (end - start) // height
+            step = max(1, PIECE // block) * block
         pieces += [Piece(shard, name, at, min(at + step, end)) for at in range(start, end, step)]
     return pieces
 
 
-def new_weight(weight: Tensor, name: str, plan: Plan) -> Tensor:
-    """The merged model's weight for a weight of the base, same shape and dtype."""
-    if name in plan.quantized:
-        weight = quantize_and_restore(weight, plan.quantized[name])
-    return merge_with_peft(plan.layers[name], weight) if name in plan.layers else weight
+def new_weight(data: Tensor, piece: Piece, plan: Plan) -> Tensor:
+    """The merged model's rows for a piece of the base's weight (uint8), in the base's dtype."""
+    stored = plan.tensors[piece.name]
+    weight = typed(data, stored)
+    if piece.name in plan.quantized:
+        weight = quantize_and_restore(weight, plan.quantized[piece.name])
+    if piece.name in plan.layers:
+        first_row = (piece.start - stored.start) * len(weight) // len(data)
+        weight = merge_with_peft(plan.layers[piece.name], weight, first_row)
+    return weight
 
 
 def quantize_and_restore(weight: Tensor, nf4: NF4) -> Tensor:
@@ -721,28 +747,36 @@ def quantize_and_restore(weight: Tensor, nf4: NF4) -> Tensor:
     return functional.dequantize_4bit(packed, state).to(weight.dtype)
 
 
-def merge_with_peft(layer: Layer, weight: Tensor) -> Tensor:
-    """PEFT's own `merge` of one layer, a block of rows at a time, with real tensors in place of the meta ones.
+def merge_with_peft(layer: Layer, weight: Tensor, first_row: int) -> Tensor:
+    """PEFT's own `merge` of one layer's rows from `first_row` on, with real tensors in place of the meta ones.
 
-    Rows of W + s B A, and of DoRA's norms, do not depend on each other. A block whose difference stays in the
-    processor's cache takes a fifth of the time of a whole matrix.
+    Rows of W + s B A, and of DoRA's norms, do not depend on each other. They are merged in blocks: one whose
+    difference stays in the processor's cache takes a fifth of the time of a whole matrix.
     """
     module = layer.module
     # PEFT computes in fp32, whatever the file holds (autocast_adapter_dtype).
     values = {parameter: read_tensor(stored).float() for parameter, stored in layer.adapter.items()}
-    height = max(1, MERGE_BLOCK // weight.shape[1])
-    for start in range(0, len(weight), height):
-        rows = slice(start, start + height)
+    for block in weight.split(block_height(weight.shape[1])):
+        rows = slice(first_row, first_row + len(block))
         for parameter, value in values.items():
             set_parameter(module, parameter, value if "lora_A" in parameter else value[rows])
-        set_parameter(module, "base_layer.weight", weight[rows])
+        set_parameter(module, "base_layer.weight", block)
         # merge() of a layer that is still on the meta device would silently do nothing. A bias stays as it is.
         assert not any(value.is_meta for key, value in module.named_parameters() if key != "base_layer.bias")
         module.merge()
         module.merged_adapters.clear()
-        weight[rows] = module.base_layer.weight
+        block.copy_(module.base_layer.weight)
+        first_row += len(block)
     module.to("meta")
     return weight
+
+
+def block_height(width: int) -> int:
+    """How many rows of this width are merged at once.
+
+    A multiple of 16, because a matrix product of an odd number of rows may round differently than that of all rows.
+    """
+    return max(16, MERGE_BLOCK // width // 16 * 16)
 
 
 def set_parameter(module: Any, name: str, value: Tensor) -> None:
@@ -775,13 +809,13 @@ def write_small_files(adapter: Adapter, base: Path, plan: Plan, folder: Path) ->
     for name in ("tokenizer.json", "chat_template.jinja"):
         shutil.copyfile(adapter.folder / name, folder / name)
     write_json(folder / "config.json", config_for_all_readers(read_json(base / "config.json"), plan))
-    write_json(folder / "generation_config.json", generation_config(base, end_token_id(adapter)))
-    tokenizer_config = tokenizer_config_for_all_readers(read_json(adapter.folder / "tokenizer_config.json"))
-    eos_token = adapter.training["chat_format"]["eos_token"]
-    write_json(folder / "tokenizer_config.json", {**tokenizer_config, "eos_token": eos_token})
+    write_json(folder / "generation_config.json", generation_config(base, adapter.tokenizer.end_token_id))
+    write_json(
+        folder / "tokenizer_config.json", tokenizer_config_for_all_readers(adapter, plan.config.model_type, folder)
+    )
     text, note = modelfile_of(adapter, plan.config)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
-    return [ollama_tokenizer(folder), *note]
+    return [ollama_tokenizer(folder, adapter.tokenizer.pre_tokenizer), *note]
 
 
 def config_for_all_readers(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
@@ -828,13 +862,20 @@ def generation_config(base: Path, end_token: int) -> dict[str, Any]:
     return {**config, "eos_token_id": eos if len(eos) > 1 else eos[0]}
 
 
-def tokenizer_config_for_all_readers(config: dict[str, Any]) -> dict[str, Any]:
+def tokenizer_config_for_all_readers(adapter: Adapter, model_type: str, folder: Path) -> dict[str, Any]:
     """Without what only transformers 5 understands, and without a template that Ollama would prefer to ours."""
+    config = read_json(adapter.folder / "tokenizer_config.json")
     for key in ("backend", "is_local", "local_files_only", "chat_template", "auto_map"):
         config.pop(key, None)
     if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 expects a dict
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    return {**config, "tokenizer_class": "PreTrainedTokenizerFast"}
+    # llama.cpp's converter finds tokens that tokenizer.model lacks only here.
+    config["added_tokens_decoder"] = adapter.tokenizer.added
+    config["eos_token"] = adapter.training["chat_format"]["eos_token"]
+    config["add_bos_token"] = adapter.tokenizer.adds_bos  # else llama.cpp adds one to Phi-3's prompts
+    # By this class llama.cpp's converter tells Phi-4 from Phi-3.
+    phi4 = model_type == "phi3" and not (folder / "tokenizer.model").is_file()
+    return {**config, "tokenizer_class": "GPT2Tokenizer" if phi4 else "PreTrainedTokenizerFast"}
 
 
 def modelfile_of(adapter: Adapter, config: PreTrainedConfig) -> tuple[str, list[str]]:
@@ -844,20 +885,26 @@ def modelfile_of(adapter: Adapter, config: PreTrainedConfig) -> tuple[str, list[
     return modelfile(adapter.training["chat_format"], num_ctx, system=system), note
 
 
-def modelfile(chat_format: dict[str, str], num_ctx: int, source: str = ".", system: str | None = None) -> str:
+def modelfile(chat_format: dict[str, Any], num_ctx: int, source: str = ".", system: str | None = None) -> str:
     """The Modelfile for a chat format, a context of num_ctx tokens, a model folder `source` and a SYSTEM text."""
-    header = chat_format["header"]
+    before, after, no_system = chat_format["before"], chat_format["after"], chat_format["no_system"]
+    folds = chat_format["folds_system"]  # then a user turn right after the system turn has nothing before it
     values = {
         "source": source,
-        "header": header.replace("{role}", "{{ .Role }}"),
-        "assistant": header.replace("{role}", "assistant"),
-        "turn_end": chat_format["turn_end"],
-        "answer_end": chat_format["answer_end"],
+        "before": '{{- $before := "" }}' if folds else "",
+        "after": "{{- $before = .Role }}" if folds else "",
+        "no_system": f'{{{{ if and (eq $i 0) (ne .Role "system") }}}}{no_system}{{{{ end }}}}' if no_system else "",
+        **{f"before_{role}": text for role, text in before.items()},
+        **{f"after_{role}": text for role, text in after.items()},
+        "before_answer": before["assistant"] + chat_format["answer_start"],
+        "prompt": before["assistant"],
         "temperature": str(SAMPLING["temperature"]),
         "num_ctx": str(num_ctx),
         "stops": "\n".join(f'PARAMETER stop "{stop}"' for stop in stop_texts(chat_format)),
         "system": f'\nSYSTEM """{system}"""\n' if system else "",
     }
+    if folds:
+        values["before_user"] = f'{{{{ if ne $before "system" }}}}{before["user"]}{{{{ end }}}}'
     return fill(MODELFILE, values)
 
 
@@ -881,13 +928,12 @@ def ollama_system(system: str | None) -> tuple[str | None, list[str]]:
     return system, ["system     the turn that all conversations share is in the Modelfile"]
 
 
-def ollama_tokenizer(folder: Path) -> str:
-    """A line to print: how Ollama will split text into tokens."""
+def ollama_tokenizer(folder: Path, pre_tokenizer: dict[str, Any]) -> str:
+    """A line to print: how Ollama will split text into tokens, given this part of tokenizer.json."""
     if (folder / "tokenizer.model").is_file():
         return "tokenizer  Ollama reads tokenizer.model (SentencePiece)"
-    steps = ((read_json(folder / "tokenizer.json").get("pre_tokenizer") or {}).get("pretokenizers")) or []
     digest = hashlib.sha256()
-    for step in steps:
+    for step in pre_tokenizer.get("pretokenizers", []):
         if step["type"] == "Split" and "Regex" in step["pattern"]:
             digest.update(step["pattern"]["Regex"].encode())
     if known := OLLAMA_TOKENIZERS.get(digest.hexdigest()):
@@ -898,14 +944,10 @@ def ollama_tokenizer(folder: Path) -> str:
     )
 
 
-def stop_texts(chat_format: dict[str, str]) -> list[str]:
-    """The end token, and what opens a turn: a role tag in plain text ends nothing unless it is listed here."""
-    header = chat_format["header"]
-    if "<|{role}|>" in header:
-        opening = [f"<|{role}|>" for role in ("user", "system", "assistant")]
-    else:
-        opening = [f"<|{part.split('|>')[0]}|>" for part in header.split("<|")[1:]]
-    return list(dict.fromkeys([chat_format["eos_token"], *opening]))
+def stop_texts(chat_format: dict[str, Any]) -> list[str]:
+    """The end token, and the tags that open a turn: one in plain text ends nothing unless it is listed here."""
+    opening = " ".join(chat_format["before"][role] for role in ("user", "system", "assistant"))
+    return list(dict.fromkeys([chat_format["eos_token"], *re.findall(r"<[^<>\s]+>|\[[^][\s]+\]", opening)]))
 
 
 def write_card(adapter: Adapter, plan: Plan, folder: Path, name: str, folder_name: str) -> None:
@@ -948,7 +990,7 @@ def check_result(adapter: Adapter, base: Path, plan: Plan, merged: int, folder: 
     for read in (AutoConfig.from_pretrained(folder), AutoConfig.for_model(**older)):
         assert getattr(read, "rope_parameters", None) == rope, f"{read.rope_parameters} is not {rope}"
     eos = read_json(folder / "generation_config.json")["eos_token_id"]
-    assert end_token_id(adapter) in (eos if isinstance(eos, list) else [eos]), eos
+    assert adapter.tokenizer.end_token_id in (eos if isinstance(eos, list) else [eos]), eos
     assert "chat_template" not in read_json(folder / "tokenizer_config.json")
     assert all(path.is_file() and not path.is_symlink() for path in folder.iterdir())
     used = sum(len(layer.adapter) for layer in plan.layers.values())
@@ -1040,7 +1082,11 @@ def compare_log_probs(plain: Tensor, live: Tensor, by_peft: Tensor, merged: Tens
 
 
 def chat(folder: Path, base: str | None) -> None:
-    """Talk to an adapter folder or a merged folder, with the sampling, stops and SYSTEM text of its Modelfile."""
+    """Talk to an adapter folder or a merged folder, with the sampling, stops and SYSTEM text of its Modelfile.
+
+    In a terminal the questions are one conversation; those of a file are asked one by one.
+    """
+    import_libraries()
     import torch
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
@@ -1067,9 +1113,14 @@ def chat(folder: Path, base: str | None) -> None:
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             super().on_finalized_text(before_stop(text, stops), stream_end)
 
-    messages = [{"role": "system", "content": system[1]}] if system else []
-    print(f"{folder}: type a message; an empty line or Ctrl-D ends the chat")
+    opening = [{"role": "system", "content": system[1]}] if system else []
+    messages = [*opening]
+    if sys.stdin.isatty():
+        print(f"{folder}: type a message; an empty line or Ctrl-D ends the chat")
     while question := read_line("> ").strip():
+        if not sys.stdin.isatty():
+            print(question)
+            messages = [*opening]
         messages.append({"role": "user", "content": question})
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True
@@ -1150,14 +1201,13 @@ def written_beside(output: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def one_line_errors(place: str | Path, hints: dict[type[Exception], str]) -> Iterator[None]:
-    """Turn a library's exceptions into an InputError: the first hint whose type fits; {error} is the message."""
+def explain(place: str | Path, hint: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn a library's error into one line: the place, then the hint, in which {error} is the error's first line."""
     try:
         yield
-    except tuple(hints) as error:
-        hint = next(text for kind, text in hints.items() if isinstance(error, kind))
+    except errors as error:
         message = str(error).strip().split("\n")[0].rstrip(".")
-        raise InputError(f"{place}: {hint.format(error=message)}") from None
+        raise InputError(f"{place}: {hint.replace('{error}', message)}") from None
 
 
 def read_text(file: Path) -> str:

@@ -27,12 +27,14 @@ import contextlib
 import csv
 import errno
 import functools
+import gc
 import glob
 import hashlib
 import importlib.util
 import inspect
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import re
@@ -40,13 +42,14 @@ import shlex
 import shutil
 import signal
 import textwrap
+import threading
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from difflib import get_close_matches
-from itertools import chain, groupby, islice, pairwise
+from itertools import chain, groupby, islice, pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -58,6 +61,7 @@ except ModuleNotFoundError:
 if TYPE_CHECKING:  # load_libraries imports these
     import accelerate
     import peft
+    import pyarrow
     import torch
     import transformers
 
@@ -72,6 +76,7 @@ TRACKERS = {"tensorboard": ("tensorboard", None), "wandb": ("wandb", "WANDB_DIR"
             "neptune": ("neptune", None), "dagshub": ("dagshub", None), "azure_ml": ("azureml", None), "flyte": ("flytekit", None)}  # fmt: skip
 DEFAULT_OUTPUT = Path("runs_dolores_v5/llama31_clean")
 TIMEOUT = timedelta(hours=2)  # how long processes wait for each other, for instance while one hashes a checkpoint
+POOL_MEGABYTES = 1  # of data for each process that encodes it: less is not worth a process
 MAX_HELD_OUT = 500  # conversations: an evaluation every ten steps must not grow with the data
 RECORD = "training_args.json"  # the run's record, and the contract with merge_lora.py
 COMPLETE = "complete.json"  # written last into a checkpoint: its files and their sha256
@@ -79,6 +84,20 @@ COMPLETE = "complete.json"  # written last into a checkpoint: its files and thei
 
 class InputError(Exception):
     """An error the user can fix: `place: what is wrong; how to fix it`, a line each, exit status 2."""
+
+
+@contextlib.contextmanager
+def explain(place: str, hint: str, *errors: type[Exception]):
+    """Turn a library's error into one line: the place, then the hint, in which {error} is the error's first line."""
+    try:
+        yield
+    except errors as error:
+        raise InputError(f"{place}: {hint.replace('{error}', first_line(error))}") from None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's error, without its full stop."""
+    return f"no {error} in it" if isinstance(error, KeyError) else str(error).strip().split("\n")[0].rstrip(".")
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
@@ -158,7 +177,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=0.05,
         help="share of the data held out, at most 500 conversations",
     )
-    add("--chat-format", choices=tuple(FORMATS), default="dolores", help="the text that wraps each turn")
+    add("--chat-format", choices=(*FORMATS, "base"), default="dolores",
+        help="the text that wraps each turn; base: as in the base's own chat template")  # fmt: skip
     add("--overlong", choices=("split", "drop", "error"), default="split", help="conversations over --max-length")
     add("--skip-bad", action="store_true", help="train without the conversations that have errors")
     add("--packing", action=switch, default=True, help="put several whole conversations into a row")
@@ -271,24 +291,22 @@ class World(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What is read and checked before any library is loaded."""
+    """What the flags name; the files exist and are not empty."""
 
     train_files: dict[str, str]  # name: sha256
     eval_files: dict[str, str]
-    survey: dict[str, Any]  # counts and warnings
     prompts: list[str] | None  # the sample questions; None: questions of held-out conversations
 
 
 class Base(NamedTuple):
-    """The base model on disk."""
+    """The base model on disk, as far as it is known without torch."""
 
     folder: str
     revision: str | None  # commit on the Hub
-    config: transformers.PreTrainedConfig
-    tokenizer: transformers.PreTrainedTokenizerFast  # for saving and generating
-    encode: Encoder  # for the data
-    headers: dict[str, StoredTensor]  # of the weights, by name
+    config: dict[str, Any]  # config.json
+    headers: dict[str, StoredTensor]  # of the weights, by name; empty before they are downloaded
     targets: list[str]  # the linear layers that get adapters
+    encode: Encoder
 
 
 class Data(NamedTuple):
@@ -298,13 +316,20 @@ class Data(NamedTuple):
     eval_rows: Rows | None
     lengths: np.ndarray  # int64 [N]: tokens of each training sample
     counts: dict[str, Any]
-    warnings: list  # (file, line, kind, text)
+    warnings: list[DataWarning]
+
+
+class Batches(NamedTuple):
+    """How an optimizer step runs on one process; the product is always --train-batch-size x --grad-accum."""
+
+    rows: int  # in a batch
+    accumulated: int
 
 
 def main() -> None:
-    """Look or train; every ending is one line and an exit status."""
+    """Look or train. Every ending is one line and an exit status, except for errors of our own."""
     if np is None:
-        exit_uninstalled("numpy")
+        sys.exit(report_error(ModuleNotFoundError(name="numpy")))
     args, world = parse_args(), World.from_environment()
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process prints for all
@@ -317,36 +342,37 @@ def main() -> None:
             dry_run(args, world)
         else:
             train(args, world)
-    except InputError as error:
-        if not world.local_rank:  # once per machine
-            print(error, file=sys.stderr)
-        sys.exit(2)
-    except ModuleNotFoundError as error:
-        exit_uninstalled(str(error.name))
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
-            print(f"{error.filename}: {str(error.strerror).lower()}; make it readable and writable", file=sys.stderr)
-            sys.exit(2)
-        if error.errno != errno.ENOSPC:
+    except (InputError, ModuleNotFoundError, OSError, RuntimeError, MemoryError) as error:
+        advice = memory_advice(args, world) if out_of_memory(error) else ""
+        if not (status := report_error(error, advice, quiet=world.local_rank > 0)):
             raise
-        print(f"{error.filename or 'cache or output'}: no space left on the disk; free some space", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
+        sys.exit(status)
+
+
+def report_error(error: Exception, advice: str = "", quiet: bool = False) -> int:
+    """Print one line about an error the user can fix and return exit status 2; 0 for any other error.
+
+    advice: flags that need less memory. quiet: another process of this machine prints.
+    """
+    number, place = getattr(error, "errno", None), getattr(error, "filename", None)
+    if isinstance(error, InputError):
+        line = str(error)
+    elif isinstance(error, ModuleNotFoundError):
+        install = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt"
+        line = f"{error.name}: not installed; run `{install}`"
+    elif number == errno.ENOSPC:
+        line = f"{place or 'cache or output'}: no space left on the disk; free some space"
+    elif number in (errno.EACCES, errno.EPERM, errno.EROFS) and place:
+        line = f"{place}: {os.strerror(number).lower()}; make it readable and writable"
+    elif out_of_memory(error):
         request = re.search(r"ried to allocate [\d.]+ \w+", str(error))
-        detail = f" (t{request[0]})" if request else ""
-        advice = memory_advice(args, world)
         fix = f"{advice} needs less" if advice else "take a smaller model or a larger GPU"
-        print(f"out of memory{detail}; {fix}", file=sys.stderr)
-        sys.exit(2)
-
-
-def exit_uninstalled(package: str) -> None:
-    """End with one line where a package is missing."""
-    install = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt"
-    print(f"{package}: not installed; run `{install}`", file=sys.stderr)
-    sys.exit(2)
+        line = f"out of memory{f' (t{request[0]})' if request else ''}; {fix}"
+    else:
+        return 0
+    if not (quiet and isinstance(error, InputError)):
+        print(line, file=sys.stderr)
+    return 2
 
 
 def check_launch(shard_base: bool, world_size: int) -> None:
@@ -371,128 +397,103 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
     Stop(world)
     if args.json:
         check_writable(args.json)
-    inputs = read_inputs(args)
-    print_survey(inputs.survey)
-    report = dict(inputs.survey)
-    folder = local_model(args.model) or cached_model(args.model)
+    inputs = find_inputs(args)
+    folder = model_on_disk(args.model)
     if folder:
-        headers, config = read_headers(args.model, folder), read_config(args.model, folder)
-        check_base(args.model, config, headers)
-        check_sizes(args, config)
-        choose_targets(args.lora_target_modules, headers)
-        encode = load_encoder(args.model, folder, args.chat_format)
-        data = prepare_data(args, world, inputs.train_files, inputs.eval_files, encode)
+        base = find_base(args, folder)
+        data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
         print_data(args, world, data)
-        config = plan_config(config, headers)
+        config = plan_config(base.config, base.headers)
         plan = print_memory_plan(args, world, config, data.counts, capacity=24, device="a 24 GiB GPU")
-        report |= data.counts | {
-            "memory_gib": plan,
-            "advice": advise(args, world, data.counts),
-            "warnings": report["warnings"] + data.warnings,
-        }
-        print_rows(data.train_rows, args.preview, encode.tokenizer)
+        minutes = print_time_plan(args, world, config, data.counts)
+        report = data.counts | {"memory_gib": plan, "minutes": minutes, "advice": advise(args, world, data.counts)}
+        found = data.warnings
+        print_rows(data.train_rows, args.preview, base.encode.tokenizer)
     else:
+        report, found, _ = read_data(inputs.train_files | inputs.eval_files, args)
+        print_survey(report)
+        print_warnings(found)
+        local_model(args.model)
         print_field("tokens", f"{args.model} is not on this machine yet; tokens, rows and steps need its tokenizer")
     if args.json:
-        names = ("file", "line", "kind", "text")
-        report["warnings"] = [dict(zip(names, warning, strict=True)) for warning in report["warnings"]]
-        write_json(args.json, report)
+        write_json(args.json, report | {"warnings": [warning._asdict() for warning in found]})
 
 
 def train(args: argparse.Namespace, world: World) -> None:
     """The documented run in four steps: prepare the data, load the model, fit, finish."""
     stop = Stop(world)
-    inputs = read_inputs(args)  # errors in the data appear now, before slow imports
+    inputs = find_inputs(args)
+    if not model_on_disk(args.model):
+        read_data(inputs.train_files | inputs.eval_files, args)  # shows errors in the data before a download
     lock = claim_output(args.output, args.resume, args.overwrite) if not world.rank else None
-    print_survey(inputs.survey)
-    flags = ("--cuda-alloc-expandable", "--no-cuda-alloc-expandable", "--max-split-size-mb")
-    set_allocator(
-        args.cuda_alloc_expandable, args.max_split_size_mb, quiet=not any(a.startswith(flags) for a in sys.argv)
-    )
-    print_field("starting", "torch, transformers and peft")
-    load_libraries()
-    device = choose_device(args, world)
-    base = find_base(args)
-
-    if args.init_adapter:
-        check_ancestor(args.init_adapter, base)
+    base = find_base(args, *resolve_model(args.model))
     data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
     print_data(args, world, data)
+    check_steps(args, world, data.counts)
+
+    device = start_torch(args, world)
+    check_weights(args.model, base)
+    tokenizer = load_tokenizer(args.model, base.folder, base.encode)
     if device.type == "cuda":
-        card = torch.cuda.get_device_properties(device)
-        config = plan_config(base.config.to_dict(), base.headers)
+        card, config = torch.cuda.get_device_properties(device), plan_config(base.config, base.headers)
         print_memory_plan(args, world, config, data.counts, card.total_memory / 2**30, card.name)
 
     record = run_record(args, base, inputs, data.counts)
     checkpoint = None
-    check_steps(args, world, data.counts)
     if not world.rank:
         if args.resume:
             checkpoint = resume_point(args.output, record, args.force_resume)
         else:
             clear_output(args.output)
-    model, planned = load_model(args, world, base, data.train_rows, device)
+    model, batches = load_model(args, base, data.train_rows, device)
     prompts = find_prompts(inputs.prompts, data, base.encode)
-    trainer = fit(planned, world, base, data, prompts, model, record, checkpoint, stop)
+    trainer = make_trainer(args, world, batches, model, tokenizer, data.train_rows, data.eval_rows, prompts, stop)
+    fit(args, world, trainer, data, record, checkpoint)
     if lock:
-        finish(args, record, trainer, base.config)
+        finish(args, record, trainer, base.folder)
         lock.close()
     trainer.accelerator.end_training()
 
 
-def read_inputs(args: argparse.Namespace) -> Inputs:
-    """Find and check all input files; InputError that lists what is wrong in them."""
-    train_files, eval_files = find_files(args.train_files), find_files(args.eval_files)
-    prompts = read_prompts(args.sample_prompts)
-    return Inputs(train_files, eval_files, survey(train_files | eval_files, args.input_format, args.skip_bad), prompts)
+def find_inputs(args: argparse.Namespace) -> Inputs:
+    """Find all input files; InputError where one is missing or empty."""
+    return Inputs(find_files(args.train_files), find_files(args.eval_files), read_prompts(args.sample_prompts))
 
 
 def prepare_data(
     args: argparse.Namespace, world: World, train_files: dict[str, str], eval_files: dict[str, str], encode: Encoder
 ) -> Data:
-    """Encode, hold out and pack files {name: sha256}; InputError where nothing would be trained."""
-    both = train_files.keys() & eval_files.keys()
-    samples, found, tally = encode_files({f: d for f, d in train_files.items() if f not in both}, args, encode)
-    digests, tokens, trained, part = measure(samples)
-    eval_samples, eval_tokens, eval_tally = samples, tokens, dict.fromkeys(tally, 0)
+    """Read, encode, hold out and pack files {name: sha256}; InputError where nothing would be trained."""
+    found, warned, samples = read_data(train_files | eval_files, args, encode)
+    digests, tokens, trained, part, for_eval = measure(samples, eval_files)
+    both = [file for file in train_files if file in eval_files]
+    warned += [DataWarning(file, 1, "held out", "also in --eval-files: not trained on") for file in both]
     if eval_files:
-        eval_samples, eval_found, eval_tally = encode_files(eval_files, args, encode)
-        eval_digests, eval_tokens, eval_trained, _ = measure(eval_samples)
-        held_out, evaluated = np.isin(digests, eval_digests), np.arange(len(eval_tokens))
-        found = found + eval_found + [(file, 1, "held out", "also in --eval-files: not trained on") for file in both]
-        found += warn_held_out(samples, held_out)
+        copies = ~for_eval & np.isin(digests, digests[for_eval])
+        warned += warn_held_out(samples, copies)
     else:
-        held_out = hold_out(digests, args.eval_fraction, args.seed)
-        evaluated = np.flatnonzero(held_out)
-        if args.eval_fraction and not len(evaluated):
-            found += [(next(iter(train_files)), 1, "held out", "nothing is: the data is one conversation")]
-    chosen = np.flatnonzero(~held_out)
-
-    if args.early_stopping and not len(evaluated):
-        raise InputError(
-            f"--early-stopping {args.early_stopping}: nothing is held out; use --eval-fraction or --eval-files"
-        )
-
-    if len(evaluated) and args.save_steps % args.eval_steps:
-        problem = f"--save-steps {args.save_steps}: must be a multiple of --eval-steps {args.eval_steps}"
-        raise InputError(f"{problem}; change one of them")
-
+        for_eval, copies = hold_out(digests, args.eval_fraction, args.seed), np.zeros_like(for_eval)
+        if args.eval_fraction and not for_eval.any():
+            warned.append(
+                DataWarning(next(iter(train_files)), 1, "held out", "nothing is: the data is one conversation")
+            )
+    chosen, evaluated = np.flatnonzero(~for_eval & ~copies), np.flatnonzero(for_eval)
+    check_evaluation(args, len(evaluated))
     too_long = f"no answer fits into --max-length {args.max_length}"
     if not trained[chosen].sum():
-        why = "all of it is in --eval-files" if both or (len(digests) and held_out.all()) else too_long
+        why = "all of it is in --eval-files" if both or copies.any() else too_long
         raise InputError(f"{', '.join(train_files)}: nothing to train on; {why}")
-    if eval_files and not eval_trained.sum():
+    if eval_files and not trained[evaluated].sum():
         raise InputError(f"{', '.join(eval_files)}: nothing to evaluate; {too_long}")
 
     train_rows = make_rows(samples, chosen, tokens, args)
-    eval_rows = make_rows(eval_samples, evaluated, eval_tokens, args) if len(evaluated) else None
+    eval_rows = make_rows(samples, evaluated, tokens, args) if len(evaluated) else None
     rows_per_step = args.train_batch_size * args.grad_accum * world.size
     steps_per_epoch = -(-len(train_rows) // rows_per_step)
-    tally = {name: count + eval_tally[name] for name, count in tally.items()}
     trained_on = int(np.count_nonzero(part[chosen] == 0))
-    counts = tally | {
+    counts = found | {
         "trained_on": trained_on,
-        "held_out": tally["conversations"] - tally["dropped"] - trained_on,
+        "held_out": found["conversations"] - found["dropped"] - trained_on,
         "tokens": int(tokens[chosen].sum()),
         "trained_tokens": int(trained[chosen].sum()),
         "rows": len(train_rows),
@@ -501,15 +502,25 @@ def prepare_data(
         "steps_per_epoch": steps_per_epoch,
         "steps": int(np.ceil(args.epochs * steps_per_epoch)),
     }
-    return Data(train_rows, eval_rows, tokens[chosen], counts, found)
+    return Data(train_rows, eval_rows, tokens[chosen], counts, warned)
 
 
-def load_model(args: argparse.Namespace, world: World, base: Base, train_rows: Rows, device: torch.device):
-    """(the frozen base with trainable adapters and a loss on trained tokens, the flags with the batches of its plan)."""
+def check_evaluation(args: argparse.Namespace, held_out: int) -> None:
+    """Refuse flags that need held-out samples where there are none, or evaluations at each checkpoint."""
+    if args.early_stopping and not held_out:
+        problem = "nothing is held out; use --eval-fraction or --eval-files"
+        raise InputError(f"--early-stopping {args.early_stopping}: {problem}")
+    if held_out and args.save_steps % args.eval_steps:
+        problem = f"--save-steps {args.save_steps}: must be a multiple of --eval-steps {args.eval_steps}"
+        raise InputError(f"{problem}; change one of them")
+
+
+def load_model(args: argparse.Namespace, base: Base, train_rows: Rows, device: torch.device):
+    """(the frozen base with trainable adapters and a loss on trained tokens, the batches of a step)."""
     transformers.set_seed(args.seed)
     print_field("loading", args.model)
     model = load_base(args, base.folder, device)
-    check_head(model, base.config.vocab_size)
+    check_head(model)
     install_chunked_loss(model)
     model = add_lora(model, args, base.targets, base.revision)
     if args.shard_base:
@@ -519,11 +530,8 @@ def load_model(args: argparse.Namespace, world: World, base: Base, train_rows: R
     return model, plan_micro_steps(model, train_rows, args)
 
 
-def fit(
-    args, world, base: Base, data: Data, prompts: list[Prompt], model, record: dict, checkpoint: str | None, stop: Stop
-):
-    """Evaluate, train, evaluate; fills record["results"] and returns the Trainer. Exits on a signal."""
-    trainer = make_trainer(args, world, model, base.tokenizer, data.train_rows, data.eval_rows, prompts, stop)
+def fit(args, world: World, trainer, data: Data, record: dict, checkpoint: str | None) -> None:
+    """Evaluate, train, answer; fills record["results"]. Exits on a signal."""
     # Only the first process has read the checkpoint folder.
     checkpoint, results = accelerate.utils.broadcast_object_list([checkpoint, record.get("results") or {}])
     record["results"] = results
@@ -532,46 +540,40 @@ def fit(
         if data.eval_rows:
             print_field("before", f"the loss of {plural(data.counts['held_out'], 'held-out conversation')}")
             results["eval_loss_before"] = trainer.evaluate()["eval_loss"]
-        if prompts:
-            print_field("before", f"the answers to {plural(len(prompts), 'question')}")
-        results["samples"] = {"before": generate_answers(model, base.tokenizer, prompts)}
+        results["samples"] = {"before": trainer.answer("before")}
         trainer.evaluation_seconds = time.monotonic() - began
         if not world.rank:
             write_json(args.output / RECORD, record)
             write_samples(args.output / "samples.md", args.name, "Before training", results["samples"]["before"])
 
-    stop.finish_step_first = True
+    trainer.stop.finish_step_first = True
     transformers.set_seed(args.seed)  # the same random numbers whether or not an evaluation came first
     began = time.monotonic()
     train_within_memory(trainer, checkpoint, args.output, world)
-    results |= {
-        "seconds": round(time.monotonic() - began),
-        "resumed": bool(checkpoint),
-        "device": device_name(model.device),
-    }
-    state = trainer.state
-    if stop.agreed and state.global_step < state.max_steps:
-        print(f"stopped at step {state.global_step} of {state.max_steps}; continue with:\n  {resume_command(world)}")
+    seconds, device = round(time.monotonic() - began), device_name(trainer.model.device)
+    results |= {"seconds": seconds, "resumed": bool(checkpoint), "device": device}
+    if trainer.state.global_step < trainer.state.max_steps:
+        explain_early_end(trainer.state, trainer.stop, args.early_stopping, world)
+    results["samples"]["after"] = trainer.answer("after")
+
+
+def explain_early_end(state, stop: Stop, early_stopping: int | None, world: World) -> None:
+    """Say why training has ended before its last step; exit if a signal has ended it."""
+    at = f"at step {state.global_step} of {state.max_steps}"
+    if stop.agreed:
+        print(f"stopped {at}; continue with:\n  {resume_command(world)}")
         sys.exit(128 + stop.agreed)
-    if args.early_stopping and state.global_step < state.max_steps:
-        without = (
-            f"{plural(args.early_stopping, 'evaluation')} without a better held-out loss than {state.best_metric:.4f}"
-        )
-        print_field(
-            "stopped", f"at step {state.global_step} of {state.max_steps}: {without} at step {state.best_global_step}"
-        )
-    if prompts:
-        print_field("after", f"the answers to {plural(len(prompts), 'question')}")
-    results["samples"]["after"] = generate_answers(model, base.tokenizer, prompts)
-    return trainer
+    if early_stopping:
+        without = f"{plural(early_stopping, 'evaluation')} without a better held-out loss than {state.best_metric:.4f}"
+        print_field("stopped", f"{at}: {without} at step {state.best_global_step}")
 
 
-def finish(args: argparse.Namespace, record: dict, trainer, config) -> None:
+def finish(args: argparse.Namespace, record: dict, trainer, base_folder: str) -> None:
     """Write the adapter (the best by held-out loss), its record, card and loss curve; print what to type next."""
     state, results, data = trainer.state, record["results"], record["data"]
     check_learned(trainer.model, args.learning_rate, state.global_step)
     trainer.save_model(str(args.output))
-    config.save_pretrained(args.output)
+    transformers.AutoConfig.from_pretrained(base_folder).save_pretrained(args.output)
     results["steps"] = state.global_step
     if state.best_metric is not None:
         results |= {"eval_loss_after": state.best_metric, "best_step": state.best_global_step}
@@ -594,17 +596,19 @@ def finish(args: argparse.Namespace, record: dict, trainer, config) -> None:
 class ChatFormat(NamedTuple):
     """The text that wraps each turn. Training ids, the Jinja template and Ollama's TEMPLATE all come from it."""
 
-    header: str  # opens a turn; with role=assistant it also prompts the model to answer
-    turn_end: str  # closes a system or user turn
-    answer_end: str  # closes an assistant turn; its end token is trained
+    before: dict[str, str]  # by role: opens a turn; the assistant's also prompts the model to answer
+    after: dict[str, str]  # by role: closes a turn; the assistant's contains the end token, which is trained
     eos_token: str  # the token with which the model ends its answer
+    answer_start: str = ""  # opens an answer but is not in the prompt, so it is trained: Mistral's blank
+    no_system: str = ""  # opens a conversation that has no system turn
+    folds_system: bool = False  # the system turn opens the first user turn, which then has no text before it
 
 
+# {name: (before a turn, after a turn, after an answer, end token)}; {eos} is the end token of the base's tokenizer.
 FORMATS = {
-    # Readable tags that need no new tokens; {eos} is the end token of the base's own tokenizer.
-    "dolores": ChatFormat("<|{role}|>\n", "\n", "{eos}\n", "{eos}"),
-    "llama3": ChatFormat("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>", "<|eot_id|>"),
-    "chatml": ChatFormat("<|im_start|>{role}\n", "<|im_end|>\n", "<|im_end|>\n", "<|im_end|>"),
+    "dolores": ("<|{role}|>\n", "\n", "{eos}\n", "{eos}"),  # readable tags that need no new tokens
+    "llama3": ("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>{role}\n", "<|im_end|>\n", "<|im_end|>\n", "<|im_end|>"),
 }
 
 
@@ -613,15 +617,20 @@ class Vocabulary(NamedTuple):
 
     backend_tokenizer: Any  # tokenizers.Tokenizer
     eos_token: str | None
+    bos_token: str | None = None
+    chat_template: str | None = None  # the base's own
 
 
 def chat_format(name: str, vocabulary: Vocabulary) -> ChatFormat:
-    """The named format with this vocabulary's end token; InputError where the vocabulary lacks it."""
-    chat = ChatFormat(*(part.replace("{eos}", vocabulary.eos_token or "") for part in FORMATS[name]))
-    if chat.eos_token not in special_tokens(vocabulary):
-        problem = f"the model's vocabulary has no end token {chat.eos_token!r}"
+    """The named format with this vocabulary's end token; InputError where the two do not fit."""
+    if name == "base":
+        return base_format(vocabulary)
+    before, after, answer_end, eos = (part.replace("{eos}", vocabulary.eos_token or "") for part in FORMATS[name])
+    if eos not in special_tokens(vocabulary):
+        problem = f"the model's vocabulary has no end token {eos!r}"
         raise InputError(f"--chat-format {name}: {problem}; choose another format")
-    return chat
+    opening = {role: before.replace("{role}", role) for role in ROLES}
+    return ChatFormat(opening, {"system": after, "user": after, "assistant": answer_end}, eos)
 
 
 def special_tokens(vocabulary: Vocabulary) -> dict[str, int]:
@@ -630,25 +639,153 @@ def special_tokens(vocabulary: Vocabulary) -> dict[str, int]:
     return {token.content: token_id for token_id, token in added.items() if token.special}
 
 
+# Consecutive messages of one role are one turn, as in the training data and in Ollama.
+CHAT_TEMPLATE = """\
+{%- set before = @before@ %}
+{%- set after = @after@ %}
+{%- for message in messages %}
+    {%- set role = message['role'] if message['role'] in before else 'user' %}
+    {%- set previous = messages[loop.index0 - 1]['role'] if loop.index0 else '' %}
+    {%- if message['role'] == previous %}
+        {{- '\\n\\n' }}
+    {%- elif not (@folds_system@ and role == 'user' and previous == 'system') %}
+        {{- before[role] }}
+    {%- endif %}
+    {{- message['content'] }}
+    {%- if loop.last or messages[loop.index0 + 1]['role'] != message['role'] %}
+        {{- after[role] }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- @prompt@ }}
+{%- endif %}"""
+
+
 def chat_template(chat: ChatFormat, adds_bos: bool = False) -> str:
     """The format as a Jinja template: it renders the text that training sees.
 
     adds_bos: whether the tokenizer puts a BOS token before a text. Then the template writes it, because whoever calls
     tokenizer.apply_chat_template, such as a chat server, adds no special tokens to the rendered text.
     """
-    before, after = (json.dumps(part, ensure_ascii=False) for part in chat.header.split("{role}"))
-    turn_end, answer_end = (json.dumps(part, ensure_ascii=False) for part in (chat.turn_end, chat.answer_end))
-    bos = "{{ bos_token }}" if adds_bos else ""
-    # Consecutive messages of one role are one turn, as in the training data and in Ollama.
-    return (
-        f"{bos}{{% for message in messages %}}"
-        "{% if loop.first or messages[loop.index0 - 1]['role'] != message['role'] %}"
-        f"{{{{ {before} + message['role'] + {after} }}}}{{% else %}}{{{{ '\\n\\n' }}}}{{% endif %}}"
-        "{{ message['content'] }}"
-        "{% if loop.last or messages[loop.index0 + 1]['role'] != message['role'] %}"
-        f"{{{{ {answer_end} if message['role'] == 'assistant' else {turn_end} }}}}{{% endif %}}{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{{{{ {json.dumps(chat.header.format(role='assistant'))} }}}}{{% endif %}}"
+    prompt = chat.before["assistant"]
+    values = {
+        "before": {**chat.before, "assistant": prompt + chat.answer_start},
+        "after": chat.after,
+        "folds_system": chat.folds_system,
+        "prompt": prompt,
+    }
+    template = re.sub("@([a-z_]+)@", lambda found: json.dumps(values[found[1]], ensure_ascii=False), CHAT_TEMPLATE)
+    if chat.no_system:
+        text = json.dumps(chat.no_system, ensure_ascii=False)
+        template = f"{{%- if messages[0]['role'] != 'system' %}}{{{{ {text} }}}}{{%- endif %}}\n{template}"
+    return f"{{{{- bos_token }}}}\n{template}" if adds_bos else template
+
+
+def base_format(vocabulary: Vocabulary) -> ChatFormat:
+    """The layout of the base's own chat template; InputError where this program would write another prompt.
+
+    What a template writes only where no answer is to follow is no part of a prompt: Phi-3's `<|endoftext|>` at the end,
+    Qwen 3's empty `<think>` block before the last answer.
+    """
+    from jinja2 import TemplateError
+
+    fitting = [name for name, parts in FORMATS.items() if parts[-1] in ("{eos}", *special_tokens(vocabulary))]
+    hint = f"cannot follow the base's chat template: {{error}}; use --chat-format {fitting[-1]}"
+    with explain("--chat-format base", hint, TemplateError, TypeError):
+        if not vocabulary.chat_template:
+            raise TemplateError("it has none")
+        theirs = chat_renderer(vocabulary.chat_template, vocabulary)
+        chat, takes_system = derive_format(theirs, vocabulary)
+        ours = chat_renderer(chat_template(chat), vocabulary)
+        for messages in probe_conversations(with_system=takes_system):
+            wanted, got = theirs(messages), ours(messages)
+            if wanted != got:
+                at = next(i for i in range(len(wanted) + 1) if wanted[: i + 1] != got[: i + 1])
+                raise TemplateError(f"it writes {wanted[at : at + 40]!r} where we would write {got[at : at + 40]!r}")
+    if not takes_system:
+        print_field("format", "the base's template takes no system turn: its text opens the first user turn")
+    return chat
+
+
+def derive_format(render: Callable, vocabulary: Vocabulary) -> tuple[ChatFormat, bool]:
+    """A format from the texts that a template puts around turns, and whether the template takes a system turn."""
+    from jinja2 import TemplateError
+
+    def around(*roles: str, prompt: bool = True) -> list[str]:
+        """The texts before, between and after turns of these roles."""
+        texts = re.split("⟪.⟫", render([{"role": role, "content": f"⟪{role[0]}⟫"} for role in roles], prompt))
+        if len(texts) != len(roles) + 1:
+            raise TemplateError("it leaves out or repeats a turn")
+        return texts
+
+    opening, to_answer, to_user, _ = around("user", "assistant", "user")
+    prompt = around("user")[-1]
+    user_end, answer_end = around("user", prompt=False)[-1], around("user", "assistant", prompt=False)[-1]
+    if not to_user.startswith(answer_end):  # Phi-3 closes a whole conversation with one more end token
+        user_end, answer_end = (end.removesuffix(vocabulary.eos_token or "") for end in (user_end, answer_end))
+    before_user = to_user.removeprefix(answer_end)
+    takes_system = True
+    try:
+        before_system, system_end, _ = around("system", "user")
+    except TemplateError:  # Gemma 2
+        before_system, system_end, takes_system = before_user, "\n\n", False
+    folds_system = before_system == before_user
+    ends = [token for token in special_tokens(vocabulary) if token in answer_end]
+    if not ends:
+        raise TemplateError("it ends an answer without a control token")
+    if not before_user:
+        raise TemplateError("it puts nothing before a user turn")
+    if re.search(r'\{\{|"""', f"{opening}{before_system}{system_end}{to_answer}{to_user}"):
+        raise TemplateError("it has two braces or three quotes, which a Modelfile cannot hold")
+    chat = ChatFormat(
+        {"system": before_system, "user": before_user, "assistant": prompt.removeprefix(user_end)},
+        {
+            "system": system_end if folds_system else system_end.removesuffix(before_user),
+            "user": user_end,
+            "assistant": answer_end,
+        },
+        eos_token=min(ends, key=answer_end.index),
+        answer_start=to_answer.removeprefix(prompt),
+        no_system=opening.removesuffix(before_user),
+        folds_system=folds_system,
     )
+    return chat, takes_system
+
+
+def probe_conversations(with_system: bool) -> Iterator[list[dict[str, str]]]:
+    """Conversations that await an answer: with and without a system turn, one to three questions, unusual texts."""
+    texts = ("Qui es-tu ?", "« L'été »\n\n\n{{ x }} {% y %} 🙂 日本", "a  b\tc <|user|> [INST] </s>", "-")
+    for system, questions, first in product(range(1 + with_system), (1, 2, 3), range(len(texts))):
+        roles = ["system"] * system + ["user", "assistant"] * questions
+        yield [{"role": role, "content": texts[(first + i) % len(texts)]} for i, role in enumerate(roles[:-1])]
+
+
+def chat_renderer(template: str, vocabulary: Vocabulary) -> Callable[..., str]:
+    """A function that renders messages as transformers does, without the BOS token that the tokenizer adds itself."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def fail(message: str):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    # Training and a runtime on another day would see different text.
+    environment.globals |= {"raise_exception": fail, "strftime_now": lambda _: fail("it writes today's date")}
+    # transformers has a tag {% generation %} that marks answers and renders nothing.
+    template = re.sub(
+        r"(\{%[-+]?\s*)(end)?generation\b", lambda tag: tag[1] + ("endif" if tag[2] else "if true"), template
+    )
+    compiled = environment.from_string(template)
+    tokens = {key: getattr(vocabulary, key) or "" for key in ("bos_token", "eos_token")}
+    bos = tokens["bos_token"] if vocabulary.backend_tokenizer.encode("").ids else ""
+
+    def render(messages: list[dict[str, str]], prompt: bool = True) -> str:
+        text = compiled.render(messages=messages, add_generation_prompt=prompt, tools=None, documents=None, **tokens)
+        return text.removeprefix(bos)
+
+    return render
 
 
 # ---- Text -> turns -------------------------------------------------------------------------------
@@ -661,6 +798,15 @@ class Turn(NamedTuple):
     content: str  # stripped: white space at its edges would merge with the format's own tokens
     line: int
     trained: bool = True  # False: this answer is only context for the next ones
+
+
+class DataWarning(NamedTuple):
+    """Something in the data that is probably a mistake, or that was left out."""
+
+    file: str
+    line: int
+    kind: str
+    text: str
 
 
 class Conversation(NamedTuple):
@@ -690,39 +836,37 @@ SHAREGPT = {"human": "user", "gpt": "assistant"}
 TOOL_ROLES = {"tool", "function", "ipython", "observation", "tool_call", "tool_calls", "function_call", "tool_response"}
 # Tokens with which other formats end a turn or a text.
 END_TOKENS = ("<|end|>", "<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|eom_id|>", "</s>", "<end_of_turn>", "<eos>")
+# Other encodings than UTF-8, by the first bytes of a file: a byte order mark, or the zero bytes of ASCII characters.
+ENCODINGS = {"UTF-32": re.compile(rb"\xff\xfe\0\0"), "UTF-16": re.compile(rb"\xff\xfe|\xfe\xff"),
+             "UTF-16BE": re.compile(rb"\0[^\0]\0"), "UTF-16LE": re.compile(rb"[^\0]\0[^\0]\0")}  # fmt: skip
 FENCE = re.compile(r"^ {0,3}```", re.MULTILINE)
 NOT_CLOSED = "this turn is not closed; end it with <|im_end|>"
 NO_TOOLS = "tool turns cannot be trained on; delete them, or write the tool's result into a user turn"
 
 
 def find_files(patterns: list[str]) -> dict[str, str]:
-    """{name: sha256} of the files that these paths and globs name, in order, each once."""
-    names = []
+    """{name: sha256} of the files that these paths, folders and globs name, in order, each once."""
+    found: dict[str, str] = {}
     for pattern in patterns:
         matches = [] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        for name in matches or [pattern]:
-            names += files_in(name) if os.path.isdir(name) else [name]
-    for name in names:
-        if not os.path.isfile(name):
-            raise InputError(f"{name}: no such file; give the path of a data file or a glob that matches one")
-        try:
-            with open(name, "rb") as file:
-                empty = not file.read(1)
-        except OSError as error:
-            raise InputError(f"{name}: cannot be read ({error.strerror}); make it readable") from None
-        if empty:
-            raise InputError(f"{name}: the file is empty; write dialogues into it (README, data format)")
-    return {name: sha256(name) for name in dict.fromkeys(names)}
+        for match in matches or [pattern]:
+            for name in files_in(match) if os.path.isdir(match) else [match]:
+                if not os.path.isfile(name):
+                    raise InputError(f"{name}: no such file; give the path of a data file or a glob that matches one")
+                try:
+                    found[name] = found.get(name) or sha256(name)
+                except OSError as error:
+                    raise InputError(f"{name}: cannot be read ({error.strerror}); make it readable") from None
+                if not os.path.getsize(name):
+                    raise InputError(f"{name}: the file is empty; write dialogues into it (README, data format)")
+    return found
 
 
 def files_in(folder: str) -> list[str]:
     """The data files in a folder, in alphabetical order."""
     known = (".chatml", ".txt", *ROW_FILES)
-    try:
-        entries = sorted(name for name in os.listdir(folder) if name.lower().endswith(known) and name[0] != ".")
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be read ({error.strerror}); make it readable") from None
-    found = [path for path in (os.path.join(folder, name) for name in entries) if os.path.isfile(path)]
+    names = sorted(name for name in os.listdir(folder) if name.lower().endswith(known) and name[0] != ".")
+    found = [path for path in (os.path.join(folder, name) for name in names) if os.path.isfile(path)]
     if not found:
         raise InputError(f"{folder}: no data file in this folder; their names end in {', '.join(known)}")
     return found
@@ -750,7 +894,9 @@ def read_conversations(
         for turns in reader(file, warn):
             found = True
             if problems := find_problems(turns):
-                (refuse or raise_first)(file, problems)
+                if not refuse:
+                    raise InputError("{}:{}: {}".format(file, *problems[0]))
+                refuse(file, problems)
             else:
                 yield build_conversation(turns, file, warn)
         if not found:
@@ -768,12 +914,6 @@ def detect_format(file: str) -> str:
         return "chatml"
     by_name = ROW_FILES.get(os.path.splitext(file)[1].lower())
     return by_name or ("JSON" if re.match(rb'\{\s*["}]|\[\s*[{\]]', start) else "chatml")
-
-
-def raise_first(file: str, problems: list[tuple[int, str]]) -> None:
-    """InputError for the first error of a conversation."""
-    line, text = problems[0]
-    raise InputError(f"{file}:{line}: {text}")
 
 
 def read_chatml(file: str, warn: Warn) -> Iterator[list[Turn]]:
@@ -883,33 +1023,22 @@ def conversion_hint(file: str) -> str:
     """How to save a file as UTF-8, with its encoding and the command where its first 16 MiB show which it is."""
     with open(file, "rb") as source:
         raw = source.read(1 << 24)
-    encoding = None
-    if raw.startswith(codecs.BOM_UTF32_LE):
-        encoding = "UTF-32"
-    elif raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "UTF-16"
-    elif raw[:1] == raw[2:3] == b"\0" != raw[1:2]:
-        encoding = "UTF-16BE"
-    elif raw[1:2] == raw[3:4] == b"\0" != raw[:1]:
-        encoding = "UTF-16LE"
-    elif looks_like_windows_1252(raw):
-        encoding = "WINDOWS-1252"
+    shown = (name for name, start in ENCODINGS.items() if start.match(raw))
+    encoding = next(shown, "Windows-1252" if looks_like_windows_1252(raw) else None)
     if not encoding:
         return "; save the file as UTF-8"
     stem, suffix = os.path.splitext(file)
     command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(file)} > {shlex.quote(f'{stem}.utf8{suffix}')}"
-    return f", it looks like {encoding.title() if 'W' in encoding else encoding}; convert it with {command}"
+    return f", it looks like {encoding}; convert it with {command}"
 
 
 def looks_like_windows_1252(raw: bytes) -> bool:
     """More bytes that UTF-8 does not allow than characters that it does, and all of them have a meaning there."""
     good = [character for character in raw.decode("utf-8", "ignore") if character > "\x7f"]
     bad = len(raw.translate(None, bytes(range(128)))) - len("".join(good).encode())
-    try:
-        raw.decode("cp1252")
-    except UnicodeDecodeError:
-        return False
-    return bad > len(good) and not re.search(rb"\xed[\xa0-\xbf][\x80-\xbf]", raw)  # that is a surrogate
+    undefined = raw.translate(None, bytes(set(range(256)) - {0x81, 0x8D, 0x8F, 0x90, 0x9D}))
+    surrogate = re.search(rb"\xed[\xa0-\xbf][\x80-\xbf]", raw)
+    return bad > len(good) and not undefined and not surrogate
 
 
 def read_lines(file: str) -> Iterator[tuple[int, str]]:
@@ -1000,9 +1129,9 @@ def find_messages(record: dict) -> Any:
         return messages
     if "prompt" in record and "completion" in record:
         sides = (("user", record["prompt"]), ("assistant", record["completion"]))
-        return list(
-            chain(*(text if isinstance(text, list) else [{"role": role, "content": text}] for role, text in sides))
-        )
+        return [
+            m for role, text in sides for m in (text if isinstance(text, list) else [{"role": role, "content": text}])
+        ]
     if "instruction" in record and "output" in record:
         parts = [part for part in (record["instruction"], record.get("input")) if part]
         question = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else None
@@ -1018,22 +1147,21 @@ def message_turn(message: Any, row: int) -> Turn:
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
 
-    def wrong(problem: str) -> Turn:
-        return Turn("error", problem, row)
-
     weight = message.get("weight")  # OpenAI's: 0 for an answer that is only context
     role, trained = ROLE_NAMES.get(SHAREGPT.get(name, name), ("", False)) if isinstance(name, str) else ("", False)
     if message.get("tool_calls") or message.get("function_call"):
-        return wrong(NO_TOOLS)
-    if not role:
-        return wrong(unknown_role(name))
-    if not isinstance(content, str):
-        return wrong(f"the content of a {role} message is not text; only text can be trained on")
-    if re.search("[\ud800-\udfff]", content):
-        return wrong(f"a lone surrogate in a {role} message; repair the text's encoding")
-    if weight not in (None, 0, 1):
-        return wrong(f"unknown weight {shorten(weight)}; write 1 for a trained answer, 0 for one that is only context")
-    return Turn(role, content.strip(), row, trained and (role != "assistant" or weight != 0))
+        problem = NO_TOOLS
+    elif not role:
+        problem = unknown_role(name)
+    elif not isinstance(content, str):
+        problem = f"the content of a {role} message is not text; only text can be trained on"
+    elif re.search("[\ud800-\udfff]", content):
+        problem = f"a lone surrogate in a {role} message; repair the text's encoding"
+    elif weight not in (None, 0, 1):
+        problem = f"unknown weight {shorten(weight)}; write 1 for a trained answer, 0 for one that is only context"
+    else:
+        return Turn(role, content.strip(), row, trained and (role != "assistant" or weight != 0))
+    return Turn("error", problem, row)
 
 
 def read_records(file: str) -> Iterator[tuple[int, Any]]:
@@ -1120,31 +1248,21 @@ def find_problems(turns: list[Turn]) -> list[tuple[int, str]]:
     known = all(contents) and all(trains) and "error" not in roles and "user" in roles and "assistant" in roles
     if known and roles.index("user") < roles.index("assistant"):
         return []  # almost always
-    wrong, empty, first, answers, context = [], [], "", 0, 0
-    for role, content, line, trained in turns:
-        if role == "error":
-            wrong.append((line, content))
-        elif role != "system":
-            first = first or role
-            if role == "assistant":
-                answers += 1
-                context += not trained
-            if not content:
-                empty.append((line, f"empty {role} turn; fill it or delete it"))
+    wrong = [(turn.line, turn.content) for turn in turns if turn.role == "error"]
+    spoken = [turn for turn in turns if turn.role != "system"]
+    empty = [(turn.line, f"empty {turn.role} turn; fill it or delete it") for turn in spoken if not turn.content]
+    answers = [turn for turn in spoken if turn.role == "assistant"]
     if wrong or empty:
         return wrong or empty  # what an error hides would only look like another one
     if not answers:
         return [(turns[0].line, "a conversation without an assistant turn; add an answer or delete it")]
-    if first == "assistant":
-        line = next(turn.line for turn in turns if turn.role == "assistant")
-        return [(line, "the assistant speaks first; put a user turn before it")]
-    if context == answers:
+    if spoken[0].role == "assistant":
+        return [(spoken[0].line, "the assistant speaks first; put a user turn before it")]
+    if not any(turn.trained for turn in answers):
         return [(turns[0].line, "every answer is only context; let one be trained, or delete the conversation")]
-    if not context:
-        return []
     problem = "neighboring answers, one trained and one only context; mark both alike or join them"
-    spoken = [turn for turn in turns if turn.content]
-    return [(b.line, problem) for a, b in pairwise(spoken) if a.role == b.role and a.trained != b.trained]
+    said = [turn for turn in turns if turn.content]
+    return [(b.line, problem) for a, b in pairwise(said) if a.role == b.role and a.trained != b.trained]
 
 
 def build_conversation(turns: list[Turn], file: str, warn: Warn) -> Conversation:
@@ -1227,6 +1345,14 @@ class Sample(NamedTuple):
     part: int  # 0 for a whole conversation or its first part
 
 
+def special_pattern(token) -> str:
+    """A regular expression for a special token, with the white space around it that the tokenizer removes (Phi-3)."""
+    return (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
+
+
+NO_SYSTEM = Turn("no system", "", 0)  # opens a conversation without a system turn
+
+
 class Encoder:
     """Turns -> token ids, so that training sees exactly the ids that a runtime will send.
 
@@ -1242,23 +1368,36 @@ class Encoder:
         self.tokenizer.no_truncation()
         self.start = self.tokenizer.encode("").ids[:1]  # BOS, if this tokenizer adds one
         self.special_ids = special_tokens(vocabulary)
-        longest_first = sorted(self.special_ids, key=len, reverse=True)
-        self.special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        added = [token for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
+        longest_first = sorted(added, key=lambda token: -len(token.content))
+        self.special = re.compile("(" + "|".join(map(special_pattern, longest_first)) + ")")
         end = self.special_ids[chat.eos_token]
-        self.before = {role: [(bit, False) for bit in self.split(chat.header.format(role=role))] for role in ROLES}
-        self.after = {role: [(bit, False) for bit in self.split(chat.turn_end)] for role in ROLES}
-        self.after["assistant"] = [(bit, bit == end) for bit in self.split(chat.answer_end)]
+        self.before = {role: [(bit, False) for bit in self.split(chat.before[role])] for role in ROLES}
+        self.after = {role: [(bit, False) for bit in self.split(chat.after[role])] for role in ROLES}
+        self.after["assistant"] = [(bit, bit == end) for bit, _ in self.after["assistant"]]
+        self.before[NO_SYSTEM.role], self.after[NO_SYSTEM.role] = (
+            [(bit, False) for bit in self.split(chat.no_system)],
+            [],
+        )
+        # SentencePiece tokenizers put a blank before each text of their own accord.
+        puts_blank = self.tokenizer.encode("a", add_special_tokens=False).tokens[:1] == ["▁a"]
+        self.answer_start = chat.answer_start.removeprefix(" ") if puts_blank else chat.answer_start
 
     def split(self, text: str) -> list[str | int]:
         """The format's text, with special tokens as ids."""
-        return [self.special_ids.get(bit, bit) for bit in self.special.split(text) if bit]
+        return [self.special_ids.get(bit.strip(), bit) for bit in self.special.split(text) if bit]
 
     def pieces(self, turns: list[Turn]) -> Iterator[tuple[str | int, bool]]:
         """Yield (text or a special token's id, whether it is trained) of a conversation."""
         yield from ((bos, False) for bos in self.start)
         text = ""  # untrained text since the last special token or answer
+        if not turns or turns[0].role != "system":
+            turns = [NO_SYSTEM, *turns]
+        previous = ""
         for role, content, _, trained in turns:
-            for piece, answer in (*self.before[role], (content, role == "assistant"), *self.after[role]):
+            before = [] if self.chat.folds_system and (previous, role) == ("system", "user") else self.before[role]
+            content, previous = self.answer_start + content if role == "assistant" else content, role
+            for piece, answer in (*before, (content, role == "assistant"), *self.after[role]):
                 if isinstance(piece, str) and not answer:
                     text += piece
                     continue
@@ -1287,93 +1426,47 @@ class Encoder:
         return samples
 
 
-# Ten million blanks make Llama 3.1's tokenizer panic. Tried only where a run begins, so in linear time.
-BLANKS = re.compile(r"(?<![^\S\r\n])[^\S\r\n]{1000000}")
+class Encoded(NamedTuple):
+    """What becomes of some conversations."""
+
+    samples: list[Sample]
+    warnings: list[DataWarning]
+    lost: dict[str, int]  # conversations split and dropped, exchanges dropped, trained tokens lost with them
+    errors: list[str]  # `place: what is wrong; fix`, with --overlong error
 
 
-def encode_conversations(
-    conversations: Iterable[Conversation],
-    encode: Encoder,
-    max_length: int,
-    overlong: str,
-    warn: Warn,
-    tally: Counter | None = None,
-) -> Iterator[list[Sample]]:
-    """Yield batches of samples; none is longer than max_length.
-
-    `tally` counts conversations, those split and dropped, dropped exchanges and the trained tokens lost with them.
-    InputError that lists the conversations over max_length if `overlong` is error.
-    """
-    tally, too_long = Counter() if tally is None else tally, []
-    for batch in batch_conversations(conversations):
-        for turns, file, _ in batch:
-            for turn in turns:
-                if len(turn.content) > 1_000_000 and BLANKS.search(turn.content):
-                    raise InputError(f"{file}:{turn.line}: a million blanks in a row; delete them")
-        samples = []
-        tally["conversations"] += len(batch)
-        for conversation, tokens in zip(batch, encode([c.turns for c in batch]), strict=True):
-            turns, file, line = conversation
-            parts = [tokens]
-            if len(tokens.input_ids) > max_length and overlong == "error":
-                problem = f"{len(tokens.input_ids)} tokens, above --max-length {max_length}"
-                too_long.append(f"{file}:{line}: {problem}; shorten it or use --overlong split")
-            elif len(tokens.input_ids) > max_length:
-                parts = handle_overlong(conversation, tokens, encode, max_length, overlong, warn, tally)
-            key = digest(turns)
-            for part, (ids, labels) in enumerate(parts):
-                samples.append(Sample(ids, labels, count_trained(labels), key, file, line, part))
-        yield samples
-    if too_long:
-        raise InputError(list_errors(too_long))
+def encode_conversations(conversations: list[Conversation], encode: Encoder, max_length: int, overlong: str) -> Encoded:
+    """The samples of these conversations, none longer than max_length; `overlong` is --overlong."""
+    samples, warned, errors = [], [], []
+    lost = Counter(split=0, dropped=0, dropped_exchanges=0, lost_trained_tokens=0)
+    for (turns, file, line), tokens in zip(conversations, encode([c.turns for c in conversations]), strict=True):
+        parts, size = [tokens], len(tokens.input_ids)
+        if size > max_length and overlong == "error":
+            problem = f"{size} tokens, above --max-length {max_length}"
+            errors.append(f"{file}:{line}: {problem}; shorten it or use --overlong split")
+        elif size > max_length:
+            parts, unfit = split_conversation(turns, encode, max_length) if overlong == "split" else ([], [])
+            parts = [part for part in parts if count_trained(part.labels)]  # the others hold only context
+            kept = sum(count_trained(part.labels) for part in parts)
+            lost["dropped"] += not parts
+            lost["split"] += len(parts) > 1
+            lost["dropped_exchanges"] += len(unfit) if parts else 0
+            lost["lost_trained_tokens"] += count_trained(tokens.labels) - kept
+            if overlong == "drop":
+                warned.append(DataWarning(file, line, "dropped", f"a conversation of {size:,} tokens"))
+            if len(parts) > 1:
+                warned.append(DataWarning(file, line, "split", f"{size:,} tokens: split into {len(parts)}"))
+            alone = "this exchange alone is longer than a row"
+            warned += [DataWarning(file, turn.line, "dropped", alone) for turn in unfit]
+        key = digest(turns)
+        for part, (ids, labels) in enumerate(parts):
+            samples.append(Sample(ids, labels, count_trained(labels), key, file, line, part))
+    return Encoded(samples, warned, lost, errors)
 
 
 def count_trained(labels: np.ndarray) -> int:
     """How many labels are trained."""
     return int(np.count_nonzero(labels != IGNORE))
-
-
-def batch_conversations(conversations: Iterable[Conversation], characters=1 << 21) -> Iterator[list[Conversation]]:
-    """Yield lists of conversations of about so many characters: enough for the tokenizer to use every core."""
-    batch, size = [], 0
-    for conversation in conversations:
-        batch.append(conversation)
-        size += sum(len(turn.content) for turn in conversation.turns)
-        if size >= characters:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def handle_overlong(
-    conversation: Conversation,
-    tokens: Tokens,
-    encode: Encoder,
-    max_length: int,
-    overlong: str,
-    warn: Warn,
-    tally: Counter,
-) -> list[Tokens]:
-    """The parts of a conversation of more than max_length tokens that are kept, as --overlong says."""
-    turns, file, line = conversation
-    parts, lost = [], []
-    if overlong == "split":
-        parts, lost = split_conversation(turns, encode, max_length)
-        parts = [part for part in parts if count_trained(part.labels)]  # the others hold only context
-    size, kept = len(tokens.input_ids), sum(count_trained(part.labels) for part in parts)
-    tally["dropped"] += not parts
-    tally["split"] += len(parts) > 1
-    tally["dropped_exchanges"] += len(lost) if parts else 0
-    tally["lost_trained_tokens"] += count_trained(tokens.labels) - kept
-    if overlong == "drop":
-        warn(file, line, "dropped", f"a conversation of {size:,} tokens")
-        return []
-    if len(parts) > 1:
-        warn(file, line, "split", f"{size:,} tokens: split into {len(parts)}")
-    for turn in lost:
-        warn(file, turn.line, "dropped", "this exchange alone is longer than a row")
-    return parts
 
 
 def split_conversation(turns: list[Turn], encode: Encoder, max_length: int) -> tuple[list[Tokens], list[Turn]]:
@@ -1424,47 +1517,130 @@ def digest(turns: list[Turn]) -> int:
 # ---- Tokens -> rows ------------------------------------------------------------------------------
 
 
-class Encoded(NamedTuple):
-    """The samples of some files, and what happened to their conversations."""
+def read_data(
+    files: dict[str, str], args: argparse.Namespace, encode: Encoder | None = None
+) -> tuple[dict[str, Any], list[DataWarning], Any]:
+    """Read and check files {name: sha256} and, given an encoder, encode them in the same pass.
 
-    samples: Any  # a memory-mapped datasets.Dataset; its columns are the fields of Sample
-    warnings: list  # (file, line, kind, text)
-    tally: dict[str, int]  # of encode_conversations, and how many conversations --skip-bad has skipped
-
-
-def encode_files(files: dict[str, str], args: argparse.Namespace, encode: Encoder) -> Encoded:
-    """The samples of these files {name: sha256}.
-
-    A second start with the same files, tokenizer, format and
-    length finds them in the cache.
+    Returns counts, warnings and the samples: a memory-mapped datasets.Dataset whose columns are the fields of Sample,
+    or None. A second start with the same files and settings finds them in the cache. InputError lists all errors.
     """
-    import datasets
+    depends_on = [args.input_format, args.skip_bad, *files.items()]
+    if encode:
+        tokenizer = hashlib.sha256(encode.tokenizer.to_str().encode()).hexdigest()
+        depends_on += [tokenizer, encode.chat, args.max_length, args.overlong]
 
     def make(folder: Path) -> None:
-        found: list = []
-        tally = Counter(skipped=0, conversations=0, split=0, dropped=0, dropped_exchanges=0, lost_trained_tokens=0)
+        found: dict[str, Any] = {}
+        conversations = survey(files, args.input_format, args.skip_bad, found)
+        if encode:
+            work = functools.partial(encode_batch, encode=encode, max_length=args.max_length, overlong=args.overlong)
+            size = sum(map(os.path.getsize, files)) / 1e6
+            workers = min(len(os.sched_getaffinity(0)), int(size / POOL_MEGABYTES))
+            if workers > 1:
+                print_field("preparing", f"{size:,.0f} MB of data on {workers} cores")
+            batches = batch_conversations(conversations)
+            write_arrow(collect(map_in_order(work, batches, workers), found), folder / "samples.arrow")
+        else:
+            deque(conversations, maxlen=0)  # only counted
+        raise_errors(found)
+        write_json(folder / "found.json", found)
 
-        def warn(*warning) -> None:
-            found.append(warning)
+    folder = cached_folder("samples" if encode else "survey", depends_on, make)
+    found = read_json(folder / "found.json")
+    warned = [DataWarning(*warning) for warning in found.pop("warnings")]
+    if not encode:
+        return found, warned, None
+    import datasets
 
-        def skip(*_) -> None:
-            tally["skipped"] += 1
+    return found, warned, datasets.Dataset.from_file(str(folder / "samples.arrow"))
 
-        conversations = read_conversations(files, args.input_format, refuse=skip if args.skip_bad else None)
-        samples = encode_conversations(conversations, encode, args.max_length, args.overlong, warn, tally)
-        write_arrow(samples, folder / "samples.arrow")
-        write_json(folder / "found.json", {"warnings": found, "tally": tally})
 
-    settings = [
-        encode.tokenizer.to_str(),
-        encode.chat,
-        args.input_format,
-        args.skip_bad,
-        args.max_length,
-        args.overlong,
-    ]
-    folder = cached_folder("samples", [*settings, *files.items()], make)
-    return Encoded(datasets.Dataset.from_file(str(folder / "samples.arrow")), **read_json(folder / "found.json"))
+def batch_conversations(conversations: Iterable[Conversation], characters=1 << 19) -> Iterator[list[Conversation]]:
+    """Yield lists of conversations of about so many characters."""
+    batch, size = [], 0
+    for conversation in conversations:
+        batch.append(conversation)
+        size += sum(len(turn.content) for turn in conversation.turns)
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode_batch(batch: list[Conversation], encode: Encoder, max_length: int, overlong: str) -> Encoded:
+    """encode_conversations, its samples as an Arrow record batch: small to send to another process, ready to write."""
+    import pyarrow as pa
+
+    encoded, schema = encode_conversations(batch, encode, max_length, overlong), sample_schema()
+    columns = [pa.array([sample[i] for sample in encoded.samples], kind) for i, kind in enumerate(schema.types)]
+    return encoded._replace(samples=pa.record_batch(columns, schema))
+
+
+def collect(encoded: Iterable[Encoded], found: dict[str, Any]) -> Iterator[pyarrow.RecordBatch]:
+    """Yield the samples and add what else is in these to `found`."""
+    warned = []
+    for samples, more, lost, errors in encoded:
+        warned += more
+        found["too_long"] += errors
+        for name, count in lost.items():
+            found[name] = found.get(name, 0) + count
+        yield samples
+    found["warnings"] += warned  # behind those of reading, however far ahead that was
+
+
+def map_in_order(work: Callable, items: Iterable, workers: int) -> Iterator:
+    """work(item) of each item, in order, by several processes; with fewer than two workers by this one.
+
+    Few items are under way at a time, so that memory does not grow with their number. The processes are forked, so
+    that they share the tokenizer and start at once; this process has neither torch nor a tokenizer's threads yet.
+    """
+    if workers < 2:
+        yield from map(work, items)
+        return
+    from concurrent.futures import ProcessPoolExecutor
+
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_worker, (work,))
+    # The workers inherit this mask: signals are for their parent. They are forked by the first `submit`, and an
+    # exception that a signal's handler raises within a fork would be lost.
+    usual = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    pool.submit(int)
+    signal.pthread_sigmask(signal.SIG_SETMASK, usual)
+    pending = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(run_work, item))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+worker_task: Callable  # in a worker process: what it does with each item
+
+
+def start_worker(work: Callable) -> None:
+    """Prepare a worker process: it ends with its parent, and keeps to one core."""
+    global worker_task
+    worker_task = work
+    # One thread of the tokenizer's own: in the main thread, whose memory is handed back after each batch, it is slower.
+    os.environ |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "1"}
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """End this process when its parent has ended, whatever ended it."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
+
+
+def run_work(item: Any) -> Any:
+    """What a worker process does."""
+    return worker_task(item)
 
 
 def cached_folder(name: str, depends_on: list, make: Callable[[Path], None]) -> Path:
@@ -1503,31 +1679,40 @@ def cached_folder(name: str, depends_on: list, make: Callable[[Path], None]) -> 
     return folder
 
 
-def write_arrow(batches: Iterable[list[Sample]], file: Path) -> None:
-    """Write batches of samples as an Arrow stream, which is read back memory-mapped."""
+def sample_schema() -> pyarrow.Schema:
+    """The columns on disk: the fields of Sample."""
     import pyarrow as pa
 
     ids = pa.large_list(pa.int32())
-    schema = pa.schema(
-        zip(Sample._fields, (ids, ids, pa.int32(), pa.int64(), pa.string(), pa.int32(), pa.int32()), strict=True)
-    )
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
-        for batch in filter(None, batches):
-            columns = [pa.array([sample[i] for sample in batch], kind) for i, kind in enumerate(schema.types)]
-            stream.write_batch(pa.record_batch(columns, schema))
+    types = (ids, ids, pa.int32(), pa.int64(), pa.string(), pa.int32(), pa.int32())
+    return pa.schema(zip(Sample._fields, types, strict=True))
 
 
-def measure(samples) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(digest, tokens, trained tokens, part) of each sample, int64 [N] each; the tokens themselves are not read."""
-    from pyarrow.compute import list_value_length
+def write_arrow(batches: Iterable[pyarrow.RecordBatch], file: Path) -> None:
+    """Write record batches of samples as an Arrow stream, which is read back memory-mapped."""
+    import pyarrow as pa
 
-    columns = [(np.zeros(0, np.int64),) * 4]
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, sample_schema()) as stream:
+        for batch in batches:
+            stream.write_batch(batch)
+
+
+def measure(samples, eval_files: Iterable[str] = ()) -> tuple[np.ndarray, ...]:
+    """(digest, tokens, trained tokens, part, whether it is from one of these files) of each sample, [N] each.
+
+    The last is bool, the others int64. The tokens themselves are not read.
+    """
+    import pyarrow as pa
+    from pyarrow.compute import is_in, list_value_length
+
+    files = pa.array(eval_files, pa.string())
+    columns = [(*(np.zeros(0, np.int64),) * 4, np.zeros(0, bool))]
     for batch in samples.with_format("arrow").iter(10_000):
         lengths = list_value_length(batch["input_ids"]).to_numpy()
         trained, part = (batch[name].to_numpy().astype(np.int64) for name in ("trained", "part"))
-        columns.append((batch["digest"].to_numpy(), lengths, trained, part))
-    digests, lengths, trained, part = (np.concatenate(column) for column in zip(*columns, strict=True))
-    return digests, lengths, trained, part
+        for_eval = is_in(batch["file"], value_set=files).to_numpy()
+        columns.append((batch["digest"].to_numpy(), lengths, trained, part, for_eval))
+    return tuple(np.concatenate(column) for column in zip(*columns, strict=True))
 
 
 def hold_out(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -1543,8 +1728,8 @@ def hold_out(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 def warn_held_out(samples, held_out: np.ndarray) -> list:
     """A warning for each conversation of the training files that is also in --eval-files."""
     both = samples.select(np.flatnonzero(held_out)).select_columns(["file", "line"])
-    places = dict.fromkeys(tuple(place.values()) for place in both)  # once, even if it has several parts
-    return [(*place, "held out", "also in --eval-files: not trained on") for place in places]
+    places = dict.fromkeys((place["file"], place["line"]) for place in both)  # once, even if it has several parts
+    return [DataWarning(file, line, "held out", "also in --eval-files: not trained on") for file, line in places]
 
 
 def make_rows(samples, chosen: np.ndarray, lengths: np.ndarray, args: argparse.Namespace) -> Rows:
@@ -1642,93 +1827,89 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 MOJIBAKE = re.compile("Ã[\u0080-\u00bf©¨ª«´§¹]|â€|Â[«»°\u00a0]|\ufffd")
 LONG_TURN = 20_000  # characters
+# Ten million blanks make Llama 3.1's tokenizer panic. Tried only where a run begins, so in linear time.
+BLANKS = re.compile(r"(?<![^\S\r\n])[^\S\r\n]{1000000}")
 MANY_EXCHANGES = 30  # in one conversation: rather several that nothing separates
 
 
-def survey(files: dict[str, str], input_format: str, skip_bad: bool = False) -> dict[str, Any]:
-    """Counts and warnings (file, line, kind, text) of the data, cached; InputError that lists the errors in it.
+def survey(files: Iterable[str], input_format: str, skip_bad: bool, found: dict[str, Any]) -> Iterator[Conversation]:
+    """Read and check all files: yield their conversations, and fill `found` with counts, warnings and errors.
 
-    With skip_bad, conversations with errors are counted as skipped, and each error is a warning.
+    With skip_bad, each error in a conversation is a warning. After an error that stops the run nothing is yielded.
     """
-
-    def make(folder: Path) -> None:
-        write_json(folder / "survey.json", survey_conversations(files, input_format))
-
-    found = read_json(cached_folder("survey", [input_format, *files.items()], make) / "survey.json")
-    errors, unreadable = found.pop("errors"), found.pop("unreadable")
-    if unreadable or (errors and not skip_bad):
-        lines = unreadable + ([] if skip_bad else [f"{file}:{line}: {text}" for file, line, text in errors])
-        remedy = "" if unreadable else "--skip-bad trains without these conversations"
-        raise InputError(list_errors(lines, remedy))
-    if not found["conversations"]:
-        raise InputError(f"{', '.join(files)}: all conversations have errors; leave out --skip-bad to see them")
-    found["warnings"] += [(file, line, "skipped", text) for file, line, text in errors]
-    return found
-
-
-def list_errors(lines: list[str], remedy: str = "", shown: int = 20) -> str:
-    """The first lines, how many more there are, and what helps against several at once."""
-    last = [f"and {len(lines) - shown:,} more"] if len(lines) > shown else []
-    last += [f"{len(lines):,} errors in all; {remedy}"] if len(lines) > 1 and remedy else []
-    return "\n".join([*lines[:shown], *([", ".join(last)] if last else [])])
-
-
-def survey_conversations(files: Iterable[str], input_format: str) -> dict[str, Any]:
-    """Read and check all conversations; only counts, warnings and errors are kept."""
-    turns, exchanges, seen, found, errors, unreadable = Counter(), Counter(), {}, [], [], []
-    conversations, characters, skipped = 0, 0, 0
-    system, shared = None, True  # the first conversation's system turn, and whether all others have the same
+    turns, exchanges, seen, characters, system = Counter(), Counter(), {}, 0, None
+    found |= {"files": list(files), "conversations": 0, "skipped": 0, "warnings": []}
+    found |= {"errors": [], "unreadable": [], "too_long": []}
 
     def warn(*warning) -> None:
-        found.append(warning)
+        found["warnings"].append(DataWarning(*warning))
 
     def refuse(file: str, problems: list[tuple[int, str]]) -> None:
-        nonlocal skipped
-        skipped += 1
-        errors.extend((file, line, text) for line, text in problems)
+        found["skipped"] += 1
+        for line, text in problems:
+            if skip_bad:
+                warn(file, line, "skipped", text)
+            else:
+                found["errors"].append(f"{file}:{line}: {text}")
 
     def readable() -> Iterator[Conversation]:
         for file in files:
             try:
-                yield from read_conversations([file], input_format, warn, refuse)
+                for conversation in read_conversations([file], input_format, warn, refuse):
+                    long = [turn for turn in conversation.turns if len(turn.content) > 1_000_000]
+                    if blank := [turn.line for turn in long if BLANKS.search(turn.content)]:
+                        refuse(file, [(line, "a million blanks in a row; delete them") for line in blank])
+                    else:
+                        yield conversation
             except InputError as error:
-                unreadable.append(str(error))
+                found["unreadable"].append(str(error))
 
     for conversation in readable():
-        opening = conversation.turns[0]
-        instruction = opening.content if opening.role == "system" else None
-        system = instruction if not conversations else system
-        shared = shared and instruction == system
-        conversations += 1
-        count = sum(turn.role == "assistant" for turn in conversation.turns)
-        exchanges[count] += 1
-        if count >= MANY_EXCHANGES:
-            warn(conversation.file, conversation.line, "one conversation", separation_hint(conversation.file, count))
-        place = f"{conversation.file}:{conversation.line}"
-        first = seen.setdefault(digest(conversation.turns), place)
-        if first != place:
-            warn(conversation.file, conversation.line, "duplicate", f"the same conversation as {first}")
-        for role, content, line, _ in conversation.turns:
-            turns[role] += 1
-            characters += len(content)
-            if wrong := MOJIBAKE.search(content):
-                warn(conversation.file, line, "encoding", f"{wrong[0]!r} looks like text decoded with a wrong encoding")
-            if len(content) > LONG_TURN:
-                warn(conversation.file, line, "long", f"a turn of {len(content):,} characters")
-    if conversations == 1 and 1 < count < MANY_EXCHANGES:  # where nothing can be held out, two are enough
-        warn(conversation.file, conversation.line, "one conversation", separation_hint(conversation.file, count))
-    return {
-        "files": list(files),
-        "conversations": conversations,
-        "skipped": skipped,
-        "turns": dict(turns),
-        "exchanges": dict(sorted(exchanges.items())),
-        "characters": characters,
-        "system": system if shared else None,
-        "warnings": found,
-        "errors": errors,
-        "unreadable": unreadable,
-    }
+        said, file, line = conversation
+        instruction = said[0].content if said[0].role == "system" else None
+        system = instruction if not found["conversations"] or instruction == system else None  # the one all share
+        found["conversations"] += 1
+        roles = [turn.role for turn in said]
+        turns.update(roles)
+        exchanges[roles.count("assistant")] += 1
+        characters += sum(len(turn.content) for turn in said)
+        place = f"{file}:{line}"
+        if (first := seen.setdefault(digest(said), place)) != place:
+            warn(file, line, "duplicate", f"the same conversation as {first}")
+        for warning in unusual(conversation):
+            warn(file, *warning)
+        if not (found["errors"] or found["unreadable"]):
+            yield conversation
+    if exchanges.total() == 1 and 1 not in exchanges and max(exchanges) < MANY_EXCHANGES:  # nothing can be held out
+        warn(file, line, "one conversation", separation_hint(file, *exchanges))
+    found |= {"turns": dict(turns), "exchanges": dict(sorted(exchanges.items()))}
+    found |= {"characters": characters, "system": system}
+
+
+def unusual(conversation: Conversation) -> Iterator[tuple[int, str, str]]:
+    """Yield (line, kind, text) of what is legal in a conversation but probably a mistake."""
+    answers = sum(turn.role == "assistant" for turn in conversation.turns)
+    if answers >= MANY_EXCHANGES:
+        yield conversation.line, "one conversation", separation_hint(conversation.file, answers)
+    for _, content, line, _ in conversation.turns:
+        if wrong := MOJIBAKE.search(content):
+            yield line, "encoding", f"{wrong[0]!r} looks like text decoded with a wrong encoding"
+        if len(content) > LONG_TURN:
+            yield line, "long", f"a turn of {len(content):,} characters"
+
+
+def raise_errors(found: dict[str, Any], shown: int = 20) -> None:
+    """InputError that lists the first errors in `found` and counts the others; takes them out of it."""
+    errors, unreadable, too_long = (found.pop(name) for name in ("errors", "unreadable", "too_long"))
+    if lines := unreadable + errors or too_long:
+        last = [f"and {len(lines) - shown:,} more"] if len(lines) > shown else []
+        if len(lines) > 1 and errors and not unreadable:
+            last.append(f"{len(lines):,} errors in all; --skip-bad trains without these conversations")
+        raise InputError("\n".join([*lines[:shown], *([", ".join(last)] if last else [])]))
+    if not found["conversations"]:
+        raise InputError(
+            f"{', '.join(found['files'])}: all conversations have errors; leave out --skip-bad to see them"
+        )
 
 
 def separation_hint(file: str, exchanges: int) -> str:
@@ -1738,27 +1919,25 @@ def separation_hint(file: str, exchanges: int) -> str:
 
 
 def print_survey(found: dict[str, Any], shown: int = 5) -> None:
-    """The survey for people, with the first places of each kind of warning."""
-    turns, names, grouped = found["turns"], found["files"], Counter()
-    for number, count in found["exchanges"].items():
-        grouped["3-8" if 3 <= int(number) <= 8 else "9+" if int(number) > 8 else number] += count
+    """What was read: files, conversations, turns."""
+    turns, names, bins = found["turns"], found["files"], Counter()
+    for count, conversations in found["exchanges"].items():
+        bins[str(count) if int(count) < 3 else "3-8" if int(count) < 9 else "9+"] += conversations
     more = f", … and {len(names) - shown:,} more" if len(names) > shown else ""
     print_field("files", ", ".join(names[:shown]) + more)
     print_field("data", f"{plural(found['conversations'], 'conversation')}, {plural(found['characters'], 'character')}")
     print_field("turns", ", ".join(f"{turns.get(role, 0):,} {role}" for role in ROLES))
-    bins = ("1", "2", "3-8", "9+")
-    print_field("exchanges", ", ".join(f"{grouped[bin]:,} with {bin}" for bin in bins if grouped[bin]))
+    print_field("exchanges", ", ".join(f"{bins[name]:,} with {name}" for name in sorted(bins)))
     if found["skipped"]:
         print_field("skipped", f"{found['skipped']:,} conversations that have errors (--skip-bad)")
-    print_warnings(found["warnings"], shown)
 
 
-def print_warnings(found: list, shown: int = 5) -> None:
+def print_warnings(found: list[DataWarning], shown: int = 5) -> None:
     """Each kind of warning with its count and its first places."""
-    for kind, count in Counter(kind for _, _, kind, _ in found).items():
+    for kind, count in Counter(warning.kind for warning in found).items():
         print_field("warning", f"{count:,} x {kind}")
-        for file, line, _, text in islice((warning for warning in found if warning[2] == kind), shown):
-            print(wrap(f"  {file}:{line}: {text}", 4))
+        for warning in islice((warning for warning in found if warning.kind == kind), shown):
+            print(wrap(f"  {warning.file}:{warning.line}: {warning.text}", 4))
         if count > shown:
             print(f"  … and {count - shown:,} more")
 
@@ -1779,8 +1958,9 @@ def wrap(text: str, indent: int) -> str:
 
 
 def print_data(args: argparse.Namespace, world: World, data: Data) -> None:
-    """Tokens, lengths, rows and steps; and which settings to change for small data."""
+    """The survey, tokens, lengths, rows and steps; and which settings to change for small data."""
     counts = data.counts
+    print_survey(counts)
     share = counts["trained_tokens"] / counts["tokens"]
     print_field("used", describe_use(counts))
     if counts["split"] or counts["dropped"] or counts["dropped_exchanges"]:
@@ -1895,9 +2075,7 @@ def memory_plan(
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or h // heads
     q, kv = heads * width, config.get("num_key_value_heads", heads) * width
-    shapes = config.get("layer_shapes") or {
-        "q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h),
-        "gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}  # fmt: skip
+    shapes = linear_shapes(config)
     projections = layers * sum(rows * columns for rows, columns in shapes.values())
     wanted = [*args.lora_target_modules, *map(FUSED.get, args.lora_target_modules)]
     adapted = {name: shape for name, shape in shapes.items() if name in wanted or "all-linear" in wanted}
@@ -1934,6 +2112,16 @@ def memory_plan(
         "CUDA context": 0.7 * 2**30,
     }
     return {name: amount / 2**30 for name, amount in parts.items()}
+
+
+def linear_shapes(config: dict) -> dict[str, tuple[int, int]]:
+    """{name: (inputs, outputs)} of a layer's projections: those in the files, or Llama's by config.json."""
+    h, f, heads = (config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
+    width = config.get("head_dim") or h // heads
+    q, kv = heads * width, config.get("num_key_value_heads", heads) * width
+    return config.get("layer_shapes") or {
+        "q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h),
+        "gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}  # fmt: skip
 
 
 def plan_config(config: dict[str, Any], headers: dict[str, StoredTensor]) -> dict[str, Any]:
@@ -2002,9 +2190,14 @@ def print_memory_plan(
     limit = capacity * args.torch_memory_fraction
 
     def plan(args: argparse.Namespace) -> tuple[int, dict[str, float]]:
-        uncheckpointed = uncheckpointed_layers(args.gradient_checkpointing, layers, auto=0)
-        tokens = args.max_length * args.train_batch_size
-        return uncheckpointed, memory_plan(args, world, config, tokens, share, uncheckpointed)
+        """(uncheckpointed layers, GiB by part); auto leaves as many as fit, and a twentieth for fragmentation."""
+        auto, tokens = args.gradient_checkpointing == "auto", args.max_length * args.train_batch_size
+        uncheckpointed = uncheckpointed_layers(args.gradient_checkpointing, layers, auto=layers)
+        parts = memory_plan(args, world, config, tokens, share, uncheckpointed)
+        while auto and uncheckpointed and sum(parts.values()) > 0.95 * limit:
+            uncheckpointed -= 1
+            parts = memory_plan(args, world, config, tokens, share, uncheckpointed)
+        return uncheckpointed, parts
 
     uncheckpointed, parts = plan(args)
     need = sum(parts.values())
@@ -2023,12 +2216,34 @@ def print_memory_plan(
     return {**parts, "total": need, "limit": limit}
 
 
-def plan_micro_steps(model, rows: Rows, args: argparse.Namespace) -> argparse.Namespace:
+# Dense bfloat16 TFLOP/s with float32 sums, from NVIDIA's data sheets, and the share of it that we expect to reach.
+CARDS = {"RTX 4090": 165, "A100": 312, "H100": 989}
+UTILIZATION = 0.5
+
+
+def print_time_plan(args: argparse.Namespace, world: World, config: dict, counts: dict) -> dict[str, float]:
+    """Print and return {card: minutes} of the optimizer steps alone: arithmetic, because no card has been measured.
+
+    A weight costs 2 FLOP a token in forward, 2 in backward (its own gradient is not needed) and 2 where it recomputes.
+    """
+    layers, shapes = config["num_hidden_layers"], linear_shapes(config).values()
+    recomputed = 1 - uncheckpointed_layers(args.gradient_checkpointing, layers, auto=layers) / layers
+    linear = layers * sum(rows * columns for rows, columns in shapes)
+    adapters = layers * args.lora_r * sum(rows + columns for rows, columns in shapes)
+    head = config["hidden_size"] * config["vocab_size"] * counts["trained_tokens"] / counts["tokens"]
+    flop = ((4 + 2 * recomputed) * linear + 6 * adapters + 4 * head) * counts["tokens"] * args.epochs
+    minutes = {card: flop / (UTILIZATION * peak * 1e12) / world.size / 60 for card, peak in CARDS.items()}
+    shown = ", ".join(f"{max(1, round(amount)):,} min on an {card}" for card, amount in minutes.items())
+    source = f"calculated at {UTILIZATION:.0%} of each card's peak, not measured"
+    print_field("time", f"about {shown}, evaluations not counted ({source})")
+    return {card: round(amount, 2) for card, amount in minutes.items()}
+
+
+def plan_micro_steps(model, rows: Rows, args: argparse.Namespace) -> Batches:
     """Choose which layers recompute their activations, as --gradient-checkpointing says, and how many rows run at once.
 
     Each layer left uncheckpointed saves about 1 % of a step, so auto leaves as many as the GPU has room for. Where that
-    is all of them, it also runs several of a step's rows at once. Returns the flags with --train-batch-size and
-    --grad-accum to run with; their product stays, and with it every step's gradient.
+    is all of them, it also runs several of a step's batches as one, which leaves every step's gradient as it is.
     """
     base = model.get_base_model()
     layers, mode = base.get_decoder().layers, args.gradient_checkpointing
@@ -2036,18 +2251,18 @@ def plan_micro_steps(model, rows: Rows, args: argparse.Namespace) -> argparse.Na
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     uncheckpointed = uncheckpointed_layers(mode, len(layers), auto=0 if args.shard_base else len(layers))
-    batches = 1  # run as one
+    together = 1  # batches run as one
     if mode == "auto" and model.device.type == "cuda" and not args.shard_base:
-        uncheckpointed, batches = measure_room(model, rows, args)
+        uncheckpointed, together = measure_room(model, rows, args)
     checkpoint_layers(layers, uncheckpointed)
     recompute = f"{len(layers) - uncheckpointed} of {len(layers)} layers recompute their activations"
     print_field("memory", f"{recompute} (--gradient-checkpointing {mode})")
     if args.compile:
         compile_layers(base)
-    size, accumulated = args.train_batch_size * batches, args.grad_accum // batches
-    if batches > 1:
-        print_field("memory", f"room for {size} rows at once: each step runs {plural(accumulated, 'batch')} of them")
-    return argparse.Namespace(**vars(args) | {"train_batch_size": size, "grad_accum": accumulated})
+    batches = Batches(args.train_batch_size * together, args.grad_accum // together)
+    if together > 1:
+        print_field("memory", f"room for {batches.rows} rows at once: a step is {batches.accumulated} such batches")
+    return batches
 
 
 def checkpoint_layers(layers, uncheckpointed: int) -> None:
@@ -2126,31 +2341,34 @@ def load_libraries() -> None:
     They take seconds, which --help, a dry run and errors in the data need not wait for.
     """
     global accelerate, torch, transformers, peft
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns on import that it lacks a CPU kernel
+    gc.disable()  # it would scan all modules again and again, for a quarter of the time
     import accelerate
     import peft
     import torch
     import transformers
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    gc.enable()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT 0.21 asks
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
 
 
-def find_base(args: argparse.Namespace) -> Base:
-    """The base model, downloaded if necessary and checked as far as its weights need not be read."""
-    folder, revision = resolve_model(args.model)
-    headers = read_headers(args.model, folder)
-    check_base(args.model, read_config(args.model, folder), headers)
-    check_weights(args.model, folder)
+def find_base(args: argparse.Namespace, folder: str, revision: str | None = None) -> Base:
+    """The base model in this folder, checked as far as that needs no torch."""
+    headers, config = read_headers(args.model, folder), read_config(args.model, folder)
+    check_base(args.model, config, headers)
+    check_sizes(args, config)
     targets = choose_targets(args.lora_target_modules, headers)
-    config = load_config(args.model, folder)
-    check_names(args.model, empty_model(args.model, config), headers, targets)
-    check_sizes(args, config.to_dict())
-    tokenizer = load_tokenizer(args.model, folder)
-    encode = load_encoder(args.model, folder, args.chat_format)
-    tokenizer.chat_template = chat_template(encode.chat, adds_bos=bool(encode.start))
-    return Base(folder, revision, config, tokenizer, encode, headers, targets)
+    base = Base(folder, revision, config, headers, targets, load_encoder(args.model, folder, args.chat_format))
+    if args.init_adapter:
+        check_ancestor(args.init_adapter, base)
+    return base
+
+
+def model_on_disk(name: str) -> str | None:
+    """The folder of a model whose tokenizer is on this machine, or None."""
+    return local_model(name) if os.path.isdir(name) else cached_model(name)
 
 
 def local_model(name: str) -> str | None:
@@ -2160,13 +2378,11 @@ def local_model(name: str) -> str | None:
     if os.path.isdir(name):
         check_whole_model(name, name)
         return name
-    try:
+    hint = "no such folder; give a local folder or a Hub name such as org/model"
+    with explain(f"--model {name}", hint, HFValidationError):
         if name.count("/") != 1:
             raise HFValidationError
         validate_repo_id(name)
-    except HFValidationError:
-        problem = "no such folder"
-        raise InputError(f"--model {name}: {problem}; give a local folder or a Hub name such as org/model") from None
     return None
 
 
@@ -2185,22 +2401,17 @@ def resolve_model(name: str) -> tuple[str, str | None]:
     """(local folder, Hub revision or None) of a folder or Hub name; downloads what is missing."""
     if folder := local_model(name):
         return folder, None
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.jinja"]
-    not_found = "not in the local cache, and cannot reach the Hugging Face Hub; go online or give a local folder"
-    try:
+    offline = (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError)
+    unreachable = "not in the local cache, and cannot reach the Hugging Face Hub; go online or give a local folder"
+    unknown = "not found on the Hub; check the name, or run `hf auth login` if it is private"
+    gated = f"access is gated; accept the license at hf.co/{name}, then run `hf auth login`"
+    hub = functools.partial(explain, f"--model {name}")
+    with hub(unreachable, *offline), hub(unknown, RepositoryNotFoundError), hub(gated, GatedRepoError):
+        patterns = ["*.json", "*.safetensors", "*.jinja"]
         folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns="original/*")
-    except errors.GatedRepoError:
-        problem = f"access is gated; accept the license at hf.co/{name}, then run `hf auth login`"
-        raise InputError(f"--model {name}: {problem}") from None
-    except errors.RepositoryNotFoundError:
-        problem = "not found on the Hub; check the name, or run `hf auth login` if it is private"
-        raise InputError(f"--model {name}: {problem}") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise  # the cache cannot be written
-        raise InputError(f"--model {name}: {not_found}") from None
     check_whole_model(name, folder)
     return folder, os.path.basename(folder)
 
@@ -2208,51 +2419,51 @@ def resolve_model(name: str) -> tuple[str, str | None]:
 def cached_model(name: str) -> str | None:
     """The folder of a Hub model in the local cache, or None."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.utils import HFValidationError
 
     files = ("config.json", "tokenizer_config.json", "tokenizer.json")
-    found = [try_to_load_from_cache(name, file) for file in files]
-    return os.path.dirname(str(found[0])) if all(isinstance(file, str) for file in found) else None
-
-
-@contextlib.contextmanager
-def explain(name: str, fix: str, *errors: type[Exception], problem: str = "{}"):
-    """Turn a library's error about --model into one line: its first line, and how to fix it."""
     try:
-        yield
-    except errors as error:
-        raise InputError(f"--model {name}: {problem.format(first_line(error))}; {fix}") from None
+        found = [try_to_load_from_cache(name, file) for file in files]
+    except HFValidationError:  # not even a name; `local_model` explains it
+        return None
+    return os.path.dirname(str(found[0])) if all(isinstance(file, str) for file in found) else None
 
 
 def load_encoder(name: str, folder: str, format_name: str) -> Encoder:
     """The encoder for this model's tokenizer and a chat format, without transformers."""
     from tokenizers import Tokenizer
 
-    # The Rust side raises plain Exception.
-    with explain(name, "complete the folder", Exception, problem="its tokenizer does not load ({})"):
+    with explain(f"--model {name}", TOKENIZER_HINT, Exception):  # the Rust side raises no other
         backend = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
-        eos = json.loads(Path(folder, "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
-        vocabulary = Vocabulary(backend, eos if isinstance(eos, str) else eos["content"])
+        config = read_json(Path(folder, "tokenizer_config.json"))
+        eos, bos = (
+            token["content"] if isinstance(token, dict) else token
+            for token in (config["eos_token"], config.get("bos_token"))
+        )
+        own = Path(folder, "chat_template.jinja")
+        template = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
+        if isinstance(template, list):  # several by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    vocabulary = Vocabulary(backend, eos, bos, template)
     return Encoder(vocabulary, chat_format(format_name, vocabulary))
 
 
-def load_tokenizer(name: str, folder: str):
-    """transformers' tokenizer of the base, for saving and generating."""
-    with explain(
-        name, "complete the folder", ValueError, OSError, KeyError, problem="its tokenizer does not load ({})"
-    ):
-        return transformers.AutoTokenizer.from_pretrained(folder)
+TOKENIZER_HINT = "its tokenizer does not load ({error}); complete the folder"
+
+
+def load_tokenizer(name: str, folder: str, encode: Encoder):
+    """transformers' tokenizer of the base, for saving and generating, with the chat template of the encoder's format."""
+    with explain(f"--model {name}", TOKENIZER_HINT, ValueError, OSError, KeyError):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = chat_template(encode.chat, adds_bos=bool(encode.start))
+    return tokenizer
 
 
 def read_config(name: str, folder: str) -> dict[str, Any]:
     """The base's config.json."""
-    with explain(name, "copy or download it again", ValueError, OSError, problem="config.json does not load ({})"):
+    hint = "config.json does not load ({error}); copy or download it again"
+    with explain(f"--model {name}", hint, ValueError, OSError):
         return dict(read_json(Path(folder, "config.json")))
-
-
-def load_config(name: str, folder: str):
-    """The base's config as transformers reads it."""
-    with explain(name, "give a causal language model", ValueError, OSError, KeyError):
-        return transformers.AutoConfig.from_pretrained(folder)
 
 
 class StoredTensor(NamedTuple):
@@ -2272,84 +2483,54 @@ def weight_files(folder: str | Path) -> list[Path]:
     return [Path(folder, name) for name in sorted(names)]
 
 
-def read_headers(name: str, folder: str) -> dict[str, StoredTensor]:
-    """The base's tensors by name, or {} where files are missing; InputError for a damaged file."""
+def read_headers(name: str, folder: str | Path) -> dict[str, StoredTensor]:
+    """The base's tensors by name, or {} where files are missing; InputError for a damaged file.
+
+    A safetensors file is 8 bytes of length, a JSON header, the data.
+    """
     files = weight_files(folder)
     if not all(file.is_file() for file in files):
         return {}
     tensors = {}
     for file in files:
-        found, size = {}, file.stat().st_size
+        hint, size = f"{file.name} is damaged or incomplete; copy or download it again", file.stat().st_size
         # A file that is not safetensors may have any bytes here.
-        with explain(
-            name, "copy or download it again", ValueError, KeyError, TypeError, AttributeError,
-            problem=f"{file.name} is damaged or incomplete",
-        ):  # fmt: skip
-            found = read_header(file)
-            if any(tensor.end > size for tensor in found.values()):
-                raise ValueError
-        tensors |= found
+        damaged = explain(f"--model {name}", hint, ValueError, KeyError, TypeError, AttributeError)
+        with damaged, open(file, "rb") as stream:
+            data = 8 + int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(data - 8) if data <= size else "")
+            header.pop("__metadata__", None)
+            for key, tensor in header.items():
+                start, end = (data + offset for offset in tensor["data_offsets"])
+                tensors[key] = StoredTensor(file, tensor["dtype"], tensor["shape"], start, end)
+                if end > size:
+                    raise ValueError
     return tensors
 
 
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file: 8 bytes of length, a JSON header, the data."""
-    with open(file, "rb") as stream:
-        data = 8 + int.from_bytes(stream.read(8), "little")
-        if data > file.stat().st_size:
-            raise ValueError
-        header = json.loads(stream.read(data - 8))
-    header.pop("__metadata__", None)
-    return {
-        name: StoredTensor(
-            file, tensor["dtype"], tensor["shape"], *(data + offset for offset in tensor["data_offsets"])
-        )
-        for name, tensor in header.items()
-    }
-
-
-def check_weights(name: str, folder: str) -> None:
-    """Refuse a base whose weights are missing."""
-    for file in weight_files(folder):
-        if not file.is_file():
-            problem = f"no {file.name}" if file.name != "model.safetensors" else "no *.safetensors"
-            raise InputError(f"--model {name}: {problem} in it; give a folder with the weights")
-
-
-def fingerprint(folder: str | Path) -> str:
+def fingerprint(headers: dict[str, StoredTensor]) -> str:
     """A sha256 that tells models of the same shape apart; merge_lora.py computes the same.
 
     Hashes, for every tensor in the order of their names, the line "name dtype [shape]" and the first 4096 bytes.
     """
-    tensors = {name: tensor for file in weight_files(folder) for name, tensor in read_header(file).items()}
     digest = hashlib.sha256()
     with contextlib.ExitStack() as stack:
-        streams = {file: stack.enter_context(open(file, "rb", buffering=0)) for file in weight_files(folder)}
-        for name, tensor in sorted(tensors.items()):
+        files = {tensor.file for tensor in headers.values()}
+        streams = {file: stack.enter_context(open(file, "rb", buffering=0)) for file in files}
+        for name, tensor in sorted(headers.items()):
             digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
             streams[tensor.file].seek(tensor.start)
             digest.update(streams[tensor.file].read(min(tensor.end - tensor.start, 4096)))
     return digest.hexdigest()
 
 
-def first_line(error: Exception) -> str:
-    """The first line of a library's error, without its full stop."""
-    return str(error).strip().split("\n")[0].rstrip(".")
-
-
-def empty_model(name: str, config):
-    """The model without weights, on the meta device: names and shapes cost nothing there."""
-    with explain(name, "give a causal language model", ValueError), torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-
-
 def check_sizes(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Refuse more checkpointed layers, or longer rows, than the model has, from its config.json."""
     layers, longest = config.get("num_hidden_layers"), config.get("max_position_embeddings")
-    if layers and isinstance(args.gradient_checkpointing, int) and args.gradient_checkpointing > layers:
-        problem = f"the model has {layers} layers"
+    count = args.gradient_checkpointing
+    if layers and isinstance(count, int) and count > layers:
         raise InputError(
-            f"--gradient-checkpointing {args.gradient_checkpointing}: {problem}; give at most so many, or all"
+            f"--gradient-checkpointing {count}: the model has {layers} layers; give at most so many, or all"
         )
     if longest and args.max_length > longest:
         raise InputError(f"--max-length {args.max_length}: the model reads at most {longest:,} tokens; lower it")
@@ -2365,23 +2546,23 @@ FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
 def check_base(name: str, config: dict[str, Any], headers: dict[str, StoredTensor]) -> None:
     """Refuse a base that cannot be trained here or whose adapter could not be merged, before its weights are loaded."""
     kind = config.get("model_type", "this model")
-    named = any(map(LAYER_WEIGHT.fullmatch, headers)) and "model.embed_tokens.weight" in headers
-    sized = all(config.get(key) for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
+    if headers:
+        lacks = "its weights have no model.embed_tokens and model.layers.0"
+        like_llama = any(map(LAYER_WEIGHT.fullmatch, headers)) and "model.embed_tokens.weight" in headers
+    else:
+        lacks = "config.json has no hidden_size, num_hidden_layers or vocab_size"
+        like_llama = all(config.get(key) for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
     if config.get("quantization_config"):
-        problem, fix = "it is already quantized", "give the 16-bit original, --bnb-nf4 quantizes it"
+        problem = "it is already quantized; give the 16-bit original, --bnb-nf4 quantizes it"
     elif "text_config" in config:
-        problem, fix = f"{kind} reads images too, and merge_lora.py merges text models only", "give a text model"
+        problem = f"{kind} reads images too, and merge_lora.py merges text models only; give a text model"
     elif any(config.get(key) for key in EXPERTS) or any(".experts." in tensor for tensor in headers):
-        problem, fix = f"{kind} is a mixture of experts, which merge_lora.py cannot merge", "give a dense model"
-    elif headers and not named:
-        problem = f"{kind} is not built like a Llama: its weights have no model.embed_tokens and model.layers.0"
-        fix = "give a Llama, Qwen, Mistral, Gemma or Phi model"
-    elif not headers and not sized:
-        problem = f"{kind} is not built like a Llama: config.json has no hidden_size, num_hidden_layers or vocab_size"
-        fix = "give a Llama, Qwen, Mistral, Gemma or Phi model"
+        problem = f"{kind} is a mixture of experts, which merge_lora.py cannot merge; give a dense model"
+    elif not like_llama:
+        problem = f"{kind} is not built like a Llama: {lacks}; give a Llama, Qwen, Mistral, Gemma or Phi model"
     else:
         return
-    raise InputError(f"--model {name}: {problem}; {fix}")
+    raise InputError(f"--model {name}: {problem}")
 
 
 def layer_shapes(headers: dict[str, StoredTensor]) -> dict[str, tuple[int, int]]:
@@ -2396,19 +2577,12 @@ def layer_shapes(headers: dict[str, StoredTensor]) -> dict[str, tuple[int, int]]
 
 
 def choose_targets(names: list[str], headers: dict[str, StoredTensor]) -> list[str]:
-    """This base's names of the layers to adapt, with one line where they are not the given ones. Without headers []."""
-    if not headers:
-        return []
-    targets = lora_targets(names, layer_shapes(headers))
-    if names != ["all-linear"] and not set(targets) <= set(names):
-        print_field("lora", f"this base has {', '.join(sorted(set(targets) - set(names)))} instead: adapting it")
-    return targets
+    """This base's linear layers that --lora-target-modules means; InputError for a name that is none of them.
 
-
-def lora_targets(names: list[str], linear: Iterable[str]) -> list[str]:
-    """The linear layers that --lora-target-modules means; InputError for a name that is none."""
-    linear = sorted(linear)
-    if names == ["all-linear"]:
+    One line says where they are not the given ones. Without headers [].
+    """
+    linear = sorted(layer_shapes(headers))
+    if not headers or names == ["all-linear"]:
         return linear
     targets = []
     for name in names or [""]:
@@ -2419,11 +2593,22 @@ def lora_targets(names: list[str], linear: Iterable[str]) -> list[str]:
                 problem = "embedding and output head are never adapted"
             raise InputError(f"--lora-target-modules {name}: {problem}; {suggest(name, linear)}")
         targets.append(target)
+    if others := sorted(set(targets) - set(names)):
+        print_field("lora", f"this base has {', '.join(others)} instead: adapting it")
     return list(dict.fromkeys(targets))
 
 
-def check_names(name: str, model, headers: dict[str, StoredTensor], targets: list[str]) -> None:
+def check_weights(name: str, base: Base) -> None:
     """Refuse a base whose files do not hold the model's weights by the same names: its adapter could not be merged."""
+    for file in weight_files(base.folder):
+        if not file.is_file():
+            missing = file.name if file.name != "model.safetensors" else "*.safetensors"
+            raise InputError(f"--model {name}: no {missing} in it; give a folder with the weights")
+    headers = base.headers
+    hint = "{error}; give a causal language model"
+    with explain(f"--model {name}", hint, ValueError, OSError, KeyError), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(base.folder)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     tied = set(model.all_tied_weights_keys)
     for parameter, value in model.named_parameters():
         if parameter not in headers and parameter not in tied:
@@ -2433,9 +2618,9 @@ def check_names(name: str, model, headers: dict[str, StoredTensor], targets: lis
             problem = f"{parameter} is {headers[parameter].shape}, but config.json says {list(value.shape)}"
             raise InputError(f"--model {name}: {problem}; copy or download it again")
     for module_name, module in model.named_modules():
-        if module_name.split(".")[-1] in targets and not isinstance(module, torch.nn.Linear):
-            kind = type(module).__name__
-            raise InputError(f"--lora-target-modules {module_name.split('.')[-1]}: is a {kind}; give linear layers")
+        target = module_name.rpartition(".")[2]
+        if target in base.targets and not isinstance(module, torch.nn.Linear):
+            raise InputError(f"--lora-target-modules {target}: is a {type(module).__name__}; give linear layers")
 
 
 def load_base(args: argparse.Namespace, folder: str, device: torch.device):
@@ -2491,9 +2676,9 @@ def quantized_on(device: torch.device) -> Iterator[None]:
         Params4bit._quantize = quantize
 
 
-def check_head(model, vocabulary: int) -> None:
+def check_head(model) -> None:
     """Refuse a model that changes its head's logits in a way that head_logits does not: our loss would be wrong."""
-    ids = torch.arange(8, device=model.device)[None] % vocabulary
+    ids = torch.arange(8, device=model.device)[None]
     head, logits = model.get_output_embeddings(), head_logits(model)
     with torch.no_grad():
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
@@ -2532,23 +2717,24 @@ def add_lora(model, args: argparse.Namespace, targets: list[str], revision: str 
     model = peft.get_peft_model(model, config)
     if args.init_adapter:
         weights = peft.load_peft_weights(str(args.init_adapter), device="cpu")
-        with explain_adapter(args.init_adapter, RuntimeError):
+        with explain(f"--init-adapter {args.init_adapter}", ADAPTER_HINT, RuntimeError):
             peft.set_peft_model_state_dict(model, weights)
     lean_lora(model.get_base_model().get_decoder())
     return model
 
 
+ADAPTER_HINT = "{error}; give a folder that training wrote"
+
+
 def inherit_lora(args: argparse.Namespace) -> argparse.Namespace:
     """The flags with the rank, alpha and targets of --init-adapter in place of their own."""
-    folder = args.init_adapter
+    folder, place = args.init_adapter, f"--init-adapter {args.init_adapter}"
     config = read_adapter_file(folder, "adapter_config.json")
     if not (folder / "adapter_model.safetensors").is_file():
-        raise InputError(
-            f"--init-adapter {folder}: no adapter_model.safetensors in it; give a folder that training wrote"
-        )
+        raise InputError(f"{place}: no adapter_model.safetensors in it; give a folder that training wrote")
     if args.overwrite and args.output.resolve() in (folder.resolve(), *folder.resolve().parents):
-        raise InputError(f"--init-adapter {folder}: --overwrite would delete it; give another --output")
-    with explain_adapter(folder, KeyError):
+        raise InputError(f"{place}: --overwrite would delete it; give another --output")
+    with explain(place, ADAPTER_HINT, KeyError):
         r, alpha, targets = config["r"], config["lora_alpha"], sorted(config["target_modules"])
     print_field("lora", f"r {r}, alpha {alpha:g} and {', '.join(targets)}, from {folder}")
     inherited = {"lora_r": r, "lora_alpha": float(alpha), "lora_target_modules": targets}
@@ -2560,31 +2746,21 @@ def read_adapter_file(folder: Path, name: str) -> dict[str, Any]:
     file = folder / name
     if name == RECORD and not file.is_file() and folder.name.startswith("checkpoint-"):
         file = folder.parent / name
-    with explain_adapter(folder, OSError, ValueError):
+    with explain(f"--init-adapter {folder}", ADAPTER_HINT, OSError, ValueError):
         return read_json(file)
-
-
-@contextlib.contextmanager
-def explain_adapter(folder: Path, *errors: type[Exception]):
-    """Turn a library's error about --init-adapter into one line."""
-    try:
-        yield
-    except errors as error:
-        problem = f"no {error} in its files" if isinstance(error, KeyError) else first_line(error)
-        raise InputError(f"--init-adapter {folder}: {problem}; give a folder that training wrote") from None
 
 
 def check_ancestor(folder: Path, base: Base) -> None:
     """Refuse to train an adapter further on another base or in another chat format."""
-    record = read_adapter_file(folder, RECORD)
-    with explain_adapter(folder, KeyError):
-        recorded, chat = record["base"].get("fingerprint"), record["chat_format"]
-    if recorded and recorded != fingerprint(base.folder):
-        problem = f"it was trained on another base, {record['base']['model']}"
-        raise InputError(f"--init-adapter {folder}: {problem}; give that as --model")
-    if {key: chat.get(key) for key in ChatFormat._fields} != base.encode.chat._asdict():
-        problem = f"it was trained in the chat format {chat['name']}"
-        raise InputError(f"--init-adapter {folder}: {problem}; use --chat-format {chat['name']}")
+    record, place = read_adapter_file(folder, RECORD), f"--init-adapter {folder}"
+    with explain(place, ADAPTER_HINT, KeyError):
+        recorded, chat = record["base"]["fingerprint"], record["chat_format"]
+        if base.headers and recorded != fingerprint(base.headers):  # a dry run may come before the download
+            problem = f"it was trained on another base, {record['base']['model']}"
+            raise InputError(f"{place}: {problem}; give that as --model")
+        if {key: chat[key] for key in ChatFormat._fields} != base.encode.chat._asdict():
+            problem = f"it was trained in the chat format {chat['name']}"
+            raise InputError(f"{place}: {problem}; use --chat-format {chat['name']}")
 
 
 def shard_base(model, device: torch.device) -> None:
@@ -3031,21 +3207,29 @@ def compile_layers(base, **options) -> None:
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def set_allocator(expandable: bool, max_split_size_mb: int, quiet: bool = False) -> None:
-    """Set CUDA's allocator. torch reads the variable on import, so this comes first."""
-    show = (lambda *_: None) if quiet else print_field
+def start_torch(args: argparse.Namespace, world: World) -> torch.device:
+    """Set CUDA's allocator, import torch and the rest, and choose this process's device."""
+    said = set_allocator(args.cuda_alloc_expandable, args.max_split_size_mb)
+    flags = ("--cuda-alloc-expandable", "--no-cuda-alloc-expandable", "--max-split-size-mb")
+    if said and any(option.startswith(flags) for option in sys.argv):
+        print_field("allocator", said)
+    print_field("starting", "torch, transformers and peft")
+    load_libraries()
+    return choose_device(args, world)
+
+
+def set_allocator(expandable: bool, max_split_size_mb: int) -> str:
+    """Set CUDA's allocator: torch reads the variable on import. Returns what is to be said about it."""
     for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         if variable in os.environ:
-            show("allocator", f"{variable}={os.environ[variable]} from the environment is kept")
-            return
-    setting = f"max_split_size_mb:{max_split_size_mb}"
+            return f"{variable}={os.environ[variable]} from the environment is kept"
     on_wsl = "microsoft" in platform.release().lower()  # there they fail on some GPUs (pytorch issue 192330)
     if expandable and not on_wsl:
         # Together the two block the reuse of freed segments: 220 MiB reserved become 14,060 (pytorch issue 123548).
-        setting = "expandable_segments:True"
-        why = f"without --max-split-size-mb {max_split_size_mb}: together they waste memory"
-        show("allocator", f"expandable_segments, {why}")
-    os.environ["PYTORCH_ALLOC_CONF"] = setting
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        return f"expandable_segments, without --max-split-size-mb {max_split_size_mb}: together they waste memory"
+    os.environ["PYTORCH_ALLOC_CONF"] = f"max_split_size_mb:{max_split_size_mb}"
+    return ""
 
 
 def choose_device(args: argparse.Namespace, world: World) -> torch.device:
@@ -3058,8 +3242,9 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
         if args.bf16 and not torch.cpu._is_avx512_bf16_supported():
             print_field("device", "this CPU has no bfloat16: --no-bf16 --bnb-dtype float32 is about ten times faster")
         if args.optim.startswith("paged_"):
-            unpaged = optimizer_on(args.optim, "cpu")
-            print_field("device", f"{args.optim} needs CUDA: {unpaged} does the same arithmetic unpaged")
+            print_field(
+                "device", f"{args.optim} needs CUDA: {optimizer_on(args.optim, 'cpu')} keeps its state in 32 bits"
+            )
         return torch.device("cpu")
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
@@ -3096,9 +3281,8 @@ def device_name(device: torch.device) -> str:
 
 
 def optimizer_on(optim: str, device_type: str) -> str:
-    """The optimizer that does the same arithmetic on this device: paged state needs CUDA."""
-    unpaged = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}
-    return optim if device_type == "cuda" else unpaged.get(optim, optim)
+    """The optimizer for this device. Paged state needs CUDA; on a CPU 8-bit state takes seconds a step."""
+    return "adamw_torch" if optim.startswith("paged_") and device_type != "cuda" else optim
 
 
 class Stop:
@@ -3128,7 +3312,7 @@ class Stop:
         return self.agreed is not None
 
 
-def training_arguments(args: argparse.Namespace, evaluating: bool) -> transformers.TrainingArguments:
+def training_arguments(args: argparse.Namespace, batches: Batches, evaluating: bool) -> transformers.TrainingArguments:
     """Our flags under transformers' names."""
     cuda = torch.cuda.is_available()
     for _, variable in (TRACKERS[name] for name in args.report_to if name != "none"):
@@ -3138,9 +3322,9 @@ def training_arguments(args: argparse.Namespace, evaluating: bool) -> transforme
     arguments = transformers.TrainingArguments(
         output_dir=str(args.output),
         num_train_epochs=args.epochs,
-        per_device_train_batch_size=args.train_batch_size,
+        per_device_train_batch_size=batches.rows,
         per_device_eval_batch_size=args.eval_batch_size,
-        gradient_accumulation_steps=args.grad_accum,
+        gradient_accumulation_steps=batches.accumulated,
         learning_rate=args.learning_rate,
         lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=args.warmup_ratio,  # below 1 it is a share
@@ -3168,9 +3352,11 @@ def training_arguments(args: argparse.Namespace, evaluating: bool) -> transforme
     return arguments
 
 
-def make_trainer(args, world: World, model, tokenizer, train_rows, eval_rows, prompts: list[Prompt], stop: Stop):
+def make_trainer(
+    args, world: World, batches: Batches, model, tokenizer, train_rows, eval_rows, prompts: list[Prompt], stop: Stop
+):
     """A Hugging Face Trainer with exact evaluation, complete checkpoints and one line for each step."""
-    arguments = training_arguments(args, evaluating=eval_rows is not None)  # starts the process group
+    arguments = training_arguments(args, batches, evaluating=eval_rows is not None)  # starts the process group
     if not args.output.is_dir():
         problem = "does not exist on this machine"
         raise InputError(f"--output {args.output}: {problem}; name a folder that all machines share")
@@ -3185,9 +3371,10 @@ def make_trainer(args, world: World, model, tokenizer, train_rows, eval_rows, pr
         eval_dataset=eval_rows and eval_rows.padded(world.size * args.eval_batch_size),
         processing_class=tokenizer,
     )
+    trainer.prompts, trainer.stop = prompts, stop
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.add_callback(progress_callback(trainer, stop))
-    trainer.add_callback(checkpoint_callback(trainer, args.output, args.name, args.save_total_limit, prompts))
+    trainer.add_callback(progress_callback(trainer))
+    trainer.add_callback(checkpoint_callback(trainer, args.output, args.name, args.save_total_limit))
     if args.early_stopping and eval_rows:
         trainer.add_callback(transformers.EarlyStoppingCallback(args.early_stopping))
     return trainer
@@ -3197,6 +3384,8 @@ def trainer_class(shard_base: bool) -> type[transformers.Trainer]:
     """Hugging Face's Trainer with the few changes that no argument or callback makes."""
 
     class Trainer(transformers.Trainer):
+        prompts: list[Prompt]
+        stop: Stop
         tokens = 0  # seen by this process
         evaluation_seconds = 0.0  # of the evaluation before training, with its answers
         documents: tuple[str, ...] = ()  # of the current step
@@ -3233,6 +3422,12 @@ def trainer_class(shard_base: bool) -> type[transformers.Trainer]:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(schedule.optimizer, rates)
             return self.lr_scheduler
 
+        def answer(self, when: str) -> dict[str, str]:
+            """The model's answers by their questions; says so, because they take a while."""
+            if self.prompts:
+                print_field(when, f"the answers to {plural(len(self.prompts), 'question')}")
+            return generate_answers(self.model, self.processing_class, self.prompts)
+
         def floating_point_ops(self, inputs):
             """Skip a count that walks through all parameters for each batch and is wrong for LoRA."""
             return 0
@@ -3253,7 +3448,7 @@ def trainer_class(shard_base: bool) -> type[transformers.Trainer]:
     return Trainer
 
 
-def progress_callback(trainer, stop: Stop) -> transformers.TrainerCallback:
+def progress_callback(trainer) -> transformers.TrainerCallback:
     """Prints one line per logging step and a progress bar on a terminal; ends training on a signal."""
     from tqdm import tqdm
 
@@ -3277,7 +3472,7 @@ def progress_callback(trainer, stop: Stop) -> transformers.TrainerCallback:
                     f"{'estimate':<10} about {max(1, round(left / 60)):,} min left, until {clock(left)}",
                     file=sys.stdout,
                 )
-            if stop.any_rank_signaled(trainer.accelerator):
+            if trainer.stop.any_rank_signaled(trainer.accelerator):
                 control.should_save = control.should_training_stop = True
 
         def on_evaluate(self, args, state, control, **kwargs):
@@ -3312,9 +3507,7 @@ def progress_callback(trainer, stop: Stop) -> transformers.TrainerCallback:
     return Progress()
 
 
-def checkpoint_callback(
-    trainer, output: Path, name: str, limit: int, prompts: list[Prompt]
-) -> transformers.TrainerCallback:
+def checkpoint_callback(trainer, output: Path, name: str, limit: int) -> transformers.TrainerCallback:
     """Saves each new best at once, completes checkpoints, and lets the model answer after each evaluation."""
 
     class Checkpoints(transformers.TrainerCallback):
@@ -3333,7 +3526,7 @@ def checkpoint_callback(
                     f"{best}, {RISING} evaluations ago: from here the data is learned by heart. "
                     "The adapter will be that of the best step; Ctrl-C stops now, --early-stopping does it by itself",
                 )
-            answers = generate_answers(trainer.model, trainer.processing_class, prompts)
+            answers = generate_answers(trainer.model, trainer.processing_class, trainer.prompts)
             if state.is_world_process_zero:
                 write_samples(output / "samples.md", name, f"Step {state.global_step}", answers)
 
@@ -3391,8 +3584,7 @@ def train_within_memory(trainer, checkpoint: str | None, output: Path, world: Wo
     more = checkpointed + -(-(len(layers) - checkpointed) // 2)
     mode = "all" if more == len(layers) else str(more)
     print_field("memory", f"not enough with {checkpointed} layers checkpointed; continuing with {mode}")
-    command = [option for option in sys.argv if option not in ("--resume", "--overwrite")]
-    os.execv(sys.executable, [sys.executable, *command, "--resume", "--gradient-checkpointing", mode])
+    os.execv(sys.executable, [sys.executable, *resuming_options(), "--gradient-checkpointing", mode])
 
 
 @contextlib.contextmanager
@@ -3543,7 +3735,7 @@ def run_record(args: argparse.Namespace, base: Base, inputs: Inputs, counts: dic
         "base": {
             "model": args.model if base.revision else os.path.abspath(args.model),
             "revision": base.revision,
-            "fingerprint": fingerprint(base.folder),
+            "fingerprint": fingerprint(base.headers),
         },
         "init_adapter": args.init_adapter
         and {
@@ -3554,7 +3746,6 @@ def run_record(args: argparse.Namespace, base: Base, inputs: Inputs, counts: dic
         "args": vars(args),
         "data": {
             "sha256": inputs.train_files | inputs.eval_files,
-            "system": inputs.survey["system"],  # the one that all conversations share
             **counts,
         },
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in libraries}},
@@ -3585,8 +3776,12 @@ def resume_command(world: World) -> str:
     """What to type after a stop."""
     if world.size > 1:
         return "the same command, launcher included, with --resume"
-    options = [option for option in sys.argv if option not in ("--resume", "--overwrite")]
-    return shlex.join([this_python(), *options, "--resume"])
+    return shlex.join([this_python(), *resuming_options()])
+
+
+def resuming_options() -> list[str]:
+    """This script and its flags, to continue the run."""
+    return [option for option in sys.argv if option not in ("--resume", "--overwrite")] + ["--resume"]
 
 
 def read_json(file: Path) -> Any:
@@ -3646,12 +3841,12 @@ def find_prompts(questions: list[str] | None, data: Data, encode: Encoder, count
         return [Prompt(q, before_answer(*tokens)) for q, tokens in zip(questions, encode(turns), strict=True)]
     found: dict[str, Prompt] = {}
     rows = data.eval_rows or data.train_rows
-    header, answer_header = (encode.chat.header.format(role=role) for role in ("user", "assistant"))
+    before, after = encode.chat.before, encode.chat.after
     for i in sorted(chain.from_iterable(islice(rows.plan, 8 * count))):
         sample = rows.samples[int(i)]
         ids = before_answer(sample["input_ids"], sample["labels"])
-        text = encode.tokenizer.decode(ids, skip_special_tokens=False).rpartition(header)[2]
-        text = text.removesuffix(answer_header).removesuffix(encode.chat.turn_end).strip()
+        text = encode.tokenizer.decode(ids, skip_special_tokens=False).rpartition(before["user"])[2]
+        text = text.removesuffix(before["assistant"]).removesuffix(after["user"]).strip()
         found.setdefault(text, Prompt(text, ids))
         if len(found) == count:
             break

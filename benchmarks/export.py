@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs_export"), help="where to work; finished parts stay")
     args = parser.parse_args()
     print("machine", llama.machine(), llama.versions("torch", "transformers", "peft"))
-    trainer.quiet()
+    trainer.load_libraries()
     import torch
     from engine import to_gguf
     from parts import smollm2

@@ -155,14 +155,7 @@ def check_reading():
 def check_encoding(encode: sft.Encoder, conversations: list):
     chat, control = encode.chat, encode.special_ids
     for turns, (ids, labels) in zip(conversations, encode(conversations), strict=True):
-        rendered = [
-            (
-                chat.header.format(role=turn.role),
-                turn.content,
-                chat.answer_end if turn.role == "assistant" else chat.turn_end,
-            )
-            for turn in turns
-        ]
+        rendered = [(chat.before[turn.role], turn.content, chat.after[turn.role]) for turn in turns]
         framed = [bit for before, _, after in rendered for bit in encode.special.findall(before + after)]
         assert [i for i in ids.tolist() if i in control.values()] == [control[bit] for bit in framed]
         trained = ids[labels != sft.IGNORE].tolist()

@@ -163,7 +163,7 @@ def line(name: str, result: dict, layers: int, peak: float | None, baseline: flo
             f"{result['built']:>5.0f} s  {losses}")  # fmt: skip
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), metavar="NAME",
                         help=f"of: {', '.join(VARIANTS)}; all, but with --tiny not the compiled one")  # fmt: skip
@@ -176,13 +176,18 @@ def main() -> None:
     parser.add_argument("--optim", default="adamw_8bit", help="optimizer of every variant")
     parser.add_argument("--minutes", type=float, default=8.7, help="time for all; variants after that are left out")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, two short steps, also on a CPU")
-    options = parser.parse_args()
-    deadline = time.monotonic() + 60 * options.minutes
+    options = parser.parse_args(argv)
     options.shape = llama.LLAMA31_8B
     if options.tiny:
         options.shape, options.length, options.rows, options.steps = llama.LLAMA31_8B | TINY, 128, 2, 2
     # On a CPU, compiling would take most of the tiny run's time.
     options.variants = options.variants or [name for name in VARIANTS if not (options.tiny and "compiled" in name)]
+    return options
+
+
+def main() -> None:
+    options = parse_args()
+    deadline = time.monotonic() + 60 * options.minutes
     # The same allocator for every side; each process reads this when it imports torch.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     with tempfile.TemporaryDirectory(prefix="gpu-benchmark-") as name:

@@ -57,16 +57,19 @@ def main(n=1_250_000):
     encoders = [
         sft.load_encoder(str(folder), str(folder), "dolores") for folder in (parts.smollm2(), parts.llama31_tokenizer())
     ]
-    file = str(Path(tempfile.mkdtemp()) / "d")
+    args = sft.parse_args(["--input-format", "chatml"])
 
     def measure(make, size):
-        Path(file).write_text(make(size))
-        read = seconds(lambda: sft.survey(sft.find_files([file]), "chatml"))
-        conversations = list(sft.read_conversations([file], "chatml"))
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["HF_DATASETS_CACHE"] = folder
+            file = str(Path(folder) / "d")
+            Path(file).write_text(make(size))
+            read = seconds(lambda: sft.read_data(sft.find_files([file]), args))
+            conversations = list(sft.read_conversations([file], "chatml"))
 
         def encode(encoder):
-            for _ in sft.encode_conversations(conversations, encoder, 2048, "split", lambda *_: None):
-                pass
+            for batch in sft.batch_conversations(conversations):
+                sft.encode_conversations(batch, encoder, 2048, "split")
 
         return [read, *(seconds(lambda e=e: encode(e)) for e in encoders)]
 
@@ -74,7 +77,6 @@ def main(n=1_250_000):
         found = [measure(make, size) for size in (n, 2 * n, 4 * n, 8 * n)]
         cells = "".join(" / ".join(f"{part:5.2f}" for part in times).rjust(24) for times in found)
         print(f"{name:<25}{cells}{sum(found[-1]) / sum(found[0]):7.1f}", flush=True)
-    os.remove(file)
 
 
 if __name__ == "__main__":

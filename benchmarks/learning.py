@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
-"""What a larger corpus is worth, and which chat format a small model learns faster: on SmolLM2-135M, a CPU is enough.
+"""How many passes a corpus can bear, and which chat format a small model learns faster: on SmolLM2-135M, on a CPU.
 
-    python benchmarks/learning.py                    # --steps for shorter or longer runs
+    python benchmarks/learning.py passes     # corpora of 12 to 400 dialogues, three seeds each: some hours on one core
+    python benchmarks/learning.py formats    # --steps for shorter or longer runs
 
-22 conversations of train.chatml are set aside; no run trains on them. Then, with the same settings: the rest of
-the corpus; 60 conversations of it, one pass; those 60 for as many optimizer steps as the rest; and the rest in
-the base's own chat format, the same share of a pass (its headers are shorter: some steps fewer). Loss is the mean over the trained tokens of the held-out conversations (assistant
-text and end token, the same tokens in both formats), by the trainer's own evaluation. Differences come with
-a 95 % interval over the choice of held-out conversations; what another seed of training would do is not in it.
+passes: from each conversation of train.chatml its first exchange; 40 of them are held out, the same for all runs. A run
+trains on 12, 50, 200 or all others, in a random choice of its seed, and measures the held-out loss before training and
+after each pass. Finished runs are kept in --folder, so a stopped benchmark continues.
+
+formats: 22 whole conversations are held out, and the rest is trained on in the format of plain role tags and in the
+base's own, for the same share of a pass. Loss is the mean over the trained tokens of the held-out conversations, the same
+tokens in both formats. The difference comes with a 95 % interval over the choice of held-out conversations; what another
+seed of training would do is not in it.
 """
 
 import argparse
@@ -21,9 +25,12 @@ from pathlib import Path
 import llama
 from llama import ROOT
 
-HELD_OUT, SMALL = 22, 60  # conversations
-KNOBS = ["--optim", "adamw_torch", "--learning-rate", "5e-4", "--lora-r", "16", "--lora-alpha", "32",
-         "--lora-dropout", "0", "--max-length", "1024", "--grad-accum", "2", "--sample-prompts", "none"]  # fmt: skip
+HELD_OUT = {"passes": 40, "formats": 22}  # conversations
+# Dialogues: (passes, rows in an optimizer step).
+SIZES = {12: (6, 1), 50: (5, 2), 200: (3, 4), 0: (2, 4)}  # 0: all that are not held out
+SEEDS = (1, 2, 3)
+KNOBS = ["--no-bnb-nf4", "--optim", "adamw_torch", "--learning-rate", "5e-4", "--lora-r", "16", "--lora-alpha", "32",
+         "--lora-dropout", "0", "--sample-prompts", "none"]  # fmt: skip
 QUESTIONS = [
     "Qui es-tu ?", "Comment distinguer ce que je sais de ce que je crois ?", "À quoi sert la mémoire ?",
     "Je n'arrive pas à dormir.", "Pourquoi le temps passe-t-il plus vite avec l'âge ?", "As-tu peur de quelque chose ?",
@@ -35,45 +42,45 @@ QUESTIONS = [
 ]  # fmt: skip
 
 
-def split(folder: Path) -> dict[str, Path]:
-    """train.chatml as three files of messages: held_out, whole (the rest) and small (60 of the rest)."""
+def conversations() -> list[list[dict]]:
+    """train.chatml as messages, in a fixed random order."""
     import train_sft_dolores as trainer
 
     found = list(trainer.read_conversations([str(ROOT / "train.chatml")], "chatml"))
     random.Random(0).shuffle(found)
-    parts = {"held_out": found[:HELD_OUT], "whole": found[HELD_OUT:], "small": found[HELD_OUT : HELD_OUT + SMALL]}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, conversations in parts.items():
-        chats = [[{"role": turn.role, "content": turn.content} for turn in c.turns] for c in conversations]
-        lines = [json.dumps({"messages": chat}, ensure_ascii=False) for chat in chats]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return {name: folder / f"{name}.jsonl" for name in parts}
+    return [[{"role": turn.role, "content": turn.content} for turn in c.turns] for c in found]
 
 
-def command(output: Path, files: dict[str, Path], part: str, *options: str) -> list[str]:
+def write(file: Path, chats: list[list[dict]]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"messages": chat}, ensure_ascii=False) for chat in chats]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def command(output: Path, train: Path, held_out: Path, *options: str) -> list[str]:
     import parts
 
     return [sys.executable, str(ROOT / "train_sft_dolores.py"), "--model", str(parts.smollm2()), "--output", str(output),
-            "--train-files", str(files[part]), "--eval-files", str(files["held_out"]), "--input-format", "messages",
-            *KNOBS, *options]  # fmt: skip
+            "--train-files", str(train), "--eval-files", str(held_out), *KNOBS, *options]  # fmt: skip
 
 
-def length(steps: int, a_pass: int, evaluations: int = 1) -> list[str]:
-    """Options for so many optimizer steps (the trainer rounds epochs up) and evaluations, the last at the end."""
-    every = str(steps // evaluations)
-    return ["--epochs", f"{(steps - 0.5) / a_pass:.5f}", "--eval-steps", every, "--save-steps", every]
-
-
-def steps_in_a_pass(files: dict[str, Path], part: str) -> int:
-    report = files[part].with_suffix(".report.json")
-    subprocess.run(command(report, files, part, "--json", str(report)), check=True, stdout=subprocess.DEVNULL)
+def steps_in_a_pass(train: Path, held_out: Path, *options: str) -> int:
+    report = train.with_suffix(".report.json")
+    run = command(report, train, held_out, *options, "--json", str(report))
+    subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
     return json.loads(report.read_text())["steps_per_epoch"]
 
 
-def train(output: Path, files: dict[str, Path], part: str, *options: str) -> dict:
-    """Run the trainer, or find its finished run: the record, with the last held-out loss in it."""
+def every(steps: int) -> list[str]:
+    """Options for an evaluation and a checkpoint after so many optimizer steps."""
+    return ["--eval-steps", str(steps), "--save-steps", str(steps)]
+
+
+def train(output: Path, train: Path, held_out: Path, *options: str) -> dict:
+    """Run the trainer, or find its finished run: the record, with all its held-out losses in it."""
     if not (output / "adapter_model.safetensors").exists():
-        run = [*command(output, files, part, *options), "--overwrite"]
+        run = [*command(output, train, held_out, *options), "--overwrite"]
         print("$", " ".join(run[1:]).replace(f"{ROOT}/", ""), flush=True)
         with open(output.with_suffix(".log"), "w") as log:
             if subprocess.run(run, stdout=log, stderr=log, env={**os.environ, "PYTHONUNBUFFERED": "1"}).returncode:
@@ -81,11 +88,11 @@ def train(output: Path, files: dict[str, Path], part: str, *options: str) -> dic
     record = json.loads((output / "training_args.json").read_text())
     newest = max(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
     history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
-    record["results"]["eval_loss_last"] = [log["eval_loss"] for log in history if "eval_loss" in log][-1]
-    return record
+    after = [log["eval_loss"] for log in history if "eval_loss" in log]
+    return record | {"losses": [record["results"]["eval_loss_before"], *after]}
 
 
-def held_out(file: Path, chat_format: str):
+def samples_of(file: Path, chat_format: str):
     """The held-out samples, as the trainer evaluates them."""
     import parts
     from transformers import AutoTokenizer
@@ -125,7 +132,7 @@ def difference(a, b) -> str:
     return f"{mean(a) - mean(b):+.3f} [{low:+.3f}, {high:+.3f}], higher in {higher} of {len(a)} conversations"
 
 
-def trained(adapter: Path, files: dict[str, Path]):
+def trained(adapter: Path, held_out: Path):
     """`losses` of the base with this adapter, in its own chat format, float32."""
     import parts
     import torch
@@ -134,7 +141,7 @@ def trained(adapter: Path, files: dict[str, Path]):
 
     model = AutoModelForCausalLM.from_pretrained(parts.smollm2(), dtype=torch.float32)
     name = json.loads((adapter / "training_args.json").read_text())["chat_format"]["name"]
-    return losses(PeftModel.from_pretrained(model, adapter), held_out(files["held_out"], name))
+    return losses(PeftModel.from_pretrained(model, adapter), samples_of(held_out, name))
 
 
 def share_that_stops(adapter: Path, with_adapter: bool, longest: int = 200) -> str:
@@ -166,44 +173,70 @@ def table(*head: str) -> None:
     row(*["---"] * len(head))
 
 
+def passes(folder: Path, precision: str) -> None:
+    """The held-out loss after each pass, by the size of the corpus."""
+    import statistics
+
+    exchanges = []
+    for chat in conversations():
+        answered = next(i for i, message in enumerate(chat) if message["role"] == "assistant")
+        exchanges.append(chat[: answered + 1])
+    held_out = write(folder / "held_out.jsonl", exchanges[: HELD_OUT["passes"]])
+    rest = exchanges[HELD_OUT["passes"] :]
+    table("dialogues", "rows in a step", "steps in a pass", "seed", "held-out loss before and after each pass")
+    best: dict[int, list[tuple[int, float, float]]] = {}
+    for size, (epochs, rows) in SIZES.items():
+        size = size or len(rest)
+        for seed in SEEDS:
+            chosen = write(folder / f"{size}-{seed}.jsonl", random.Random(seed).sample(rest, size))
+            options = [precision, "--max-length", "512", "--grad-accum", str(rows), "--seed", str(seed)]
+            steps = steps_in_a_pass(chosen, held_out, *options)
+            options += ["--epochs", str(epochs), *every(steps)]
+            losses = train(folder / f"run-{size}-{seed}", chosen, held_out, *options)["losses"]
+            row(size, rows, steps, seed, " ".join(f"{loss:.3f}" for loss in losses))
+            lowest = min(range(len(losses)), key=losses.__getitem__)
+            best.setdefault(size, []).append((lowest, losses[lowest] - losses[0], losses[-1] - losses[lowest]))
+    table("dialogues", "best after pass", "change of the loss there (mean, range)", "rise from there to the last pass")
+    for size, found in best.items():
+        after, gained, lost = zip(*found, strict=True)
+        spread = f"{statistics.mean(gained):+.3f} ({min(gained):+.3f} to {max(gained):+.3f})"
+        row(size, ", ".join(map(str, after)), spread, f"{statistics.mean(lost):+.3f}")
+
+
+def formats(folder: Path, precision: str, steps: int) -> None:
+    """Plain role tags against the base's own format, after so many optimizer steps of two rows."""
+    chats = conversations()
+    held_out = write(folder / "formats_held_out.jsonl", chats[: HELD_OUT["formats"]])
+    rest = write(folder / "formats.jsonl", chats[HELD_OUT["formats"] :])
+    options = [precision, "--max-length", "1024", "--grad-accum", "2"]
+    a_pass = steps_in_a_pass(rest, held_out, *options)
+    options += ["--epochs", f"{(steps - 0.5) / a_pass:.5f}", *every(steps)]  # the trainer rounds steps up
+    folders, names = (folder / "dolores", folder / "chatml"), ("dolores", "chatml")
+    records = [
+        train(f, rest, held_out, *options, "--chat-format", name) for f, name in zip(folders, names, strict=True)
+    ]
+    table("chat format", "steps", "loss before", "after", "answers that stop before", "after")
+    for name, record, output in zip(("dolores", "chatml (the base's own)"), records, folders, strict=True):
+        stops = [share_that_stops(output, after) for after in (False, True)]
+        row(name, record["results"]["steps"], record["losses"][0], record["losses"][-1], *stops)
+    print("\ndolores - chatml:", difference(*(trained(output, held_out) for output in folders)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=118, help="of 2 rows; 118: one pass (default)")
+    parser.add_argument("what", choices=("passes", "formats"))
+    parser.add_argument("--steps", type=int, default=118, help="of formats; 118: one pass (default)")
     parser.add_argument("--precision", default="--bf16", choices=("--bf16", "--no-bf16"), help="what is quicker here")
     parser.add_argument("--folder", type=Path, default=Path("runs_learning"), help="where to work; finished runs stay")
     args = parser.parse_args()
     print("machine", llama.machine(), llama.versions("torch", "transformers", "peft"))
     import train_sft_dolores as trainer
 
-    trainer.quiet()
-    files, options = split(args.folder), [args.precision, "--no-bnb-nf4"]
-    whole, small = (steps_in_a_pass(files, part) for part in ("whole", "small"))
-
-    def run(name, part, *settings):
-        return train(args.folder / name, files, part, *options, *settings)
-
-    runs = {
-        "whole": run("whole", "whole", *length(args.steps, whole)),
-        "small, one pass": run("small", "small", *length(small, small)),
-        "small, as many steps": run("small_long", "small", *length(args.steps, small, evaluations=3)),
-    }
-    table("trained on", "conversations", "steps", "passes", "loss before", "best", "at the end")
-    for name, record in runs.items():
-        data, results = record["data"], record["results"]
-        passes = results["steps"] / data["steps_per_epoch"]
-        losses = [results[key] for key in ("eval_loss_before", "eval_loss_after", "eval_loss_last")]
-        row(name, data["conversations"], results["steps"], f"{passes:.2f}", *losses)
-
-    whole_losses = trained(args.folder / "whole", files)
-    print("\nsmall, as many steps - whole:", difference(trained(args.folder / "small_long", files), whole_losses))
-
-    own = run("chatml", "whole", *length(args.steps, whole), "--chat-format", "chatml")
-    table("chat format", "steps", "loss before", "after", "answers that stop before", "after")
-    for name, record, folder in (("dolores", runs["whole"], "whole"), ("chatml (the base's own)", own, "chatml")):
-        stops = [share_that_stops(args.folder / folder, after) for after in (False, True)]
-        results = record["results"]
-        row(name, results["steps"], results["eval_loss_before"], results["eval_loss_last"], *stops)
-    print("\ndolores - chatml:", difference(whole_losses, trained(args.folder / "chatml", files)))
+    trainer.load_libraries()
+    if args.what == "passes":
+        passes(args.folder, args.precision)
+    else:
+        formats(args.folder, args.precision, args.steps)
 
 
 if __name__ == "__main__":

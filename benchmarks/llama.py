@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -80,18 +81,21 @@ def versions(*names: str) -> str:
 
 def measured(command: list[str], log: Path, timeout: float | None = None, **environment) -> tuple[int, float, float]:
     """(exit status, seconds, peak GiB) of a child process, its output in `log`; ended after `timeout` seconds."""
-    start = time.monotonic()
+    start, peak = time.monotonic(), 0
     with open(log, "w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env=os.environ | environment)
-        while True:
-            pid, status, usage = os.wait4(process.pid, 0 if timeout is None else os.WNOHANG)
-            if pid:
-                break
-            if time.monotonic() - start > timeout:
+        while process.poll() is None:
+            peak = max(peak, peak_kib(process.pid))
+            if timeout and time.monotonic() - start > timeout:
                 process.kill()
             time.sleep(0.05)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, time.monotonic() - start, usage.ru_maxrss / 2**20
+    return process.returncode, time.monotonic() - start, peak / 2**20
+
+
+def peak_kib(pid: int) -> int:
+    """Peak memory of a process so far; 0 once it has ended. ru_maxrss would count what its parent had when it started it."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int((re.search(r"VmHWM:\s+(\d+)", status) or [0, 0])[1])
 
 
 def answer_of(command: list[str], folder: Path, **environment) -> dict:

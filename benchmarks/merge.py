@@ -7,7 +7,7 @@
 The base holds random bf16 weights in four shards, made on the spot and removed afterwards. Runs alternate, each in
 a process of its own, with the base to be read from the disk and with the base in the page cache (where it fits into
 memory); each begins with an empty write queue and after a rest, and no side calls fsync. Peak memory is the kernel's figure
-for the child process (ru_maxrss). The copy is `cp`; its time is the floor for whoever writes a folder.
+for the process (VmHWM), read every 50 ms. The copy is `cp`; its time is the floor for whoever writes a folder.
 """
 
 import argparse

@@ -5,7 +5,7 @@
     python benchmarks/prep.py --conversations 1000000      # TRL then gets --trl-conversations of them
 
 The conversations are sentences of train.chatml in random order, encoded with Llama 3.1's vocabulary. Ours is what
-training does before it loads a model: read and check everything, then read, encode, write to disk, measure and pack.
+training does before it loads a model: read, check, encode, write to disk, measure and pack.
 TRL's is load_dataset and SFTTrainer's preparation with assistant_only_loss and packing="bfd". Each run is a process
 of its own with an empty cache, the sides take turns; seconds are those of the preparation, without imports; peak
 memory is the kernel's figure for the process, imports included. MB are those of the ChatML file for every side.
@@ -84,12 +84,8 @@ def ours(folder: Path, input_format: str) -> dict:
     args = sft.parse_args(["--train-files", file, "--input-format", input_format, "--eval-fraction", "0"])
     encode = sft.load_encoder("Llama 3.1", str(parts.llama31_tokenizer()), args.chat_format)
     start = time.monotonic()
-    files = sft.find_files([file])
-    sft.survey(files, input_format)
-    surveyed = time.monotonic()
-    counts = sft.prepare_data(args, sft.World(), files, {}, encode).counts
-    end = time.monotonic()
-    return {"seconds": end - start, "survey": surveyed - start, "tokens": counts["tokens"], "rows": counts["rows"],
+    counts = sft.prepare_data(args, sft.World(), sft.find_files([file]), {}, encode).counts
+    return {"seconds": time.monotonic() - start, "tokens": counts["tokens"], "rows": counts["rows"],
             "trained": counts["trained_tokens"], "fill": counts["fill"]}  # fmt: skip
 
 
@@ -180,10 +176,6 @@ def main() -> None:
             rest = f"{first['trained']:>13,}{first['rows']:>9,}{first['fill']:>8.1%}" if "rows" in first else ""
             print(f"{side:<20}{seconds:>8.2f}{megabytes / seconds:>8.2f}{max(r['peak'] for r in found):>10.2f}"
                   f"{first['tokens']:>13,}{rest}")  # fmt: skip
-        if "ours, ChatML" not in runs:
-            return
-        surveys = statistics.median(r["survey"] for r in runs["ours, ChatML"])
-        print(f"\nof ours, {surveys:.2f} s are the first reading, which finds errors before anything slow starts")
 
 
 if __name__ == "__main__":

@@ -66,10 +66,10 @@ def ours(args, model, rows, trained_tokens_only=True, lean_lora=True, bf16_norms
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 del module.forward  # the class's own, PEFT's
-    args = sft.plan_micro_steps(model, rows, args)
+    batches = sft.plan_micro_steps(model, rows, args)
     return in_order(
         sft.make_trainer(
-            args, sft.World(), model, None, rows, None, [], SimpleNamespace(any_rank_signaled=lambda _: False)
+            args, sft.World(), batches, model, None, rows, None, [], SimpleNamespace(any_rank_signaled=lambda _: False)
         )
     )
 
@@ -97,7 +97,7 @@ def lora_config(args):
 
 def peer_arguments(args, kind, **more):
     """The trainer's TrainingArguments with the peers' own defaults: bf16 autocast, Trainer's logging."""
-    ours = sft.training_arguments(args, evaluating=False)
+    ours = sft.training_arguments(args, sft.Batches(args.train_batch_size, args.grad_accum), evaluating=False)
     same = ("output_dir", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "use_cpu",
             "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "optim", "seed", "logging_steps",
             "disable_tqdm")  # fmt: skip

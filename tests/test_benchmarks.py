@@ -1,12 +1,11 @@
 """The benchmarks run, at sizes that take seconds, and count correctly. No times are asserted."""
 
-import re
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT
+from runs import ROOT, launch
 
 import train_sft_dolores as sft
 
@@ -17,11 +16,12 @@ import flops  # noqa: E402
 import llama  # noqa: E402
 
 
-def benchmark(name: str, *options) -> str:
-    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    return done.stdout
+def benchmark(folder: Path, name: str, *options) -> str:
+    """What a benchmark prints; it and the processes that it starts end with the test."""
+    process = launch([sys.executable, ROOT / "benchmarks" / name, *options], folder, "printed")
+    status, printed = process.wait(400), (folder / "printed").read_text()
+    assert status == 0, printed[-3000:]
+    return printed
 
 
 def table(out: str, width: int) -> dict[str, list[str]]:
@@ -96,8 +96,8 @@ def test_flops_table(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_prep_makes_the_same_tokens_as_trl():
-    out = benchmark("prep.py", "--conversations", 300, "--rounds", 1, "--sides", "TRL 1.16", "ours, ChatML", "ours, second start")  # fmt: skip
+def test_prep_makes_the_same_tokens_as_trl(tmp_path):
+    out = benchmark(tmp_path, "prep.py", "--conversations", 300, "--rounds", 1, "--sides", "TRL 1.16", "ours, ChatML", "ours, second start")  # fmt: skip
     rows = table(out, 20)
     tokens, trained, packed, fill = rows["ours, ChatML"][3:]
     assert rows["TRL 1.16"][3:5] == rows["ours, second start"][3:5] == [tokens, trained]
@@ -105,20 +105,26 @@ def test_prep_makes_the_same_tokens_as_trl():
 
 
 @pytest.mark.slow
-def test_gpu_on_a_cpu():
-    """Every variant runs, from the same weights on the same rows: the first losses are equal."""
-    out = benchmark("gpu.py", "--tiny")
+def test_gpu_on_a_cpu(tmp_path):
+    """Every variant trains, from the same weights on the same rows: the first losses are equal."""
     import gpu
     import sides
 
-    assert (
-        sum(map(len, sides.random_rows(2, 64, 100).longest()["input_ids"])) > 60
-    )  # the memory probe on a GPU needs it
-
-    rows = {name: words for name, words in table(out, 31).items() if name in gpu.VARIANTS}
-    assert list(rows) == [name for name in gpu.VARIANTS if "compiled" not in name]
-    losses = {name: float(words[-2]) for name, words in rows.items()}
+    options = gpu.parse_args(["--tiny"])
+    results = {name: gpu.train(name, tmp_path, options) for name in options.variants}
+    assert list(results) == [name for name in gpu.VARIANTS if "compiled" not in name]
+    losses = {name: result["losses"][0] for name, result in results.items()}
     assert max(losses.values()) - min(losses.values()) < 0.005, losses
-    recomputed = {name: " ".join(re.findall(r"\d of \d", " ".join(words))) for name, words in rows.items()}
-    assert recomputed["plain Trainer"] == recomputed["TRL"] == recomputed["ours, all layers checkpointed"] == "2 of 2"
-    assert recomputed["ours"] == "0 of 2"
+    uncheckpointed = {name: result["free"] for name, result in results.items()}
+    assert uncheckpointed["plain Trainer"] == uncheckpointed["TRL"] == 0
+    assert uncheckpointed["ours, all layers checkpointed"] == 0 and uncheckpointed["ours"] == 2
+    longest = sides.random_rows(2, 64, 100).longest()  # the memory probe on a GPU needs it
+    assert sum(map(len, longest["input_ids"])) > 60
+
+
+@pytest.mark.slow
+def test_gpu_prints_a_line_for_each_variant(tmp_path):
+    """The whole program, with one variant in a process of its own."""
+    out = benchmark(tmp_path, "gpu.py", "--tiny", "--optim", "adamw_torch", "--variants", "ours")
+    (words,) = [words for name, words in table(out, 31).items() if name == "ours"]
+    assert " ".join(words[4:7]) == "0 of 2" and float(words[-1]) > 0, out

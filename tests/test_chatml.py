@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from runs import assert_says, error_of
+from runs import arguments, assert_says, error_of
 
 import train_sft_dolores as sft
 
@@ -278,16 +278,22 @@ def test_answers_that_are_only_context():
 # ---- all errors at once ----
 
 
+def survey(*files, input_format="chatml", skip_bad=False) -> tuple[dict, list]:
+    """(counts, warnings) of these files."""
+    args = arguments("--input-format", input_format, *["--skip-bad"] * skip_bad)
+    return sft.read_data(sft.find_files(list(files)), args)[:2]
+
+
 def listed(skip_bad=False) -> list[str]:
     """The lines of the error that the survey of the file d raises."""
-    return error_of(sft.survey, sft.find_files(["d"]), "chatml", skip_bad).split("\n")
+    return error_of(survey, "d", skip_bad=skip_bad).split("\n")
 
 
 def test_all_errors_of_the_data_are_listed():
     good, bad = "<|endoftext|>\n" + OK, "<|endoftext|>\n<|user|>\nq\n<|assitant|>\na\n<|usr|>\n"
     write("d", good + bad + good + "<|endoftext|> r\n" + U + good + "<|endoftext|>\n" + A)
     write("e", OK + "\n" + U + "\xff\n" + "<|im_start|>user\nq\n<|im_start|>assistant\na<|im_end|>\n")
-    lines = error_of(sft.survey, sft.find_files(["d", "e"]), "chatml").split("\n")
+    lines = error_of(survey, "d", "e").split("\n")
     places = [line.split(": ")[0] for line in lines]
     assert places[:5] == ["d:9", "d:11", "d:17", "d:26", "e:9"] and len(lines) == 6
     assert "5 errors" in lines[5] and "--skip-bad" in lines[5]
@@ -298,9 +304,9 @@ def test_all_errors_of_the_data_are_listed():
 
 def test_skip_bad():
     write("d", OK + "<|endoftext|>\n<|user|>\nq\n<|assitant|>\na\n<|endoftext|>\n" + OK.replace("q", "r"))
-    found = sft.survey(sft.find_files(["d"]), "chatml", skip_bad=True)
+    found, warned = survey("d", skip_bad=True)
     assert (found["conversations"], found["skipped"]) == (2, 1)
-    ((file, line, kind, text),) = found["warnings"]
+    ((file, line, kind, text),) = warned
     assert (file, line, kind) == ("d", 8, "skipped") and "<|assistant|>" in text
     write("d", A)
     assert_says(listed(skip_bad=True)[0], "d", "--skip-bad")
@@ -311,16 +317,22 @@ def test_what_cannot_be_read_is_not_skipped():
     write("d", OK.encode() + b"\xe9")
     assert_says(listed(skip_bad=True)[0], "d:5", "0xe9")
     write("d", OK + "<|user|>\n" + A), write("e", b"\xe9")
-    lines = error_of(sft.survey, sft.find_files(["e", "d"]), "chatml").split("\n")
+    lines = error_of(survey, "e", "d").split("\n")
     assert [line.split(": ")[0] for line in lines] == ["e:1", "d:5"]
+
+
+def test_more_blanks_than_a_tokenizer_accepts():
+    for blanks in (" " * 999_999, "\n" * 1_000_001, (" " * 999_999 + "\n") * 2):
+        assert survey(write("d", f"<|user|>\nq{blanks}q\n" + A))[0]["conversations"] == 1
+    write("d", OK + U + A + "<|user|>\nq" + "\t " * 500_000 + "q\n" + A)
+    assert_says(listed()[0], "d:9", "million")
 
 
 def test_a_bad_row_does_not_hide_the_next():
     write("d.jsonl", "\n".join([row(*QA), "{", row(("usr", "q"), ("assistant", 1)), row(*QA)]))
-    files = sft.find_files(["d.jsonl"])
-    lines = error_of(sft.survey, files, "messages").split("\n")
+    lines = error_of(survey, "d.jsonl", input_format="messages").split("\n")
     assert [line.split(": ")[0] for line in lines[:3]] == ["d.jsonl:2", "d.jsonl:3", "d.jsonl:3"] and len(lines) == 4
-    found = sft.survey(files, "messages", skip_bad=True)
+    found, _ = survey("d.jsonl", input_format="messages", skip_bad=True)
     assert (found["conversations"], found["skipped"]) == (2, 2)
 
 
@@ -423,13 +435,13 @@ def test_a_tag_in_a_code_block():
 
 def surveyed(*files: str) -> list[tuple]:
     """[(file, line, kind)] of the warnings that the survey adds, apart from copies."""
-    warnings = sft.survey(sft.find_files(list(files)), "auto")["warnings"]
+    warnings = survey(*files, input_format="auto")[1]
     return [tuple(warning[:3]) for warning in warnings if warning[2] != "duplicate"]
 
 
 def test_dialogues_that_nothing_separates():
     write("d", OK * 12)
-    ((_, _, _, text),) = sft.survey(sft.find_files(["d"]), "auto")["warnings"]
+    ((_, _, _, text),) = survey("d", input_format="auto")[1]
     assert "12 separate dialogues" in text and "<|endoftext|>" in text
     assert surveyed("d") == [("d", 1, "one conversation")]
     assert surveyed(write("e", "\n" + OK * 2)) == [("e", 2, "one conversation")]
@@ -601,12 +613,12 @@ AUTO_ERRORS = [  # (name, content, place, facts)
     ("d.txt", "Bonjour\n" + OK, "d.txt:1", ("<|user|>",)),
     ("d.parquet", b"PAR1 ...", "d.parquet", ("Parquet",)),
     ("mes données.txt", "<|user|>\nÉté à la mer ?\n".encode("cp1252"), "mes données.txt:2",
-     ("Windows-1252", "iconv -f WINDOWS-1252 -t UTF-8 'mes données.txt' > 'mes données.utf8.txt'")),
+     ("Windows-1252", "iconv -f Windows-1252 -t UTF-8 'mes données.txt' > 'mes données.utf8.txt'")),
     ("d.jsonl", row(("user", "é"), QA[1]).encode("utf-16"), "d.jsonl:1", ("UTF-16", "iconv -f UTF-16 -t UTF-8 d.jsonl > d.utf8.jsonl")),
     ("d.chatml", OK.encode("utf-16-le"), "d.chatml:1", ("iconv -f UTF-16LE -t UTF-8 d.chatml > d.utf8.chatml",)),
     ("d.chatml", OK.encode("utf-16-be"), "d.chatml:1", ("iconv -f UTF-16BE -t UTF-8",)),
     ("d.chatml", OK.encode("utf-32"), "d.chatml:1", ("iconv -f UTF-32 -t UTF-8",)),
-    ("d.csv", "prompt;completion\nça;a\n".encode("cp1252"), "d.csv:2", ("WINDOWS-1252",)),
+    ("d.csv", "prompt;completion\nça;a\n".encode("cp1252"), "d.csv:2", ("Windows-1252",)),
 ]  # fmt: skip
 
 
@@ -720,7 +732,7 @@ def test_work_grows_with_the_file(make):
 
         sys.setprofile(one)
         try:
-            sft.survey(sft.find_files([file]), "chatml")
+            survey(file)
         finally:
             sys.setprofile(None)
         return count
@@ -815,4 +827,4 @@ def test_the_system_turn_that_all_conversations_share(tmp_path):
         (f"{pair}<|endoftext|>\n{pair}", None),
     ):
         other.write_text(text)
-        assert sft.survey_conversations([str(other)], "chatml")["system"] == system
+        assert survey(str(other))[0]["system"] == system

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 
 import pytest
-from runs import ROOT
+from runs import ROOT, arguments
 
 import train_sft_dolores as sft
 
@@ -27,7 +27,7 @@ def words(text: str) -> list[str]:
 
 
 def test_it_parses_without_a_warning():
-    assert sft.survey(sft.find_files([CORPUS]), "chatml")["warnings"] == []
+    assert sft.read_data(sft.find_files([CORPUS]), arguments())[1] == []
 
 
 def test_size(conversations, llama31_tokenizer):

@@ -3,7 +3,13 @@
 from pathlib import Path
 
 import pytest
-from engine import answers_of_llama_cpp, answers_of_transformers, random_adapter, to_gguf
+from engine import (
+    answers_of_llama_cpp,
+    answers_of_transformers,
+    gap_at_first_difference,
+    random_adapter,
+    to_gguf,
+)
 from transformers import AutoTokenizer
 
 import merge_lora
@@ -68,18 +74,6 @@ def test_the_converter_reads_rope_scaling_and_end_of_turn_of_llama31(tiny_llama3
     factors = next(tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight")
     # Llama 3.1's RoPE scaling: the highest frequency is unchanged, the lowest divided by 8.
     assert factors[0] == 1.0 and factors[-1] == 8.0
-
-
-def gap_at_first_difference(folder: Path, prompt: list[int], mine: list[int], its: list[int]) -> float:
-    """Difference in log probability (nats) of the two tokens where two greedy answers first differ, in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    at = next(i for i, (a, b) in enumerate(zip(mine, its, strict=False)) if a != b)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + mine[:at]])).logits[0, -1]
-    return float(logits[mine[at]] - logits[its[at]])
 
 
 @pytest.fixture(scope="module")

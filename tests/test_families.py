@@ -4,21 +4,27 @@ The models are tiny and random, with the real configs (tests/families.py); weigh
 """
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-import families
 import numpy as np
 import pytest
 import torch
-from families import REFUSED, TRAINABLE, family
+from engine import answers_of_transformers, fingerprint, llama_cpp, to_gguf
+from families import REFUSED, SPLITS, TOKENS, TRAINABLE, family
 from runs import TINY, arguments, assert_same_adapter, assert_says, dialogues, error_of, run
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import merge_lora
 import train_sft_dolores as sft
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FUSED = {"o_proj", "down_proj", "qkv_proj", "gate_up_proj"}  # Phi's
 DATA = "".join(
     f"<|user|>\n{'Qui es-tu, dis-moi ? ' * n}\n<|assistant|>\n{'Je suis Dolores. ' * n}\n<|endoftext|>\n"
     for n in (2, 4, 5)
@@ -50,7 +56,7 @@ def test_loss_and_gradients_are_those_of_transformers(name, tmp_path):
     expected.backward()
 
     packed = load(folder, sft.packed_attention())
-    sft.check_head(packed, packed.config.vocab_size)
+    sft.check_head(packed)
     sft.install_chunked_loss(packed)
     row = {"input_ids": [s.input_ids for s in samples], "labels": [s.labels for s in samples],
            "file": [""] * len(samples), "line": [0] * len(samples)}  # fmt: skip
@@ -80,36 +86,127 @@ def test_generation_sees_the_same_window_and_softcap(name):
     assert outputs[0] == outputs[1] and len(outputs[0]) == 60
 
 
-@pytest.mark.parametrize("name", TRAINABLE)
-def test_train_resume_and_merge(name, tmp_path):
-    base, out = family(name), tmp_path / "out"
-    (tmp_path / "train.chatml").write_text(dialogues(40))
-    options = ("--model", base, "--output", "out", *TINY, "--epochs", "1")
-    code, printed = run(tmp_path, *options)
+@pytest.fixture(scope="module", params=TRAINABLE)
+def trained(request, tmp_path_factory) -> tuple[str, Path]:
+    """(family, folder): out/ is an adapter trained in the base's own chat format, merged/ the merge of the two."""
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "train.chatml").write_text(dialogues(40))
+    code, printed = run(folder, *options_of(request.param))
     assert code == 0, printed
+    base, out, merged = (str(path) for path in (family(request.param), folder / "out", folder / "merged"))
+    merge_lora.main(["--adapter", out, "--base", base, "--output", merged])
+    return request.param, folder
+
+
+def options_of(name: str) -> tuple:
+    return ("--model", family(name), "--output", "out", "--chat-format", "base", *TINY, "--epochs", "1")
+
+
+def test_train_resume_and_merge(trained, tmp_path):
+    name, folder = trained
+    base, out = family(name), tmp_path / "out"
+    shutil.copytree(folder / "out", out)
+    shutil.copy(folder / "train.chatml", tmp_path)
     record = json.loads((out / "training_args.json").read_text())
-    assert record["results"]["steps"] >= 3 and record["base"]["fingerprint"] == sft.fingerprint(base)
+    assert record["results"]["steps"] >= 3 and record["base"]["fingerprint"] == fingerprint(base)
     assert record["data"]["system"] is None  # each of these dialogues has its own
     config = json.loads((out / "adapter_config.json").read_text())
-    fused = {"o_proj", "down_proj", "qkv_proj", "gate_up_proj"}
-    assert set(config["target_modules"]) == (fused if name == "phi3" else set(SEVEN))
-    assert config["lora_alpha"] == 8 and type(config["lora_alpha"]) is int  # Ollama refuses 8.0
+    assert set(config["target_modules"]) == (FUSED if name.startswith("phi") else set(SEVEN))
+    assert config["lora_alpha"] == 8 and type(config["lora_alpha"]) is int  # Ollama and vLLM refuse 8.0
 
     last = max(out.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
-    shutil.copytree(out, tmp_path / "whole")
     shutil.rmtree(last)
-    code, printed = run(tmp_path, *options, "--resume")
+    code, printed = run(tmp_path, *options_of(name), "--resume")
     assert code == 0, printed
-    assert_same_adapter(out, tmp_path / "whole")
+    assert_same_adapter(out, folder / "out")
 
-    merge_lora.main(["--adapter", str(out), "--base", str(base), "--output", str(tmp_path / "merged")])
     from peft import PeftModel
 
     by_peft = PeftModel.from_pretrained(load(base, "eager"), out).merge_and_unload(safe_merge=True).state_dict()
-    merged, before = load_file(tmp_path / "merged/model.safetensors"), load_file(base / "model.safetensors")
+    merged, before = load_file(folder / "merged/model.safetensors"), load_file(base / "model.safetensors")
     assert all(torch.equal(by_peft[key], merged[key]) for key in merged)
     changed = {key.split(".")[-2] for key in merged if not torch.equal(before[key], merged[key])}
     assert changed == set(config["target_modules"])
+
+
+CHATS = [
+    [{"role": "user", "content": "Qui es-tu ?"}],
+    [{"role": "user", "content": "l'été\n\n  12345 日本"}],
+    [
+        {"role": "user", "content": "Ça va ?"},
+        {"role": "assistant", "content": "Oui, ça va."},
+        {"role": "user", "content": "Et {{ toi }} 🙂 ?"},
+    ],
+    [{"role": "system", "content": "Tu es Dolores."}, {"role": "user", "content": "Un, deux"}],
+]
+
+
+@pytest.mark.slow
+def test_llama_cpp_answers_like_transformers(trained, tmp_path):
+    """Text, token ids and greedy answers of the merged folder, converted to GGUF in float32."""
+    name, folder = trained
+    merged, kind = Path(shutil.copytree(folder / "merged", tmp_path / "merged")), TOKENS[name].kind
+    if name in ("mistral", "phi3"):  # llama.cpp has no sliding window for these two
+        config = json.loads((merged / "config.json").read_text())
+        (merged / "config.json").write_text(json.dumps(config | {"sliding_window": None}))
+    # By this name llama.cpp knows that Phi-3's control tokens swallow white space.
+    title = "Phi-3" if name == "phi3" else ""
+    gguf = to_gguf(merged, tmp_path / "model.gguf", "f32", pre=kind if kind in SPLITS else "", name=title)
+
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    texts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in CHATS]
+    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True).input_ids for chat in CHATS]
+    answers, rendered = llama_cpp(gguf, prompts, CHATS, 24)
+    bos = tokenizer.bos_token if TOKENS[name].adds_bos else ""
+    assert [bos + text.removeprefix(bos) for text, _ in rendered] == texts
+    assert [ids for _, ids in rendered] == prompts
+    for ours, (theirs, reason) in zip(answers_of_transformers(merged, prompts, 24), answers, strict=True):
+        # llama.cpp also ends at control tokens that generation_config.json does not list.
+        assert theirs == ours[: len(theirs)] and (len(theirs) == len(ours) or reason == "stop")
+
+
+def test_the_adapter_folder_in_other_programs(trained):
+    """As the README's table says: PEFT's auto class and a pipeline; vLLM is too large to install, it reads these keys."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import pipeline
+
+    _, folder = trained
+    tokenizer = AutoTokenizer.from_pretrained(folder / "out")
+    ids = tokenizer.apply_chat_template(CHATS[0], add_generation_prompt=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        live = AutoPeftModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32)(input_ids=ids).logits
+        assert torch.allclose(live, load(folder / "merged", "eager")(input_ids=ids).logits, atol=1e-4)
+    generate = pipeline("text-generation", str(folder / "merged"), device="cpu", dtype=torch.float32)
+    said = generate(CHATS[0], max_new_tokens=8, do_sample=False)[0]["generated_text"]
+    assert said[:-1] == CHATS[0] and said[-1]["role"] == "assistant" and said[-1]["content"]
+
+    config = json.loads((folder / "out/adapter_config.json").read_text())
+    expected = {
+        "r": 4,
+        "lora_alpha": 8,
+        "bias": "none",
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    assert {key: config[key] for key in expected} == expected and isinstance(config["target_modules"], list)
+    names = load_file(folder / "out/adapter_model.safetensors")
+    pattern = r"base_model\.model\.model\.layers\.\d+\.(self_attn|mlp)\.\w+\.lora_[AB]\.weight"
+    assert names and all(re.fullmatch(pattern, name) for name in names)
+
+
+def test_the_hub_takes_the_merged_folder(trained):
+    """`hf upload` as in the README understands its arguments and stops at the network only; the card can be read."""
+    from huggingface_hub import ModelCard
+
+    name, folder = trained
+    for path in (folder / "merged", folder / "out"):
+        assert ModelCard.load(path / "README.md").data.pipeline_tag == "text-generation"
+    if name == TRAINABLE[0]:
+        command = [Path(sys.executable).with_name("hf"), "upload", "you/dolores-v5", "merged"]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_TOKEN": "hf_none"}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode and "offline" in done.stderr.lower() and "usage" not in done.stderr.lower(), done.stderr
 
 
 @pytest.fixture
@@ -151,26 +248,28 @@ def test_files_with_other_names_are_refused(tmp_path):
     """transformers may load them all the same; the merge, tensor by tensor, could not."""
     sft.load_libraries()
     folder = str(family("llama3"))
-    headers = sft.read_headers(folder, folder)
-    model = sft.empty_model(folder, sft.load_config(folder, folder))
-    sft.check_names(folder, model, headers, SEVEN)
+    base = sft.find_base(arguments("--model", folder), folder)
+    headers = base.headers
+    sft.check_weights(folder, base)
     name = "model.layers.1.mlp.up_proj.weight"
     lost = {key: value for key, value in headers.items() if key != name}
-    assert_says(error_of(sft.check_names, folder, model, lost, SEVEN), f"--model {folder}", name)
+    assert_says(error_of(sft.check_weights, folder, base._replace(headers=lost)), f"--model {folder}", name)
     other = {**headers, name: headers[name]._replace(shape=[160, 32])}
-    assert_says(error_of(sft.check_names, folder, model, other, SEVEN), f"--model {folder}", name, "[160, 32]")
+    assert_says(
+        error_of(sft.check_weights, folder, base._replace(headers=other)), f"--model {folder}", name, "[160, 32]"
+    )
 
 
 def test_target_modules_of_each_family(capsys):
-    seven, fused = sorted(SEVEN), ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
+    seven, fused = sorted(SEVEN), sorted(FUSED)
     for name in TRAINABLE:
         folder = str(family(name))
         headers = sft.read_headers(folder, folder)
-        linear = fused if name == "phi3" else seven
+        linear = fused if name.startswith("phi") else seven
         for given in (["all-linear"], SEVEN):
             assert sorted(sft.choose_targets(given, headers)) == linear
             said = "gate_up_proj, qkv_proj" in capsys.readouterr().out
-            assert said == (name == "phi3" and given == SEVEN)
+            assert said == (name.startswith("phi") and given == SEVEN)
         assert sft.choose_targets(["o_proj"], headers) == ["o_proj"]
         for wrong in ("foo", "lm_head", "embed_tokens", "input_layernorm"):
             assert_says(error_of(sft.choose_targets, [wrong], headers), f"--lora-target-modules {wrong}")
@@ -189,7 +288,7 @@ def test_the_memory_plan_counts_the_weights_of_each_family(name):
     model = load(folder, "eager")
     weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     assert (plan["base weights"] + plan["embedding and head"]) * 2**30 == pytest.approx(4 * weights, rel=0.01)
-    targets = sft.lora_targets(SEVEN, sft.layer_shapes(headers))
+    targets = sft.choose_targets(SEVEN, headers)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert plan["LoRA, float32"] * 2**30 == 4 * trained
@@ -198,19 +297,19 @@ def test_the_memory_plan_counts_the_weights_of_each_family(name):
 def test_fingerprint(tmp_path):
     """The same in both scripts and for a copy in several files; other weights of the same shape have another one."""
     folder = family("llama3")
-    ours = sft.fingerprint(folder)
-    assert len(ours) == 64 and ours == sft.fingerprint(folder)
+    ours = fingerprint(folder)
+    assert len(ours) == 64 and ours == fingerprint(folder)
     for name in TRAINABLE:
-        assert sft.fingerprint(family(name)) == merge_lora.fingerprint(family(name))
+        assert fingerprint(family(name)) == merge_lora.fingerprint(merge_lora.read_base_headers(family(name)))
     shutil.copytree(folder, tmp_path / "other")
     with open(tmp_path / "other/model.safetensors", "r+b") as file:
         tensor = sft.read_headers("other", str(folder))["model.layers.1.self_attn.v_proj.weight"]
         file.seek(tensor.start)
         file.write(bytes(4))
-    assert sft.fingerprint(tmp_path / "other") != ours
+    assert fingerprint(tmp_path / "other") != ours
     load(folder, "eager").save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
-    assert sft.fingerprint(tmp_path / "sharded") == ours
+    assert fingerprint(tmp_path / "sharded") == ours
 
 
 def test_another_base_cannot_be_resumed(tmp_path):
@@ -226,4 +325,4 @@ def test_another_base_cannot_be_resumed(tmp_path):
     weights.save_pretrained(tmp_path / "base")
     code, printed = run(tmp_path, *options, "--resume")
     assert code == 2 and "base fingerprint" in printed.splitlines()[-1], printed
-    assert families.TOKENS.keys() == {*TRAINABLE, *REFUSED}
+    assert TOKENS.keys() == {*TRAINABLE, *REFUSED}

@@ -38,7 +38,7 @@ def two_gpus(monkeypatch):
 def test_one_process_uses_one_gpu(two_gpus, tmp_path):
     """Trainer would wrap the model in DataParallel, halve the steps and add up the losses."""
     assert transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True).n_gpu == 2
-    assert sft.training_arguments(arguments(), evaluating=False).n_gpu == 1
+    assert sft.training_arguments(arguments(), sft.Batches(1, 32), evaluating=False).n_gpu == 1
 
 
 def test_torch_for_cuda_without_a_gpu_is_not_a_cpu_run(monkeypatch):
@@ -141,11 +141,8 @@ def test_other_optimizers_keep_their_state():
 def test_adapters_are_loaded_onto_the_process_s_own_device(short_smollm2, monkeypatch, tmp_path):
     """PEFT would take cuda:0 in every process: forced here by letting it find a GPU that is not there."""
     args = arguments("--model", short_smollm2, "--no-bf16", "--no-bnb-nf4", "--lora-r", 4)
-    tokenizer = sft.load_tokenizer("base", str(short_smollm2))
-    config = sft.load_config("base", str(short_smollm2))
-    encode = sft.load_encoder("base", str(short_smollm2), "dolores")
-    base = sft.Base(str(short_smollm2), None, config, tokenizer, encode, {}, args.lora_target_modules)
-    model, _ = sft.load_model(args, WORLD, base, None, torch.device("cpu"))
+    base = sft.find_base(args, str(short_smollm2))
+    model, _ = sft.load_model(args, base, None, torch.device("cpu"))
     model.save_pretrained(tmp_path / "adapter")
     monkeypatch.setattr("peft.peft_model.infer_device", lambda: "cuda:0")
     model.load_adapter(str(tmp_path / "adapter"), "default")

@@ -38,7 +38,7 @@ def test_nothing_changes_before_the_first_step(half, monkeypatch):
     args = sft.inherit_lora(
         arguments(*options("--lora-r", "2", "--lora-alpha", "99", "--lora-target-modules", "o_proj"))
     )
-    base = sft.find_base(args)
+    base = sft.find_base(args, str(args.model))
     encoded = base.encode([[sft.Turn("user", "un ?", 1), sft.Turn("assistant", "deux.", 1)]])
     row = {"input_ids": [encoded[0].input_ids], "labels": [encoded[0].labels], "file": [""], "line": [0]}
     batch = sft.collate([row])
@@ -48,7 +48,7 @@ def test_nothing_changes_before_the_first_step(half, monkeypatch):
         def longest(self):
             return row
 
-    model = sft.load_model(args, sft.World(), base, Rows(), torch.device("cpu"))[0].eval()
+    model = sft.load_model(args, base, Rows(), torch.device("cpu"))[0].eval()
     from peft import PeftModel, get_peft_model_state_dict
 
     weights = adapter_weights(half / "out")

@@ -98,11 +98,11 @@ def test_one_dropout_for_layers_that_share_an_input():
 
 
 FORCED = """
-import argparse
 import train_sft_dolores as sft
 plan = sft.plan_micro_steps
 def two_rows_at_once(*args):
-    return argparse.Namespace(**vars(plan(*args)) | {"train_batch_size": 2, "grad_accum": 2})
+    plan(*args)
+    return sft.Batches(rows=2, accumulated=2)
 sft.plan_micro_steps = two_rows_at_once
 sft.main()
 """

@@ -13,9 +13,11 @@ import subprocess
 import zlib
 from pathlib import Path
 
+import families
 import parts
 import pytest
 from engine import chat_format
+from families import TRAINABLE
 
 import merge_lora
 import train_sft_dolores as sft
@@ -148,7 +150,7 @@ def render_jinja(tokenizer, chat: dict, messages: list[dict]) -> str:
     text = tokenizer.apply_chat_template(
         messages, chat_template=source, tokenize=False, add_generation_prompt=answering
     )
-    return text if answering else text.removesuffix(chat["answer_end"])
+    return text if answering else text.removesuffix(chat["after"]["assistant"])
 
 
 ATOMS = ["é", "à", "œ", "ç", "ñ", "🙂", "👩‍👩‍👧", "日本", "\u00a0", "\u200b", "{", "}", "{{", "}}", "{{ .Role }}", "{%", "%}", "{#",
@@ -208,7 +210,7 @@ def test_random_chats_are_the_same_tokens(go_renderer, tokenizers, tmp_path, nam
         [*(sft.Turn(t["role"], t["content"], 0) for t in turns), sft.Turn("assistant", "Oui.", 0)] for turns in chats
     ]
     answer = tokenizer("Oui.", add_special_tokens=False).input_ids
-    end = tokenizer(chat["answer_end"], add_special_tokens=False).input_ids
+    end = tokenizer(chat["after"]["assistant"], add_special_tokens=False).input_ids
     for text, (input_ids, _) in zip(rendered, encode(answered), strict=True):
         prompt = [*encode.start, *tokenizer(text, add_special_tokens=False).input_ids]
         assert [*prompt, *answer, *end] == input_ids.tolist(), text
@@ -253,3 +255,55 @@ def test_no_begin_of_text_in_the_template(tokenizers, name, base):
     text = template(merge_lora.modelfile(chat_format(name, EOS[base]), 8192))
     bos = tokenizers[base].bos_token
     assert not text.startswith(bos) and (bos not in text or name == "chatml")  # SmolLM2's BOS is its header token
+
+
+# ---- --chat-format base ----
+
+
+@pytest.mark.parametrize("name", [*TRAINABLE, "phi3_5", "qwen3_instruct_2507"])
+def test_base_formats_are_the_text_of_the_bases_own_template(go_renderer, tmp_path, name):
+    """Ollama's rendering is that of transformers with the base's template, for any contents and one to seven turns."""
+    source, base = families.template(name), {"phi3_5": "phi3", "qwen3_instruct_2507": "qwen3"}.get(name, name)
+    tokenizer = families.tokenizer(base)
+    chat = sft.base_format(
+        sft.Vocabulary(tokenizer.backend_tokenizer, tokenizer.eos_token, tokenizer.bos_token, source)
+    )
+    draw, bos, found = random.Random(name), tokenizer.bos_token if tokenizer("").input_ids else "", []
+    for messages in random_chats(CHATS, seed=len(name)):
+        roles = ["system"] * draw.randrange(2 - (name == "gemma2")) + ["user", "assistant"] * len(messages)
+        contents = [message["content"].strip() or "-" for message in messages]
+        chat_messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+        if chat_messages[-1]["role"] == "user":
+            found.append(chat_messages)
+    assert len(found) > CHATS / 4
+    rendered = render_go(go_renderer, {"name": "base", **chat._asdict()}, found, tmp_path)
+    for messages, text in zip(found, rendered, strict=True):
+        theirs = tokenizer.apply_chat_template(
+            messages, chat_template=source, tokenize=False, add_generation_prompt=True
+        )
+        assert bos + text == (theirs if theirs.startswith(bos) else bos + theirs), messages
+
+
+def test_a_folded_system_turn_in_any_place(go_renderer, tokenizers, tmp_path):
+    """Roles in any order, as a chat program may send them: Go and Jinja agree."""
+    tokenizer = families.tokenizer("gemma3")
+    chat = {"name": "base", **sft.chat_format("base", tokenizer)._asdict()}
+    chats = random_chats(CHATS, seed=1)
+    for messages, text in zip(chats, render_go(go_renderer, chat, chats, tmp_path), strict=True):
+        assert text == render_jinja(tokenizer, chat, messages), messages
+
+
+@pytest.mark.parametrize(
+    ("name", "stops"),
+    [
+        ("llama3", ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]),
+        ("qwen2", ["<|im_end|>", "<|im_start|>"]),
+        ("mistral", ["</s>", "[INST]"]),
+        ("gemma3", ["<end_of_turn>", "<start_of_turn>"]),
+        ("phi3", ["<|end|>", "<|user|>", "<|system|>", "<|assistant|>"]),
+        ("phi4", ["<|im_end|>", "<|im_start|>", "<|im_sep|>"]),
+    ],
+)
+def test_stops_of_base_formats(name, stops):
+    text = merge_lora.modelfile(sft.chat_format("base", families.tokenizer(name))._asdict(), 4096)
+    assert re.findall(r'^PARAMETER stop "(.*)"$', text, re.MULTILINE) == stops

@@ -2,16 +2,20 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
 from itertools import chain
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import arguments, assert_says, error_of
+from runs import SCRIPT, arguments, assert_says, error_of
 
 import train_sft_dolores as sft
 from train_sft_dolores import IGNORE
@@ -235,7 +239,7 @@ def test_every_conversation_is_counted_once(cache, encode):
         args = arguments("--max-length", "128", "--skip-bad", *options)
         counts = prepare(args, encode).counts
         train = args.train_files if "x" in options else ["d"]
-        read = sft.survey(sft.find_files(train) | sft.find_files(args.eval_files), "auto", skip_bad=True)
+        read = sft.read_data(sft.find_files(train) | sft.find_files(args.eval_files), args)[0]
         assert (counts["conversations"], counts["skipped"]) == (read["conversations"], read["skipped"])
         assert counts["trained_on"] + counts["held_out"] + counts["dropped"] == counts["conversations"]
         assert counts["dropped"] >= 3 and counts["split"] >= 3 and counts["lost_trained_tokens"] > 3 * 200
@@ -244,8 +248,11 @@ def test_every_conversation_is_counted_once(cache, encode):
 def test_one_conversation_leaves_nothing_to_hold_out(cache, encode):
     Path("d").write_text(dialogue("q", "a", "r", "b"))
     data = prepare(arguments(), encode)
-    assert data.eval_rows is None and [warning[:3] for warning in data.warnings] == [("d", 1, "held out")]
-    assert prepare(arguments("--eval-fraction", "0"), encode).warnings == []
+    assert data.eval_rows is None and [warning[:3] for warning in data.warnings] == [
+        ("d", 2, "one conversation"),
+        ("d", 1, "held out"),
+    ]
+    assert prepare(arguments("--eval-fraction", "0"), encode).warnings == data.warnings[:1]
 
 
 def test_a_run_that_would_train_on_nothing_stops(cache, encode):
@@ -264,17 +271,18 @@ def test_a_run_that_would_train_on_nothing_stops(cache, encode):
 def test_prepare_finds_its_cache_again(cache, encode):
     Path("d").write_text(corpus() + dialogue("q", "a " * 300))
     args = arguments("--max-length", "256")
-    samples, warnings, tally = sft.encode_files(sft.find_files(["d"]), args, encode)
+    found, warnings, samples = sft.read_data(sft.find_files(["d"]), args, encode)
     (made,) = samples.cache_files
     before, encoded = os.stat(made["filename"]), encode.encoded
     assert encoded > 50 and Path(made["filename"]).is_relative_to(cache)
-    assert [warning[1:3] for warning in warnings] == [[expected_samples("d", encode)[-1][3], "dropped"]]
-    assert tally["conversations"] == 51 and tally["dropped"] == 1 and tally["lost_trained_tokens"] > 300
+    dropped = [warning.line for warning in warnings if warning.kind == "dropped"]
+    assert dropped == [expected_samples("d", encode)[-1][3]]
+    assert found["conversations"] == 51 and found["dropped"] == 1 and found["lost_trained_tokens"] > 300
 
     encode.encoded = 0
-    again, warned_again, same_tally = sft.encode_files(sft.find_files(["d"]), args, encode)
+    found_again, warned_again, again = sft.read_data(sft.find_files(["d"]), args, encode)
     after = os.stat(made["filename"])
-    assert again.cache_files == [made] and encode.encoded == 0 and (warned_again, same_tally) == (warnings, tally)
+    assert again.cache_files == [made] and encode.encoded == 0 and (found_again, warned_again) == (found, warnings)
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert again.to_dict() == samples.to_dict() and len(again) == 50
 
@@ -286,7 +294,7 @@ def test_prepare_notices_every_change(cache, encode, smollm2_tokenizer):
 
     def prepared(args=plain, encode=encode):
         encode.encoded = 0
-        samples = sft.encode_files(sft.find_files(["d"]), args, encode).samples
+        samples = sft.read_data(sft.find_files(["d"]), args, encode)[2]
         assert encode.encoded and samples.cache_files[0]["filename"] not in seen, "not noticed"
         seen.add(samples.cache_files[0]["filename"])
         return samples
@@ -305,8 +313,61 @@ def test_prepare_notices_every_change(cache, encode, smollm2_tokenizer):
 
 def test_an_error_leaves_no_half_cache(cache, encode):
     Path("d").write_text(corpus() + "<|assistant|>\n")
-    error_of(sft.encode_files, sft.find_files(["d"]), arguments(), encode)
+    error_of(sft.read_data, sft.find_files(["d"]), arguments(), encode)
     assert [path for path in cache.rglob("*") if path.suffix != ".lock"] == [cache / "dolores_sft"]
+
+
+# ---- several processes ----
+
+
+def test_map_in_order():
+    """The results of several processes are those of one, in order; few items are read ahead."""
+    taken = []
+
+    def items():
+        for number in range(40):
+            taken.append(number)
+            yield number
+
+    def work(number: int) -> int:
+        time.sleep(0.02 * (number % 3 == 0))
+        return -number
+
+    results = sft.map_in_order(work, items(), 2)
+    assert next(results) == 0 and len(taken) < 10
+    assert list(results) == [-number for number in range(1, 40)]
+    assert list(sft.map_in_order(work, items(), 1)) == [-number for number in range(40)]
+
+
+def test_an_error_in_a_worker_process():
+    def work(number: int):
+        raise sft.InputError(f"d:{number}: wrong; mend it")
+
+    assert_says(error_of(list, sft.map_in_order(work, range(9), 2)), "d:0")
+
+
+def test_one_core_and_all_cores_prepare_the_same(tmp_path, smollm2):
+    cores = os.sched_getaffinity(0)
+    text = "".join(
+        dialogue(*(f"{who}{i}" + " mot" * (99 * i % 700) for who in "qaqa")) + "<|user|>\nq\n" for i in range(1500)
+    )
+    (tmp_path / "d").write_text(text)
+
+    def prepared(name: str, cores: set[int]) -> tuple[dict, list]:
+        """(the report, the samples) of a run on these cores."""
+        command = [sys.executable, SCRIPT, "--train-files", "d", "--model", smollm2, "--json", name]
+        subprocess.run(
+            command, cwd=tmp_path, check=True, timeout=240, stdout=subprocess.DEVNULL,
+            env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path / f"{name}-cache")},
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )  # fmt: skip
+        (arrow,) = tmp_path.glob(f"{name}-cache/*/*/samples.arrow")
+        return json.loads((tmp_path / name).read_text()), datasets.Dataset.from_file(str(arrow)).to_list()
+
+    one, every = prepared("one", {min(cores)}), prepared("every", cores)
+    assert one == every and len(one[1]) >= 1500 and one[0]["split"] > 0
+    kinds = [warning["kind"] for warning in one[0]["warnings"]]
+    assert kinds.count("no answer") == 1500 and kinds.count("split") == one[0]["split"]
 
 
 # ---- one batch ----

@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import datasets
+import psutil
 import pytest
-from runs import TINY, assert_same_adapter, dialogues, run, start, wait_until
+from runs import SCRIPT, TINY, assert_same_adapter, dialogues, launch, run, start, wait_until
 
 import train_sft_dolores as sft
 
@@ -101,5 +103,24 @@ def test_in_a_dry_run(number, smollm2, tmp_path):
     write_data(tmp_path)
     (tmp_path / "train.chatml").write_text(dialogues(3_000) + f"<|user|>\n{tmp_path}\n<|assistant|>\n{number}\n")
     code, out = interrupted(tmp_path, number, ("write_arrow", 1), "--dry-run", "--model", smollm2)
-    assert code == STATUS[number] and "3,000" in out and "Traceback" not in out, out  # the survey, then nothing
-    assert "tokens" not in out
+    assert (code, out) == (STATUS[number], "")
+
+
+@pytest.mark.parametrize("number", [*STATUS, signal.SIGKILL])
+def test_while_several_processes_encode(number, smollm2, tmp_path):
+    """No process outlives the run, whatever ends it, and no half of a cache is left."""
+    if len(os.sched_getaffinity(0)) == 1:
+        pytest.skip("needs two cores")
+    write_data(tmp_path)
+    (tmp_path / "train.chatml").write_text(dialogues(3_000).replace(" ?", " ?" + " mot" * 500))
+    command = [sys.executable, SCRIPT, "--dry-run", "--model", smollm2]
+    process = launch(command, tmp_path, "log.txt", HF_DATASETS_CACHE=str(tmp_path / "cache"))
+    run, log = psutil.Process(process.pid), tmp_path / "log.txt"
+    wait_until(lambda: len(run.children()) > 1, process, log)
+    workers = run.children()
+    process.send_signal(number)
+    assert process.wait(60) == STATUS.get(number, -number), log.read_text()
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
+    assert "Traceback" not in log.read_text() and "tokens" not in log.read_text()
+    if number in STATUS:
+        assert [path.suffix for path in (tmp_path / "cache/dolores_sft").iterdir()] == [".lock"]

@@ -7,6 +7,8 @@ from pathlib import Path
 import parts
 import pytest
 import torch
+from families import TRAINABLE, family, template
+from runs import assert_says, error_of
 from transformers import AutoModelForCausalLM
 
 import train_sft_dolores as sft
@@ -22,8 +24,7 @@ class Setup:
         sft.load_libraries()
         self.folder = str({"llama31": parts.tiny_llama31, "smollm2": parts.smollm2}[base]())
         self.encode = sft.load_encoder(self.folder, self.folder, name)
-        self.tokenizer = sft.load_tokenizer(self.folder, self.folder)
-        self.tokenizer.chat_template = sft.chat_template(self.encode.chat, bool(self.encode.start))
+        self.tokenizer = sft.load_tokenizer(self.folder, self.folder, self.encode)
 
     def ids(self, messages, **options) -> list[int]:
         options = {"tokenize": True, "return_dict": True, **options}
@@ -65,7 +66,7 @@ def test_apply_chat_template_gives_the_training_ids(setup):
         assert setup.encode.start == [bos] and prompt[0] == bos and bos not in prompt[1:]
     else:
         assert setup.tokenizer.bos_token == "<|im_start|>"
-        assert prompt.count(bos) == (5 if "im_start" in setup.encode.chat.header else 0)  # one for each turn
+        assert prompt.count(bos) == (5 if "im_start" in setup.encode.chat.before["user"] else 0)  # one for each turn
 
 
 def test_consecutive_messages_of_one_role_are_one_turn(setup):
@@ -80,7 +81,7 @@ def test_the_template_renders_what_ollama_rendered(case):
     setup = Setup("llama31", "dolores")
     answering = case["messages"][-1]["role"] != "assistant"
     text = setup.tokenizer.apply_chat_template(case["messages"], tokenize=False, add_generation_prompt=answering)
-    text = text if answering else text.removesuffix(setup.encode.chat.answer_end)
+    text = text if answering else text.removesuffix(setup.encode.chat.after["assistant"])
     assert text == "<|begin_of_text|>" + case["rendered"]
 
 
@@ -106,3 +107,126 @@ def test_answers_are_greedy_with_llama31s_own_settings(capfd):
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     text = setup.tokenizer.decode(ids[-12:], skip_special_tokens=True).strip()
     assert answers[0] == {"Qui es-tu ?": text}
+
+
+# ---- --chat-format base: the base's own template ----
+
+SYSTEM, USER, ASSISTANT = sft.ROLES
+CONTENTS = ("Qui es-tu ?", "L'été,\n\n  12345 日本 🙂", "{{ x }} {% if y %}", "-", "Oui, ça va.", "« Non »")
+
+
+def chats() -> list[list[dict]]:
+    """Conversations that await an answer, with and without a system turn."""
+    found = []
+    for system in (0, 1):
+        for questions in (1, 2, 3):
+            roles = [SYSTEM] * system + [USER, ASSISTANT] * questions
+            found.append([{"role": r, "content": c} for r, c in zip(roles[:-1], CONTENTS, strict=False)])
+    return found
+
+
+def base_encoder(name: str):
+    """(encoder, transformers' tokenizer with the base's own template) of a family."""
+    from transformers import AutoTokenizer
+
+    folder = str(family(name))
+    return sft.load_encoder(folder, folder, "base"), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_base_format_gives_the_ids_of_the_bases_own_template(name):
+    """What transformers sends with the base's template is what training sees before the answer, and ours is the same."""
+    encode, tokenizer = base_encoder(name)
+    ours = sft.chat_template(encode.chat, bool(encode.start))
+    for messages in chats():
+        if name == "gemma2" and messages[0]["role"] == SYSTEM:
+            continue  # its template refuses them: see below
+        theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
+        options = {"add_generation_prompt": True, "chat_template": ours}
+        assert tokenizer.apply_chat_template(messages, **options).input_ids == theirs
+        trained = training_ids(encode, [*messages, {"role": ASSISTANT, "content": "Personne."}])
+        # A runtime encodes an earlier answer together with what follows, training apart: compare where that is the same.
+        if len(messages) < 3:
+            assert trained[: len(theirs)] == theirs
+        assert tokenizer.decode(trained).startswith(tokenizer.decode(theirs))
+        end = encode.special_ids[encode.chat.eos_token]
+        assert trained.count(end) == theirs.count(end) + 1 and end in trained[-2:]
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_contents_cannot_forge_the_bases_control_tokens(name):
+    encode, _ = base_encoder(name)
+    every = "".join(encode.special_ids)
+    control = set(encode.special_ids.values())
+
+    def controls(content: str) -> list[int]:
+        messages = [{"role": role, "content": content} for role in (SYSTEM, USER, ASSISTANT)]
+        return [i for i in training_ids(encode, messages) if i in control]
+
+    assert controls(every) == controls("x") and len(controls("x")) >= 2
+
+
+def test_a_conversation_without_system_turn_opens_with_the_default_one():
+    encode, tokenizer = base_encoder("qwen2")
+    text = tokenizer.decode(training_ids(encode, MESSAGES[1:3]))
+    assert text.startswith("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud.")
+    encode, tokenizer = base_encoder("llama3")
+    for messages, system in ((MESSAGES[:3], "Tu es Dolores."), (MESSAGES[1:3], "")):
+        text = tokenizer.decode(training_ids(encode, messages))
+        assert f"Today Date: 26 Jul 2024\n\n{system}<|eot_id|><|start_header_id|>user" in text
+
+
+def test_a_template_that_refuses_system_turns(capsys):
+    """Gemma 2: the text opens the first user turn, as in Gemma 3, and a line says so."""
+    encode, tokenizer = base_encoder("gemma2")
+    assert "takes no system turn" in capsys.readouterr().out
+    text = tokenizer.decode(training_ids(encode, MESSAGES[:3]))
+    assert text == (
+        "<bos><start_of_turn>user\nTu es Dolores.\n\nÇa va ?<end_of_turn>\n<start_of_turn>model\nOui, ça va.<end_of_turn>\n"
+    )
+
+
+def test_mistrals_blank_before_an_answer_is_trained_and_not_in_the_prompt():
+    encode, tokenizer = base_encoder("mistral")
+    ids, labels = encode([[sft.Turn(USER, "Qui ?", 1), sft.Turn(ASSISTANT, "Dolores.", 1)]])[0]
+    trained = labels != sft.IGNORE
+    assert tokenizer.convert_ids_to_tokens(ids[trained].tolist())[0].startswith("▁D")
+    assert tokenizer.decode(ids[~trained].tolist()).endswith("[/INST]")
+
+
+def vocabulary(name: str, chat_template: str | None) -> sft.Vocabulary:
+    encode, tokenizer = base_encoder(name)
+    return sft.Vocabulary(encode.tokenizer, tokenizer.eos_token, tokenizer.bos_token, chat_template)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "fact"),
+    [
+        ("llama3", template("llama3_2"), "date"),
+        ("llama3", None, "has none"),
+        ("llama3", "{{ messages[0]['content'] }}", "leaves out"),
+        ("llama3", "{{ nothing.at.all }}", "nothing"),
+        ("llama3", template("llama3_1").replace("Cutting Knowledge", "{{ '{{' }}"), "two braces"),
+        ("llama3", template("phi4"), "control token"),
+        ("llama3", "{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}", "before a user turn"),
+        ("qwen3", template("qwen3_5_think"), "think"),
+        # As newer Mistrals have it: the system turn goes into the last user turn.
+        ("mistral", template("mistral").replace("loop.first", "loop.last"), "Qui es-tu"),
+    ],
+)
+def test_templates_that_cannot_be_followed(name, source, fact):
+    line = error_of(sft.base_format, vocabulary(name, source))
+    assert_says(
+        line,
+        "--chat-format base",
+        fact,
+        "--chat-format " + {"llama3": "llama3", "qwen3": "chatml"}.get(name, "dolores"),
+    )
+
+
+@pytest.mark.parametrize("name", ["phi3", "phi3_5", "qwen2_5", "gemma"])
+def test_a_template_that_marks_answers_for_training(name):
+    """{% generation %} renders nothing: trl's training variants give the format of the original."""
+    base = {"phi3_5": "phi3", "qwen2_5": "qwen2", "gemma": "gemma2"}.get(name, name)
+    original, marked = (sft.base_format(vocabulary(base, template(n))) for n in (name, f"{name}_training"))
+    assert original == marked

@@ -269,16 +269,17 @@ def test_a_word_of_100_000_characters(small):
 # ---- longer than a row ----
 
 
-def parts_of(conversations, encode, max_length, overlong="split"):
-    """(samples, [(line, text)] of the warnings) of lists of turns, each a conversation of its own."""
-    warned = []
-
-    def warn(file, line, kind, text):
-        assert kind in ("split", "dropped")
-        warned.append((line, text))
-
+def encoded(conversations, encode, max_length, overlong="split") -> sft.Encoded:
+    """What becomes of lists of turns, each a conversation of its own."""
     data = [Conversation(turns, "d", turns[0].line) for turns in conversations]
-    return list(chain(*sft.encode_conversations(data, encode, max_length, overlong, warn))), warned
+    return sft.encode_conversations(data, encode, max_length, overlong)
+
+
+def parts_of(*args):
+    """(samples, [(line, text)] of the warnings)."""
+    found = encoded(*args)
+    assert {warning.kind for warning in found.warnings} <= {"split", "dropped"}
+    return found.samples, [(warning.line, warning.text) for warning in found.warnings]
 
 
 def test_overlong_exact(small):
@@ -298,13 +299,6 @@ def test_overlong_exact(small):
     assert len(parts_of([turns], small.encode, whole)[0]) == 1 and parts_of([turns], small.encode, whole)[1] == []
 
 
-def test_more_blanks_than_a_tokenizer_accepts(small):
-    for blanks in (" " * 999_999, "\n" * 1_000_001, (" " * 999_999 + "\n") * 2):
-        samples, warned = parts_of([turns_of("q" + blanks + "q", "a")], small.encode, 64)
-        assert not samples and len(warned) == 1  # longer than a row: dropped, with a warning
-    assert_says(error_of(parts_of, [turns_of("q" + "\t " * 500_000 + "q", "a")], small.encode, 64), "d:1", "million")
-
-
 def test_drop_and_error(small):
     short, long = turns_of("q", "a"), turns_of("q", "a " * 100)
     size = len(small.encode([long])[0][0])
@@ -312,7 +306,7 @@ def test_drop_and_error(small):
     assert [small.decode(sample.input_ids) for sample in samples] == [small.render(short)] * 2
     ((line, text),) = warned
     assert line == 1 and f"{size} tokens" in text
-    error = error_of(parts_of, [short, long], small.encode, 64, "error")
+    (error,) = encoded([short, long], small.encode, 64, "error").errors
     assert_says(error, "d:1", f"{size} tokens", "--max-length 64", "--overlong split")
 
 
@@ -328,19 +322,18 @@ def test_what_is_split_and_dropped_is_counted(small):
         return sum((labels != IGNORE).sum() for _, labels in small.encode(list(turns)))
 
     def tally(overlong):
-        counts = sft.Counter()
-        samples = list(chain(*sft.encode_conversations(data, small.encode, 64, overlong, lambda *_: None, counts)))
-        return samples, dict(counts)
+        found = sft.encode_conversations(data, small.encode, 64, overlong)
+        return found.samples, found.lost
 
     samples, counts = tally("split")
     lost = int(trained(split[3:5], gone))
-    assert counts == {"conversations": 4, "split": 1, "dropped": 1, "dropped_exchanges": 2, "lost_trained_tokens": lost}
+    assert counts == {"split": 1, "dropped": 1, "dropped_exchanges": 2, "lost_trained_tokens": lost}
     assert [(sample.line, sample.part) for sample in samples] == [(0, 0), (1, 0), (1, 1), (1, 2), (3, 0)]
     samples, counts = tally("drop")
     lost = int(trained(split, gone, context))
-    assert counts == {"conversations": 4, "split": 0, "dropped": 3, "dropped_exchanges": 0, "lost_trained_tokens": lost}
+    assert counts == {"split": 0, "dropped": 3, "dropped_exchanges": 0, "lost_trained_tokens": lost}
     assert [sample.line for sample in samples] == [0]
-    lines = error_of(tally, "error").split("\n")
+    lines = sft.encode_conversations(data, small.encode, 64, "error").errors
     assert [line.split(": ")[0] for line in lines] == ["d:1", "d:2", "d:3"]
 
 

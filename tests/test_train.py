@@ -98,10 +98,12 @@ def test_output(trained):
     assert data["conversations"] == 24 and data["held_out"] == 1 and data["steps"] == written["results"]["steps"]
     assert written["chat_format"] == {
         "name": "dolores",
-        "header": "<|{role}|>\n",
-        "turn_end": "\n",
-        "answer_end": "<|im_end|>\n",
+        "before": {"system": "<|system|>\n", "user": "<|user|>\n", "assistant": "<|assistant|>\n"},
+        "after": {"system": "\n", "user": "\n", "assistant": "<|im_end|>\n"},
         "eos_token": "<|im_end|>",
+        "answer_start": "",
+        "no_system": "",
+        "folds_system": False,
     }
     assert written["args"]["learning_rate"] == 1e-2 and written["args"]["lora_dropout"] == 0.1
     assert written["data"]["sha256"] == {"train.chatml": sft.sha256(str(trained / "train.chatml"))}
@@ -196,7 +198,9 @@ def test_the_only_step_learns(data_folder, short_smollm2):
 @pytest.mark.parametrize("name", sft.SCHEDULERS)
 def test_every_schedule_is_read_in_the_middle_of_each_step(name):
     trainer = object.__new__(sft.trainer_class(False))
-    trainer.args = sft.training_arguments(arguments("--lr-scheduler-type", name, "--warmup-ratio", "0.25"), True)
+    trainer.args = sft.training_arguments(
+        arguments("--lr-scheduler-type", name, "--warmup-ratio", "0.25"), sft.Batches(1, 32), True
+    )
     trainer.lr_scheduler, rates = None, []
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule = trainer.create_scheduler(8, optimizer)
@@ -255,8 +259,8 @@ TRAINER_FLAGS = {
 @pytest.mark.parametrize("flag", TRAINER_FLAGS, ids=" ".join)
 def test_flags_that_trainer_takes(flag):
     name, value = TRAINER_FLAGS[flag]
-    assert getattr(sft.training_arguments(arguments(*flag), evaluating=True), name) == value
-    assert getattr(sft.training_arguments(arguments(), evaluating=True), name) != value
+    assert getattr(sft.training_arguments(arguments(*flag), sft.Batches(1, 32), evaluating=True), name) == value
+    assert getattr(sft.training_arguments(arguments(), sft.Batches(1, 32), evaluating=True), name) != value
 
 
 def test_lora_flags(short_smollm2):
@@ -389,7 +393,7 @@ def test_nf4_trains_on_a_cpu(data_folder, short_smollm2):
     (data_folder / "train.chatml").write_text(dialogues(6))  # takes minutes where a CPU has no bfloat16
     code, out = run(data_folder, "--model", short_smollm2, "--output", "out", *options)
     assert code == 0, out
-    assert " adamw_8bit " in out and "paged_adamw_8bit" in out
+    assert "paged_adamw_8bit needs CUDA: adamw_torch" in out
     results = record(data_folder)["results"]
     assert results["eval_loss_after"] < results["eval_loss_before"]
 
@@ -467,10 +471,10 @@ def test_gradients_after_an_evaluation_are_right(short_smollm2):
 
 def test_a_head_that_is_not_linear_is_refused(short_smollm2):
     model = AutoModelForCausalLM.from_pretrained(short_smollm2, attn_implementation=sft.packed_attention())
-    sft.check_head(model, 49152)
+    sft.check_head(model)
     whole = model.forward
     model.forward = lambda **kwargs: type(out := whole(**kwargs))(logits=30 * torch.tanh(out.logits / 30))
-    assert_says(error_of(sft.check_head, model, 49152), "--model", "head")
+    assert_says(error_of(sft.check_head, model), "--model", "head")
 
 
 def test_evaluation_weighs_tokens_not_batches(data_folder, short_smollm2):

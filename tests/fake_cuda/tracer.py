@@ -152,7 +152,7 @@ def choose_checkpointing(model, case: Case) -> tuple[int, int]:
     """Let the trainer plan: (layers that keep their activations, rows run at once)."""
     with contextlib.redirect_stdout(sys.stderr):
         chosen = sft.plan_micro_steps(model, LongestRow(case), flags_of(case))
-    return sum(not layer.gradient_checkpointing for layer in layers_of(model)), chosen.train_batch_size
+    return sum(not layer.gradient_checkpointing for layer in layers_of(model)), chosen.rows
 
 
 def compile_layers(model, backend: str) -> None:
