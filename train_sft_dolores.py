@@ -2889,30 +2889,9 @@ def keep_inputs(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) ->
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler chooses by itself what to keep
         return function(*inputs)
-    result = recomputed().apply(function, *inputs)
+    result = torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     result.origin = function, inputs
     return result
-
-
-@functools.cache
-def recomputed() -> type[torch.autograd.Function]:
-    """The autograd function of keep_inputs."""
-
-    class Recomputed(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, function, *inputs):
-            ctx.function = function
-            ctx.save_for_backward(*inputs)
-            return function(*inputs)
-
-        @staticmethod
-        def backward(ctx, grad):
-            with torch.enable_grad():
-                inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-                result = ctx.function(*inputs)
-            return None, *torch.autograd.grad(result, inputs, grad)
-
-    return Recomputed
 
 
 # The layers that read the same input, where a model has them.
@@ -3041,8 +3020,8 @@ def cast_adapters(groups: list[LoraGroup], dtype: torch.dtype) -> None:
     """
     layers = [layer for group in groups for layer in group.layers]
     weights = [getattr(layer, kind)["default"].weight for kind in ("lora_A", "lora_B") for layer in layers]
-    members = [len(group.layers) for group in groups]
-    cast = iter(cast_function().apply(dtype, layers[0].scaling["default"], members, *weights))
+    stacks = [(len(group.layers) * len(weights[0]), group.layers[0].in_features) for group in groups]
+    cast = iter(cast_function().apply(dtype, layers[0].scaling["default"], stacks, *weights))
     for group in groups:
         group.a = next(cast)
     for group in groups:
@@ -3054,17 +3033,13 @@ def cast_function() -> type[torch.autograd.Function]:
     """The autograd function of cast_adapters."""
 
     class Cast(torch.autograd.Function):
-        """float32 A and B of all layers -> scaling * A, stacked for each group of so many members, and B in `dtype`."""
+        """float32 A and B of all layers -> scaling * A, stacked into these shapes, and B, in `dtype`."""
 
         @staticmethod
-        def forward(ctx, dtype, scaling, members, *weights):
-            a, b = weights[: sum(members)], weights[sum(members) :]
-            ctx.r, ctx.scaling, ctx.groups, first = len(a[0]), scaling, len(members), 0
-            stacks = []
-            for count in members:
-                stacks.append(a[first].new_empty(count * ctx.r, a[first].shape[1], dtype=dtype))
-                first += count
-            copies = [torch.empty_like(weight, dtype=dtype) for weight in b]
+        def forward(ctx, dtype, scaling, shapes, *weights):
+            ctx.scaling, ctx.stacked, ctx.r = scaling, len(shapes), len(weights[0])
+            stacks = [weights[0].new_empty(shape, dtype=dtype) for shape in shapes]
+            copies = [torch.empty_like(weight, dtype=dtype) for weight in weights[len(weights) // 2 :]]
             torch._foreach_copy_([part for stack in stacks for part in stack.split(ctx.r)] + copies, weights)
             torch._foreach_mul_(stacks, scaling)
             return *stacks, *copies
@@ -3073,10 +3048,9 @@ def cast_function() -> type[torch.autograd.Function]:
         def backward(ctx, *grads):
             copies = [torch.empty_like(grad, dtype=torch.float32) for grad in grads]
             torch._foreach_copy_(copies, grads)
-            stacks = copies[: ctx.groups]
+            stacks = copies[: ctx.stacked]
             torch._foreach_mul_(stacks, ctx.scaling)
-            parts = [part for stack in stacks for part in stack.split(ctx.r)]
-            return None, None, None, *parts, *copies[ctx.groups :]
+            return None, None, None, *(part for stack in stacks for part in stack.split(ctx.r)), *copies[ctx.stacked :]
 
     return Cast
 

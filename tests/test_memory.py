@@ -13,7 +13,7 @@ from runs import SCRIPT, TINY, launch, unwrapped
 
 # Long questions, short answers and many thin layers: nearly all memory is activations.
 QUESTION = "un deux trois quatre cinq six sept huit neuf dix " * 40
-LAYERS = 32
+LAYERS = 40
 
 
 def start(folder: Path, name: str, *options, limit=resource.RLIM_INFINITY) -> subprocess.Popen:
