@@ -432,7 +432,6 @@ def train(args: argparse.Namespace, world: World) -> None:
 
     device = start_torch(args, world)
     check_weights(args.model, base)
-    check_steps(args, world, data.counts)
     tokenizer = load_tokenizer(args.model, base.folder, base.encode)
     if device.type == "cuda":
         card, config = torch.cuda.get_device_properties(device), plan_config(base.config, base.headers)
@@ -1601,6 +1600,7 @@ def map_in_order(work: Callable, items: Iterable, workers: int) -> Iterator:
         yield from map(work, items)
         return
     from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
 
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_worker, (work,))
     # The workers inherit this mask: signals are for their parent. They are forked by the first `submit`, and an
@@ -1616,6 +1616,9 @@ def map_in_order(work: Callable, items: Iterable, workers: int) -> Iterator:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except BrokenProcessPool:
+        problem = "a process that encodes was killed, perhaps because main memory ran out"
+        raise InputError(f"data: {problem}; free some memory and start again") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

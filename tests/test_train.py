@@ -247,7 +247,7 @@ TRAINER_FLAGS = {
     ("--lr-scheduler-type", "linear"): ("lr_scheduler_type", "linear"),
     ("--warmup-ratio", "0.2"): ("warmup_steps", 0.2),
     ("--max-grad-norm", "0.1"): ("max_grad_norm", 0.1),
-    ("--optim", "adamw_torch"): ("optim", "adamw_torch"),
+    ("--optim", "adamw_torch_fused"): ("optim", "adamw_torch_fused"),
     ("--seed", "9"): ("seed", 9),
     ("--logging-steps", "4"): ("logging_steps", 4),
     ("--eval-steps", "5"): ("eval_steps", 5),
