@@ -59,6 +59,12 @@ def test_every_flag_in_the_readme_exists():
     )
 
 
+def test_the_reference_shows_the_help():
+    """The screen of `--help` is checked against the program in test_screens.py."""
+    shown = (ROOT / "tests" / "screens" / "help.txt").read_text()
+    assert f"```\n{shown}```" in (ROOT / "docs" / "reference.md").read_text(), "copy tests/screens/help.txt into it"
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for link in re.findall(r"\]\((?!https://)([^)]+)\)", page.read_text(encoding="utf-8")):
