@@ -950,31 +950,25 @@ def chatml_turns(file: str, warn: Warn) -> Iterator[Turn]:
         if cut and tag:
             problem = f"this <|{escape_controls(tag)[:60]}|> stands in the code block (```) of the turn in line {cut}"
             warn(line, "code block", f"{problem} and cuts it; write a backslash before it, or close the block")
+        name, begin, escaped = tag, line, ESCAPED_TAG
         if tag == "im_start":
-            name, _, content = text.partition("\n")
-            content = content.replace("\\<|im_end|>", "<|im_end|>")
-            yield named_turn(name.strip(), unescape_tags(content, line + 1, ESCAPED_IM_START, warn), line)
-            opened = line
-        elif tag in ROLE_NAMES:
-            yield named_turn(tag, unescape_tags(text, line, ESCAPED_TAG, warn), line)
-            if "```" in text and not cut and len(FENCE.findall(text)) % 2:
+            name, _, text = text.partition("\n")
+            name, text = name.strip(), text.replace("\\<|im_end|>", "<|im_end|>")
+            opened, begin, escaped = line, line + 1, ESCAPED_IM_START
+        if name in ROLE_NAMES:
+            content = unescape_tags(text, begin, escaped, warn).strip()
+            yield Turn(ROLE_NAMES[name], content, line, name != CONTEXT)
+            if "```" in text and not (cut or opened) and len(FENCE.findall(text)) % 2:
                 fence = line
         elif tag == "endoftext":
             yield Turn(tag, "", line)
             yield from stray_text(text, line, "after <|endoftext|>; put the separator alone on its line")
         elif tag:
-            yield Turn("error", unknown_role(tag, is_tag=True), line)
+            yield Turn("error", unknown_role(name, is_tag=not opened), line)
         else:
             yield from stray_text(text, line, "after <|im_end|>; put it inside a turn" if im else None)
     if opened:
         yield Turn("error", NOT_CLOSED, opened)
-
-
-def named_turn(name: str, content: str, line: int) -> Turn:
-    """The turn of the role with this name, or what is wrong with it."""
-    if name in ROLE_NAMES:
-        return Turn(ROLE_NAMES[name], content.strip(), line, name != CONTEXT)
-    return Turn("error", unknown_role(name), line)
 
 
 def split_at_tags(file: str) -> Iterator[tuple[int, str | None, str]]:
@@ -988,8 +982,7 @@ def split_at_tags(file: str) -> Iterator[tuple[int, str | None, str]]:
         at = 0
         while tag := (IM_END if name == "im_start" else LINE_TAG).search(text, at):
             begin = tag.start()
-            pieces.append(text[at:begin])
-            yield start, name, "".join(pieces)
+            yield start, name, "".join(pieces) + text[at:begin]
             line += text.count("\n", at, begin)
             start, name, at, pieces = line, tag[1], tag.end(), []
         pieces.append(text[at:])
@@ -1014,7 +1007,7 @@ def read_blocks(file: str) -> Iterator[tuple[int, str]]:
                 raise not_utf8(file, 1, "a zero byte in each character")
             if number == 1:
                 text = text.removeprefix("\ufeff")
-            yield number, text.replace("\r\n", "\n")
+            yield number, text.replace("\r\n", "\n") if "\r" in text else text  # the test is much faster
             number += raw.count(b"\n")
 
 
@@ -1242,12 +1235,12 @@ def find_problems(turns: list[Turn]) -> list[tuple[int, str]]:
 
 def build_conversation(turns: list[Turn], file: str, warn: Warn) -> Conversation:
     """Join neighboring turns of one role as Ollama does; warn about what is ignored."""
-    for turn in turns:
-        if turn.content.endswith(("</s>", "<end_of_turn>", "<eos>")):  # TAG has found those with bars
-            warn(turn.line, *describe_tag(turn.content[turn.content.rindex("<") :]))
-        if not turn.content:
-            warn(turn.line, "empty system", "an empty system turn is ignored")
-    joined = join_neighbors(turn for turn in turns if turn.content)
+    for _, content, line, _ in turns:
+        if not content:
+            warn(line, "empty system", "an empty system turn is ignored")
+        elif content.endswith(("</s>", "<end_of_turn>", "<eos>")):  # TAG has found those with bars
+            warn(line, *describe_tag(content[content.rindex("<") :]))
+    joined = join_neighbors([turn for turn in turns if turn.content])
     if joined[-1].role != "assistant":
         warn(joined[-1].line, "no answer", f"the last {joined[-1].role} turn has no answer and is ignored")
         while joined[-1].role != "assistant":
@@ -1255,9 +1248,8 @@ def build_conversation(turns: list[Turn], file: str, warn: Warn) -> Conversation
     return Conversation(joined, file, turns[0].line)
 
 
-def join_neighbors(turns: Iterable[Turn]) -> list[Turn]:
+def join_neighbors(turns: list[Turn]) -> list[Turn]:
     """Neighboring turns of one role as one, with a blank line between them, as Ollama and our template join them."""
-    turns = list(turns)
     if all(one.role != other.role for one, other in pairwise(turns)):  # almost always, and faster
         return turns
     groups = [list(group) for _, group in groupby(turns, key=lambda turn: turn.role)]
