@@ -817,7 +817,7 @@ class Conversation(NamedTuple):
     line: int
 
 
-Warn = Callable[[int, str, str], None]  # (line, kind, text)
+Warn = Callable[..., None]  # (line, kind, text), with the file before them outside of a file's reader
 Refuse = Callable[[str, list[tuple[int, str]]], None]  # (file, all (line, "what is wrong; fix") of a conversation)
 
 NAME = r"[^|<>\s]{1,40}"
@@ -826,7 +826,7 @@ LINE_TAG = re.compile(rf"<\|(?<![^\n]<\|)({NAME})\|>")  # at the start of a line
 # What ends a turn of <|im_start|>: <|im_end|> without a backslash, or at the start of a line the next <|im_start|>.
 IM_END = re.compile(r"<\|(?:(?<!\\<\|)im_end|(?<![^\n]<\|)(im_start))\|>")
 ESCAPED_TAG = re.compile(rf"(?<=\n)\\+<\|{NAME}\|>")  # not on the line of the turn's own tag
-ESCAPED_IM_START = re.compile(r"\\+<\|im_start\|>")
+ESCAPED_IM_START = re.compile(r"(?<=\n)\\+<\|im_start\|>")
 # A misspelled tag at the start of a line, such as `<| user|>` or `<|user>`.
 LIKE_TAG = re.compile(r"([<|｜/\s]*)(system|user|assistant|endoftext|im_start|im_end)(?!\w)([|｜>\s]*)", re.IGNORECASE)
 ROW_FILES = {".json": "JSON", ".jsonl": "JSON", ".ndjson": "JSON", ".csv": "CSV", ".tsv": "CSV", ".parquet": "Parquet"}
@@ -880,15 +880,12 @@ def sha256(file: str | Path) -> str:
 
 
 def read_conversations(
-    files: Iterable[str],
-    input_format: str,
-    warn: Callable[[str, int, str, str], None] = lambda *_: None,
-    refuse: Refuse | None = None,
+    files: Iterable[str], input_format: str, warn: Warn = lambda *_: None, refuse: Refuse | None = None
 ) -> Iterator[Conversation]:
     """Yield the conversations of all files, one at a time; only a JSON list is read as a whole.
 
-    warn: (file, line, kind, text). A conversation with errors goes to `refuse`, by default as InputError.
-    InputError too where the rest of a file cannot be read.
+    A conversation with errors goes to `refuse`, by default as InputError. InputError too where the rest
+    of a file cannot be read.
     """
     for file in files:
         found, kind, warn_here = False, detect_format(file, input_format), functools.partial(warn, file)
@@ -950,13 +947,13 @@ def chatml_turns(file: str, warn: Warn) -> Iterator[Turn]:
         if cut and tag:
             problem = f"this <|{escape_controls(tag)[:60]}|> stands in the code block (```) of the turn in line {cut}"
             warn(line, "code block", f"{problem} and cuts it; write a backslash before it, or close the block")
-        name, begin, escaped = tag, line, ESCAPED_TAG
+        name, escaped = tag, ESCAPED_TAG
         if tag == "im_start":
-            name, _, text = text.partition("\n")
-            name, text = name.strip(), text.replace("\\<|im_end|>", "<|im_end|>")
-            opened, begin, escaped = line, line + 1, ESCAPED_IM_START
+            opened, escaped = line, ESCAPED_IM_START
+            name, newline, text = text.partition("\n")
+            name, text = name.strip(), newline + text.replace("\\<|im_end|>", "<|im_end|>")
         if name in ROLE_NAMES:
-            content = unescape_tags(text, begin, escaped, warn).strip()
+            content = unescape_tags(text, line, escaped, warn).strip()
             yield Turn(ROLE_NAMES[name], content, line, name != CONTEXT)
             if "```" in text and not (cut or opened) and len(FENCE.findall(text)) % 2:
                 fence = line
@@ -1057,7 +1054,7 @@ def unescape_tags(text: str, line: int, escaped: re.Pattern, warn: Warn) -> str:
             lines[i] = content[1:]
         elif found := TAG.search(content):
             warn(line + i, *describe_tag(found[0]))
-        elif (found := LIKE_TAG.match(content)) and set("<>") & set(found[0]) and set("|｜") & set(found[0]):
+        elif (found := LIKE_TAG.match(content)) and re.search("[<>]", found[0]) and re.search("[|｜]", found[0]):
             tag = f"<|{found[2].lower()}|>"
             warn(line + i, "tag", f"{shorten(found[0].strip())} looks like a tag; write {tag} if it is one")
         at += len(content) + 1
@@ -1156,21 +1153,18 @@ def read_json_rows(file: str) -> Iterator[tuple[int, Any]]:
     is_list = start.lstrip().startswith("[")
     texts = [(first, "\n".join([start, *(line for _, line in lines)]))] if is_list else chain([(first, start)], lines)
     for number, text in texts:
-        if text.strip():
-            record = parse_json(text, number)
-            if isinstance(record, Turn) and number == first:  # not even the first line: another format
-                raise InputError(f"{file}:{record.line}: {record.content}")
+        if not text.strip():
+            continue
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:  # the latter where it is nested too deeply
+            at, problem = number + getattr(error, "lineno", 1) - 1, getattr(error, "msg", first_line(error))
+            problem = f"not JSON ({problem}); write one object per line, or one list"
+            if number == first:  # not even the first line: another format
+                raise InputError(f"{file}:{at}: {problem}") from None
+            yield number, Turn("error", problem, at)
+        else:
             yield from enumerate(record, 1) if is_list else [(number, record)]
-
-
-def parse_json(text: str, line: int) -> Any:
-    """The value of a JSON text that begins on this line, or an error turn."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # the latter where it is nested too deeply
-        line += error.lineno - 1 if isinstance(error, json.JSONDecodeError) else 0
-        problem = getattr(error, "msg", None) or first_line(error)
-        return Turn("error", f"not JSON ({problem}); write one object per line, or one list", line)
 
 
 def read_csv(file: str) -> Iterator[tuple[int, Any]]:
@@ -1216,12 +1210,13 @@ def find_problems(turns: list[Turn]) -> list[tuple[int, str]]:
     known = all(contents) and all(trains) and "error" not in roles and "user" in roles and "assistant" in roles
     if known and roles.index("user") < roles.index("assistant"):
         return []  # almost always
-    wrong = [(turn.line, turn.content) for turn in turns if turn.role == "error"]
     spoken = [turn for turn in turns if turn.role != "system"]
-    empty = [(turn.line, f"empty {turn.role} turn; fill it or delete it") for turn in spoken if not turn.content]
     answers = [turn for turn in spoken if turn.role == "assistant"]
-    if wrong or empty:
-        return wrong or empty  # what an error hides would only look like another one
+    wrong = [(turn.line, turn.content) for turn in turns if turn.role == "error"]
+    if not wrong:  # what an error hides would only look like another one
+        wrong = [(turn.line, f"empty {turn.role} turn; fill it or delete it") for turn in spoken if not turn.content]
+    if wrong:
+        return wrong
     if not answers:
         return [(turns[0].line, "a conversation without an assistant turn; add an answer or delete it")]
     if spoken[0].role == "assistant":
@@ -1806,9 +1801,9 @@ def survey(files: Iterable[str], input_format: str, skip_bad: bool, found: dict[
 
     With skip_bad, each error in a conversation is a warning. After an error that stops the run nothing is yielded.
     """
-    turns, exchanges, seen, characters, system = Counter(), Counter(), {}, 0, None
-    found |= {"files": list(files), "conversations": 0, "skipped": 0, "warnings": []}
-    found |= {"errors": [], "unreadable": [], "too_long": []}
+    found |= {"files": list(files), "conversations": 0, "skipped": 0, "turns": Counter(), "exchanges": Counter()}
+    found |= {"characters": 0, "system": None, "warnings": [], "errors": [], "unreadable": [], "too_long": []}
+    seen = {}  # the first place of each conversation, by its content
 
     def warn(*warning) -> None:
         found["warnings"].append(DataWarning(*warning))
@@ -1821,38 +1816,37 @@ def survey(files: Iterable[str], input_format: str, skip_bad: bool, found: dict[
             else:
                 found["errors"].append(f"{file}:{line}: {text}")
 
-    def readable() -> Iterator[Conversation]:
-        for file in files:
-            try:
-                for conversation in read_conversations([file], input_format, warn, refuse):
-                    long = [turn for turn in conversation.turns if len(turn.content) > 1_000_000]
-                    if blank := [turn.line for turn in long if BLANKS.search(turn.content)]:
-                        refuse(file, [(line, "a million blanks in a row; delete them") for line in blank])
-                    else:
-                        yield conversation
-            except InputError as error:
-                found["unreadable"].append(str(error))
-
-    for conversation in readable():
-        said, file, line = conversation
-        instruction = said[0].content if said[0].role == "system" else None
-        system = instruction if not found["conversations"] or instruction == system else None  # the one all share
-        found["conversations"] += 1
-        roles = [turn.role for turn in said]
-        turns.update(roles)
-        exchanges[roles.count("assistant")] += 1
-        characters += sum(len(turn.content) for turn in said)
-        place = f"{file}:{line}"
-        if (first := seen.setdefault(digest(said), place)) != place:
-            warn(file, line, "duplicate", f"the same conversation as {first}")
-        for warning in unusual(conversation):
-            warn(file, *warning)
-        if not (found["errors"] or found["unreadable"]):
-            yield conversation
+    for name in files:
+        try:
+            for conversation in read_conversations([name], input_format, warn, refuse):
+                said, file, line = conversation
+                if blanks := [turn.line for turn in said if BLANKS.search(turn.content)]:
+                    refuse(file, [(line, "a million blanks in a row; delete them") for line in blanks])
+                    continue
+                count_turns(said, found)
+                place = f"{file}:{line}"
+                if (first := seen.setdefault(digest(said), place)) != place:
+                    warn(file, line, "duplicate", f"the same conversation as {first}")
+                for warning in unusual(conversation):
+                    warn(file, *warning)
+                if not (found["errors"] or found["unreadable"]):
+                    yield conversation
+        except InputError as error:
+            found["unreadable"].append(str(error))
+    exchanges = found["exchanges"]
     if exchanges.total() == 1 and 1 not in exchanges and max(exchanges) < MANY_EXCHANGES:  # nothing can be held out
         warn(file, line, "one conversation", separation_hint(file, *exchanges))
-    found |= {"turns": dict(turns), "exchanges": dict(sorted(exchanges.items()))}
-    found |= {"characters": characters, "system": system}
+    found["exchanges"] = dict(sorted(exchanges.items()))
+
+
+def count_turns(turns: list[Turn], found: dict[str, Any]) -> None:
+    """Add a conversation to the counts; "system" is the system turn that all have, None if they differ."""
+    system, roles = turns[0].content if turns[0].role == "system" else None, [turn.role for turn in turns]
+    found["system"] = system if not found["conversations"] or system == found["system"] else None
+    found["conversations"] += 1
+    found["turns"].update(roles)
+    found["exchanges"][roles.count("assistant")] += 1
+    found["characters"] += sum(len(turn.content) for turn in turns)
 
 
 def unusual(conversation: Conversation) -> Iterator[tuple[int, str, str]]:
@@ -1876,9 +1870,8 @@ def raise_errors(found: dict[str, Any], shown: int = 20) -> None:
             last.append(f"{len(lines):,} errors in all; --skip-bad trains without these conversations")
         raise InputError("\n".join([*lines[:shown], *([", ".join(last)] if last else [])]))
     if not found["conversations"]:
-        raise InputError(
-            f"{', '.join(found['files'])}: all conversations have errors; leave out --skip-bad to see them"
-        )
+        files = ", ".join(found["files"])
+        raise InputError(f"{files}: all conversations have errors; leave out --skip-bad to see them")
 
 
 def separation_hint(file: str, exchanges: int) -> str:
@@ -1949,12 +1942,11 @@ def print_data(args: argparse.Namespace, world: World, data: Data) -> None:
 
 def describe_use(counts: dict[str, Any]) -> str:
     """Where all conversations went, for the screen and the model card."""
-    parts = {"trained on": "trained_on", "held out": "held_out", "dropped (--overlong)": "dropped",
-             "skipped (--skip-bad)": "skipped"}  # fmt: skip
-    shown = [
-        f"{counts[key]:,} {name}" for name, key in parts.items() if counts[key] or key in ("trained_on", "held_out")
-    ]
-    return f"{counts['conversations'] + counts['skipped']:,} conversations: {', '.join(shown)}"
+    parts = {"trained on": counts["trained_on"], "held out": counts["held_out"]}
+    lost = {"dropped (--overlong)": counts["dropped"], "skipped (--skip-bad)": counts["skipped"]}
+    parts |= {name: count for name, count in lost.items() if count}
+    shown = ", ".join(f"{count:,} {name}" for name, count in parts.items())
+    return f"{counts['conversations'] + counts['skipped']:,} conversations: {shown}"
 
 
 def print_lengths(lengths: np.ndarray, max_length: int) -> None:
@@ -3613,9 +3605,9 @@ def claim_output(folder: Path, resume: bool, overwrite: bool):
 
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {folder}: is a file; name a folder")
-    ours = (folder / ".lock").exists() or (folder / RECORD).exists()
-    used = folder.exists() and any(entry.name != ".lock" for entry in folder.iterdir())
-    if resume and not (folder / RECORD).is_file():
+    names = set(os.listdir(folder)) if folder.exists() else set()
+    used, ours = names - {".lock"}, names & {".lock", RECORD}
+    if resume and RECORD not in names:
         raise InputError(f"--resume: no run in {folder}; start it without --resume")
     if used and not (resume or overwrite):
         fix = "--resume continues it, --overwrite deletes it, or name another folder"
@@ -3683,10 +3675,16 @@ def newest_checkpoint(output: Path) -> str | None:
 
 
 def resume_point(output: Path, record: dict, force: bool) -> str | None:
-    """The checkpoint to continue from; the record takes over the results measured before the stop."""
+    """The checkpoint to continue from; the record takes over the results measured before the stop.
+
+    InputError that names the fields in which the two runs differ, unless `force` is set.
+    """
     previous = read_json(output / RECORD)
     if not force:
-        check_same_run(previous, record)
+        old, new = comparable(previous), comparable(json.loads(json.dumps(record, default=str)))
+        if different := [key for key in old | new if old.get(key) != new.get(key)]:
+            problem = f"not the same run, these differ: {', '.join(different)}"
+            raise InputError(f"--resume: {problem}; restore them, add --force-resume, or start over with --overwrite")
     record["results"] = previous.get("results", {})
     checkpoint = newest_checkpoint(output)
     start = f"from {checkpoint}" if checkpoint else "from the beginning: there is no complete checkpoint yet"
@@ -3699,35 +3697,20 @@ def run_record(args: argparse.Namespace, base: Base, inputs: Inputs, counts: dic
     from importlib.metadata import version
 
     libraries = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "safetensors", "tokenizers")
+    model = args.model if base.revision else os.path.abspath(args.model)
+    init_adapter = None
+    if args.init_adapter:
+        weights = sha256(args.init_adapter / "adapter_model.safetensors")
+        init_adapter = {"name": args.init_adapter.resolve().name, "sha256": weights}
     return {
         "chat_format": {"name": args.chat_format, **base.encode.chat._asdict()},
-        "base": {
-            "model": args.model if base.revision else os.path.abspath(args.model),
-            "revision": base.revision,
-            "fingerprint": fingerprint(base.headers),
-        },
-        "init_adapter": args.init_adapter
-        and {
-            "name": args.init_adapter.resolve().name,
-            "sha256": sha256(args.init_adapter / "adapter_model.safetensors"),
-        },
+        "base": {"model": model, "revision": base.revision, "fingerprint": fingerprint(base.headers)},
+        "init_adapter": init_adapter,
         "quantization": {"bnb_nf4": args.bnb_nf4, "bnb_dtype": args.bnb_dtype, "bnb_double_quant": args.bnb_nf4},
         "args": vars(args),
-        "data": {
-            "sha256": inputs.train_files | inputs.eval_files,
-            **counts,
-        },
+        "data": {"sha256": inputs.train_files | inputs.eval_files, **counts},
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in libraries}},
     }
-
-
-def check_same_run(old: dict, new: dict) -> None:
-    """Refuse to resume a run with other data or settings: name the fields that differ."""
-    old, new = comparable(old), comparable(json.loads(json.dumps(new, default=str)))
-    different = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    if different:
-        problem = f"not the same run, these differ: {', '.join(different)}"
-        raise InputError(f"--resume: {problem}; restore them, add --force-resume, or start over with --overwrite")
 
 
 def comparable(record: dict) -> dict[str, Any]:
