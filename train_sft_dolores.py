@@ -921,29 +921,18 @@ def detect_format(file: str, input_format: str = "auto") -> str:
 
 
 def read_chatml(file: str, warn: Warn) -> Iterator[list[Turn]]:
-    """Yield a ChatML file's conversations: each starts at its start, a system turn or a line `<|endoftext|>`."""
-    turns: list[Turn] = []
-    for turn in chatml_turns(file, warn):
-        if turns and turn.role in ("system", "endoftext"):
-            yield turns
-            turns = []
-        if turn.role != "endoftext":
-            turns.append(turn)
-    if turns:
-        yield turns
-
-
-def chatml_turns(file: str, warn: Warn) -> Iterator[Turn]:
-    """Yield the turns of both dialects, one with role `endoftext` for each such line, and `error` where text is wrong.
+    """Yield the conversations of a file in either dialect; what is wrong in one has the role `error`.
 
     Role tags at the start of a line (`<|user|>`, content on the same line or the next ones), or
-    `<|im_start|>user` … `<|im_end|>`. A backslash before a tag makes it text.
+    `<|im_start|>user` … `<|im_end|>`. A backslash before a tag makes it text. A conversation starts at the
+    file's start, at a system turn or at a line `<|endoftext|>`.
     """
+    turns: list[Turn] = []
     opened = fence = 0  # the line of the turn before, if it needs <|im_end|>; if a code block is open at its end
     for line, tag, text in split_at_tags(file):
         im, cut, opened, fence = opened, fence, 0, 0
         if im and tag:
-            yield Turn("error", NOT_CLOSED, im)
+            turns.append(Turn("error", NOT_CLOSED, im))
         if cut and tag:
             problem = f"this <|{escape_controls(tag)[:60]}|> stands in the code block (```) of the turn in line {cut}"
             warn(line, "code block", f"{problem} and cuts it; write a backslash before it, or close the block")
@@ -952,20 +941,25 @@ def chatml_turns(file: str, warn: Warn) -> Iterator[Turn]:
             opened, escaped = line, ESCAPED_IM_START
             name, newline, text = text.partition("\n")
             name, text = name.strip(), newline + text.replace("\\<|im_end|>", "<|im_end|>")
-        if name in ROLE_NAMES:
+        role = ROLE_NAMES.get(name or "")
+        if turns and (role == "system" or tag == "endoftext"):
+            yield turns
+            turns = []
+        if role:
             content = unescape_tags(text, line, escaped, warn).strip()
-            yield Turn(ROLE_NAMES[name], content, line, name != CONTEXT)
+            turns.append(Turn(role, content, line, name != CONTEXT))
             if "```" in text and not (cut or opened) and len(FENCE.findall(text)) % 2:
                 fence = line
         elif tag == "endoftext":
-            yield Turn(tag, "", line)
-            yield from stray_text(text, line, "after <|endoftext|>; put the separator alone on its line")
+            turns += stray_text(text, line, "after <|endoftext|>; put the separator alone on its line")
         elif tag:
-            yield Turn("error", unknown_role(name, is_tag=not opened), line)
+            turns.append(Turn("error", unknown_role(name, is_tag=not opened), line))
         else:
-            yield from stray_text(text, line, "after <|im_end|>; put it inside a turn" if im else None)
+            turns += stray_text(text, line, "after <|im_end|>; put it inside a turn" if im else None)
     if opened:
-        yield Turn("error", NOT_CLOSED, opened)
+        turns.append(Turn("error", NOT_CLOSED, opened))
+    if turns:
+        yield turns
 
 
 def split_at_tags(file: str) -> Iterator[tuple[int, str | None, str]]:
@@ -1036,12 +1030,13 @@ def show_progress() -> bool:
     return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
 
 
-def stray_text(text: str, line: int, where: str | None = None) -> Iterator[Turn]:
+def stray_text(text: str, line: int, where: str | None) -> list[Turn]:
     """An error for text outside of turns; `where` describes it if it stands on the first of these lines."""
-    if text.strip():
-        below = text[: -len(text.lstrip())].count("\n")
-        outside = "text outside of a turn; start with a tag such as <|user|>"
-        yield Turn("error", f"text {where}" if where and not below else outside, line + below)
+    if not text.strip():
+        return []
+    below = text[: -len(text.lstrip())].count("\n")
+    outside = "text outside of a turn; start with a tag such as <|user|>"
+    return [Turn("error", f"text {where}" if where and not below else outside, line + below)]
 
 
 def unescape_tags(text: str, line: int, escaped: re.Pattern, warn: Warn) -> str:
@@ -1819,10 +1814,10 @@ def survey(files: Iterable[str], input_format: str, skip_bad: bool, found: dict[
     for name in files:
         try:
             for conversation in read_conversations([name], input_format, warn, refuse):
-                said, file, line = conversation
-                if blanks := [turn.line for turn in said if BLANKS.search(turn.content)]:
-                    refuse(file, [(line, "a million blanks in a row; delete them") for line in blanks])
+                if blanks := [turn.line for turn in conversation.turns if BLANKS.search(turn.content)]:
+                    refuse(name, [(line, "a million blanks in a row; delete them") for line in blanks])
                     continue
+                said, file, line = conversation
                 count_turns(said, found)
                 place = f"{file}:{line}"
                 if (first := seen.setdefault(digest(said), place)) != place:
