@@ -302,6 +302,11 @@ def test_all_errors_of_the_data_are_listed():
     assert len(lines) == 21 and all(re.match(r"d:\d+: ", line) for line in lines[:20]) and "40 more" in lines[20]
 
 
+def test_an_unknown_role_does_not_hide_the_next():
+    write("d", "<|im_start|>usr q<|im_end|>\n<|usr|>\n<|im_start|>usr\n<|usr|>\n")
+    assert [line.split(": ")[0] for line in listed()[:4]] == ["d:1", "d:2", "d:3", "d:3"]
+
+
 def test_skip_bad():
     write("d", OK + "<|endoftext|>\n<|user|>\nq\n<|assitant|>\na\n<|endoftext|>\n" + OK.replace("q", "r"))
     found, warned = survey("d", skip_bad=True)
