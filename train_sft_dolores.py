@@ -221,7 +221,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("logs, samples and checkpoints").add_argument
     add("--logging-steps", metavar="N", type=count, default=1, help="optimizer steps between log lines")
     add("--eval-steps", metavar="N", type=count, default=10, help="optimizer steps between evaluations")
-    add("--save-steps", metavar="N", type=count, default=10, help="optimizer steps between checkpoints")
+    add("--save-steps", metavar="N", type=count,
+        help="optimizer steps between checkpoints, a multiple of --eval-steps (default: --eval-steps)")  # fmt: skip
     add("--save-total-limit", metavar="N", type=count, default=5, help="checkpoints to keep")
     add("--sample-prompts", metavar="FILE", type=Path, help="one question per line, or 'none' to ask nothing")
     add("--report-to", metavar="NAME", nargs="+", default=["none"], help="trackers such as tensorboard or wandb")
@@ -232,6 +233,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.resume |= args.force_resume
     args.dry_run |= bool(args.preview or args.json)
+    args.save_steps = args.save_steps or args.eval_steps
     args.report_to = [name for names in args.report_to for name in comma_separated(names)]
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
@@ -493,10 +495,11 @@ def prepare_data(
     eval_rows = make_rows(samples, evaluated, tokens, args) if len(evaluated) else None
     rows_per_step = args.train_batch_size * args.grad_accum * world.size
     steps_per_epoch = -(-len(train_rows) // rows_per_step)
-    trained_on = int(np.count_nonzero(part[chosen] == 0))
+    trained_on, held_out = (int(np.count_nonzero(part[rows] == 0)) for rows in (chosen, evaluated))
     counts = found | {
         "trained_on": trained_on,
-        "held_out": found["conversations"] - found["dropped"] - trained_on,
+        "held_out": held_out,
+        "copies": found["conversations"] - found["dropped"] - trained_on - held_out,  # also in --eval-files
         "tokens": int(tokens[chosen].sum()),
         "trained_tokens": int(trained[chosen].sum()),
         "rows": len(train_rows),
@@ -2044,7 +2047,7 @@ def step_flags(args: argparse.Namespace, world: World, counts: dict[str, Any]) -
     flags += f"--grad-accum {accum} --epochs {epochs:g}"
     if counts["held_out"]:
         if per_epoch < args.eval_steps:  # an evaluation after each pass
-            flags += f" --eval-steps {per_epoch} --save-steps {per_epoch}"
+            flags += f" --eval-steps {per_epoch}"
         flags += f" --early-stopping {args.early_stopping or 2}"
     return flags, int(np.ceil(epochs * per_epoch))
 
