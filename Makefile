@@ -1,6 +1,6 @@
-# make demo: see a real Llama become Dolores on this CPU.   make test: all tests.   make test-fast: without the slow ones.
+# make demo: see a real small Llama get a voice on this CPU.   make test: all tests.   make test-fast: without the slow ones.
 PYTHON ?= python3
-QUESTION ?= Qu'est-ce que l'oubli ?
+QUESTION ?= What is happiness?
 python = .venv/bin/python
 # One thread each, and files in conftest.py's order rather than xdist's.
 pytest = OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -10,13 +10,12 @@ pytest = OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile --no-loadsco
 demo: .venv/demo
 	@rm -rf demo/adapter demo/merged
 	$(python) tests/parts.py demo/base
-	@printf '%s\n' "Qui es-tu ?" "$(QUESTION)" > demo/questions.txt
-	$(python) train_sft_dolores.py --model demo/base --output demo/adapter --train-files train.chatml \
-	  --no-bf16 --no-bnb-nf4 --optim adamw_torch --learning-rate 5e-4 --lora-r 16 --lora-alpha 32 --lora-dropout 0 \
-	  --max-length 1024 --grad-accum 1 --epochs 0.15 --eval-fraction 0.02 --name dolores-demo \
-	  --sample-prompts demo/questions.txt
+	@printf '%s\n' "Who are you?" "How do I deal with a bad day?" "$(QUESTION)" > demo/questions.txt
+	$(python) train_sft_dolores.py --model demo/base --output demo/adapter --train-files tests/demo.chatml \
+	  --no-bf16 --no-bnb-nf4 --optim adamw_torch --learning-rate 1e-3 --lora-r 16 --lora-alpha 32 \
+	  --max-length 192 --grad-accum 1 --epochs 3 --eval-fraction 0.12 --name ada --sample-prompts demo/questions.txt
+	@sed -n '/^## Before and after/,/^## Merge/{/^## Merge/!p}' demo/adapter/README.md
 	$(python) merge_lora.py --adapter demo/adapter --output demo/merged
-	@cat demo/adapter/samples.md
 	$(python) merge_lora.py --chat demo/merged < demo/questions.txt
 
 test: .venv/dev

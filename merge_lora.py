@@ -44,7 +44,7 @@ CHECKPOINT_FILES = ("adapter_model.safetensors", "adapter_config.json", "tokeniz
                     "chat_template.jinja")  # fmt: skip
 RUN_FILES = ("training_args.json", "config.json")  # of a whole run; a checkpoint has them in its parent folder
 CHAT_FORMAT = ("before", "after", "eos_token", "answer_start", "no_system", "folds_system")  # in training_args.json
-LICENCE_FILES = ("LICENSE", "LICENSE.txt", "USE_POLICY.md", "NOTICE")  # must travel with the weights
+LICENSE_FILES = ("LICENSE", "LICENSE.txt", "USE_POLICY.md", "NOTICE")  # must travel with the weights
 VOCABULARY_FILES = ("tokenizer.model",)  # SentencePiece, which llama.cpp and Ollama prefer for Gemma, Phi-3, Mistral
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names and torch's
 INFINITY = {"BF16": ("int16", 0x7F80), "F16": ("int16", 0x7C00), "F32": ("int32", 0x7F800000)}  # its bits
@@ -120,11 +120,11 @@ python convert_hf_to_gguf.py @folder@ --outfile @quoted_name@.gguf
 llama-cli -m @quoted_name@.gguf
 ```
 
-## Licence
+## License
 
-@licence@
+@license@
 """
-LICENCE_NOTE = "The licence of the base model applies to these weights too."
+LICENSE_NOTE = "The license of the base model applies to these weights too."
 BUILT_WITH_LLAMA = """**Built with Llama.** The Llama Community License applies to these weights too: keep its notice and its use
 policy with them, and begin the name of a published model with "Llama"."""
 
@@ -171,7 +171,7 @@ class OneLineParser(argparse.ArgumentParser):
             near = near or difflib.get_close_matches(unknown[1], known, n=1)
             kind = "unknown option" if unknown[1].startswith("-") else "unexpected argument"
             message = f"{kind} {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "")
-        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')} (see --help)\n")
+        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}; see --help\n")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -190,7 +190,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="base model, a folder or a Hugging Face id (default: the one recorded in the adapter)")  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("dolores_v5_full"), metavar="DIR",
                         help="folder for the merged model (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--name", metavar="NAME",
+    parser.add_argument("--name", metavar="NAME", type=model_name,
                         help="the model's name in Ollama and in its README.md (default: that of the training, or "
                              "dolores-v5)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge in the output folder")
@@ -207,6 +207,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def model_name(text: str) -> str:
+    """A name that Ollama, the Hub and a shell take as it is."""
+    if not re.fullmatch(r"(?:[a-z0-9][\w.-]*/)?[a-z0-9][\w.-]*", text, re.ASCII | re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"{text!r} must be letters, digits, '-', '_' and '.', such as my-model")
+    return text
+
+
 # ---- The story -----------------------------------------------------------------------------------
 
 
@@ -219,6 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     adapter = read_adapter(args.adapter)
     name = args.name or adapter.training.get("args", {}).get("name") or "dolores-v5"
     base = find_base(args.base, adapter)
+    recover_replaced(output)
     check_output(output, adapter.folder, base, args.overwrite)
     text = read_text(Path(args.verify)) if args.verify else VERIFY_TEXT
 
@@ -268,8 +276,12 @@ def run(argv: list[str] | None = None) -> int:
     except VerificationFailed as failed:
         print(failed, file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        install = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt"
+        print(f"{error.name}: not installed; run `{install}`", file=sys.stderr)
+        return 2
     except Stopped as stopped:
-        print("stopped; nothing was changed", file=sys.stderr)
+        print("stopped; an earlier merge is unchanged", file=sys.stderr)
         return 128 + stopped.args[0]
     return 0
 
@@ -388,7 +400,7 @@ def find_base(named: str | None, adapter: Adapter) -> Path:
         "not found on the Hugging Face Hub; check the name, run `hf auth login`, or name a local folder with --base"
     )
     no_revision = f"no revision {revision} on the Hugging Face Hub; name a local folder with --base"
-    gated = f"gated; accept its licence on huggingface.co/{model}, then `hf auth login`"
+    gated = f"gated; accept its license on huggingface.co/{model}, then `hf auth login`"
     with (  # the last one that fits counts
         explain(model, unwritable, OSError),
         explain(model, unreachable, errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError),
@@ -397,8 +409,12 @@ def find_base(named: str | None, adapter: Adapter) -> Path:
         explain(model, no_revision, errors.RevisionNotFoundError),
         explain(model, gated, errors.GatedRepoError),
     ):
-        patterns = ["*.json", "*.safetensors", *VOCABULARY_FILES, *LICENCE_FILES]
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        patterns = ["*.json", "*.safetensors", *VOCABULARY_FILES, *LICENSE_FILES]
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+            )
+        )
 
 
 def check_fingerprint(adapter: Adapter, base: Path, tensors: dict[str, Stored]) -> None:
@@ -801,11 +817,11 @@ def finite(data: Tensor, dtype: str) -> bool:
 
 
 def write_small_files(adapter: Adapter, base: Path, plan: Plan, folder: Path) -> list[str]:
-    """Everything except weights and card: configs and tokenizer for every reader, licences, the Modelfile.
+    """Everything except weights and card: configs and tokenizer for every reader, licenses, the Modelfile.
 
     Returns lines to print: how Ollama will read the tokenizer and the system turn.
     """
-    for name in ("model.safetensors.index.json", *VOCABULARY_FILES, *LICENCE_FILES):
+    for name in ("model.safetensors.index.json", *VOCABULARY_FILES, *LICENSE_FILES):
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
     for name in ("tokenizer.json", "chat_template.jinja"):
@@ -964,16 +980,16 @@ def write_card(adapter: Adapter, plan: Plan, folder: Path, name: str, folder_nam
         "dtype": DTYPES[next(iter(plan.tensors.values())).dtype],
         "quoted_name": shlex.quote(name),
         "folder": shlex.quote(folder_name),
-        "licence": BUILT_WITH_LLAMA if is_metas_llama(model, folder) else LICENCE_NOTE,
+        "license": BUILT_WITH_LLAMA if is_metas_llama(model, folder) else LICENSE_NOTE,
     }
     (folder / "README.md").write_text(fill(CARD, values), encoding="utf-8")
 
 
 def is_metas_llama(model: str, folder: Path) -> bool:
-    """Whether the base is a Llama of Meta's, by its name or by the licence that came with it."""
-    licences = [(folder / name).read_text("utf-8", "replace") for name in LICENCE_FILES if (folder / name).is_file()]
-    named = re.search(r"(^|[/_-])llama-?[234]", model, re.IGNORECASE)
-    return bool(named) or any(re.search(r"llama.{1,20}community license", text, re.IGNORECASE) for text in licences)
+    """Whether the base is a Llama of Meta's, by its name or by the license that came with it."""
+    licenses = [(folder / name).read_text("utf-8", "replace") for name in LICENSE_FILES if (folder / name).is_file()]
+    named = re.search(r"(^|[_-])llama-?[234]", model.rstrip("/").rpartition("/")[2], re.IGNORECASE)
+    return bool(named) or any(re.search(r"llama.{1,20}community license", text, re.IGNORECASE) for text in licenses)
 
 
 # ---- Checks of the result ------------------------------------------------------------------------
@@ -1019,7 +1035,8 @@ def verify(adapter: Adapter, base: Path, plan: Plan, folder: Path, text: str) ->
 
     disable_progress_bar()
     ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[:, :1024]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = sum(tensor.end - tensor.start for tensor in plan.tensors.values())
+    device = "cuda" if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * size else "cpu"
 
     def log_probs(model: PreTrainedModel) -> Tensor:  # (tokens, vocabulary), fp32
         with torch.inference_mode():
@@ -1117,11 +1134,12 @@ def chat(folder: Path, base: str | None) -> None:
 
     opening = [{"role": "system", "content": system[1]}] if system else []
     messages = [*opening]
-    if sys.stdin.isatty():
+    terminal = sys.stdin.isatty()
+    if terminal:
         print(f"{folder}: type a message; an empty line or Ctrl-D ends the chat")
-    while question := read_line("> ").strip():
-        if not sys.stdin.isatty():
-            print(question)
+    for question in typed_questions() if terminal else filter(None, map(str.strip, sys.stdin)):
+        if not terminal:
+            print(f"\n> {question}")
             messages = [*opening]
         messages.append({"role": "user", "content": question})
         inputs = tokenizer.apply_chat_template(
@@ -1139,12 +1157,11 @@ def before_stop(text: str, stops: list[str]) -> str:
     return re.split("|".join(map(re.escape, stops)), text, maxsplit=1)[0]
 
 
-def read_line(prompt: str) -> str:
-    """A line from the terminal; an empty one at its end."""
-    try:
-        return input(prompt)
-    except EOFError:
-        return ""
+def typed_questions() -> Iterator[str]:
+    """What is typed in the terminal, up to an empty line or Ctrl-D."""
+    with contextlib.suppress(EOFError):
+        while question := input("> ").strip():
+            yield question
 
 
 # ---- The output folder: replaced as a whole, or unchanged ----------------------------------------
@@ -1152,9 +1169,6 @@ def read_line(prompt: str) -> str:
 
 def check_output(output: Path, adapter: Path, base: Path, overwrite: bool) -> None:
     """Refuse an output folder that this script did not write, or that holds files it still has to read."""
-    old = output.with_name(f"{output.name}.old")
-    if old.exists() and not output.exists():  # the last run was killed between its two renames
-        old.rename(output)
     for other in (adapter.resolve(), base.resolve()):
         if output == other or output in other.parents:
             raise InputError(f"{output}: holds {other}, which is still needed; choose another --output")
@@ -1179,10 +1193,22 @@ def check_disk(plan: Plan, folder: Path) -> None:
         )
 
 
+def swap_folders(output: Path) -> tuple[Path, Path]:
+    """Hidden folders beside `output`: the one being written, and the one that it has just replaced."""
+    return output.with_name(f".{output.name}.merging"), output.with_name(f".{output.name}.replaced")
+
+
+def recover_replaced(output: Path) -> None:
+    """Put the earlier merge back if the last run was killed between its two renames."""
+    _, old = swap_folders(output)
+    if old.exists() and not output.exists():
+        old.rename(output)
+
+
 @contextlib.contextmanager
 def written_beside(output: Path) -> Iterator[Path]:
     """A folder next to `output` that replaces it if all goes well, and is deleted otherwise."""
-    partial, old = (output.with_name(f"{output.name}{end}") for end in (".partial", ".old"))
+    partial, old = swap_folders(output)
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)

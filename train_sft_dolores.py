@@ -133,11 +133,13 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse that reports a wrong flag in one line instead of printing the whole usage."""
 
     def error(self, message: str):
-        if unknown := re.match(r"unrecognized arguments: (-\S+)", message):
+        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
             flag = unknown[1].split("=")[0]
             near = get_close_matches(flag.replace("_", "-"), self._option_string_actions, n=1, cutoff=0.6)
             near = [KNOWN_ELSEWHERE[flag]] if flag in KNOWN_ELSEWHERE else near
             message = f"unknown option {flag}" + (f"; did you mean {near[0]}?" if near else "")
+            if not flag.startswith("-"):
+                message = f"unexpected argument {flag}; did you mean --train-files {flag}?"
         self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}; see --help\n")
 
 
@@ -219,7 +221,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("logs, samples and checkpoints").add_argument
     add("--logging-steps", metavar="N", type=count, default=1, help="optimizer steps between log lines")
     add("--eval-steps", metavar="N", type=count, default=10, help="optimizer steps between evaluations")
-    add("--save-steps", metavar="N", type=count, default=10, help="optimizer steps between checkpoints")
+    add("--save-steps", metavar="N", type=count,
+        help="optimizer steps between checkpoints, a multiple of --eval-steps (default: --eval-steps)")  # fmt: skip
     add("--save-total-limit", metavar="N", type=count, default=5, help="checkpoints to keep")
     add("--sample-prompts", metavar="FILE", type=Path, help="one question per line, or 'none' to ask nothing")
     add("--report-to", metavar="NAME", nargs="+", default=["none"], help="trackers such as tensorboard or wandb")
@@ -230,6 +233,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.resume |= args.force_resume
     args.dry_run |= bool(args.preview or args.json)
+    args.save_steps = args.save_steps or args.eval_steps
     args.report_to = [name for names in args.report_to for name in comma_separated(names)]
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
@@ -287,7 +291,8 @@ class World(NamedTuple):
 
     @classmethod
     def from_environment(cls) -> World:
-        return cls(*(int(os.environ.get(*pair)) for pair in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))))
+        rank, size, local_rank = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        return cls(int(rank or 0), int(size or 1), int(local_rank or 0))
 
 
 class Inputs(NamedTuple):
@@ -327,9 +332,10 @@ class Batches(NamedTuple):
 
 
 def main() -> None:
-    """Look or train. Every ending is one line and an exit status, except for errors of our own."""
+    """Look at the data, or train. An error that the user can fix ends in one line and exit status 2."""
     if np is None:
-        sys.exit(report_error(ModuleNotFoundError(name="numpy")))
+        print(describe_error(ModuleNotFoundError(name="numpy")), file=sys.stderr)
+        sys.exit(2)
     args, world = parse_args(), World.from_environment()
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process prints for all
@@ -343,36 +349,35 @@ def main() -> None:
         else:
             train(args, world)
     except (InputError, ModuleNotFoundError, OSError, RuntimeError, MemoryError) as error:
-        advice = memory_advice(args, world) if out_of_memory(error) else ""
-        if not (status := report_error(error, advice, quiet=world.local_rank > 0)):
+        line = describe_error(error, memory_advice(args, world) if isinstance(error, RuntimeError) else "")
+        if line is None:
             raise
-        sys.exit(status)
+        if not (isinstance(error, InputError) and world.local_rank):  # the same in all processes of a machine
+            print(line, file=sys.stderr)
+        sys.exit(2)
 
 
-def report_error(error: Exception, advice: str = "", quiet: bool = False) -> int:
-    """Print one line about an error the user can fix and return exit status 2; 0 for any other error.
-
-    advice: flags that need less memory. quiet: another process of this machine prints.
-    """
+def describe_error(error: Exception, memory_advice: str = "") -> str | None:
+    """The line to print about an error that the user can fix, or None for a bug of ours, which keeps its traceback."""
     number, place = getattr(error, "errno", None), getattr(error, "filename", None)
     if isinstance(error, InputError):
-        line = str(error)
-    elif isinstance(error, ModuleNotFoundError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
         install = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt"
-        line = f"{error.name}: not installed; run `{install}`"
-    elif number == errno.ENOSPC:
-        line = f"{place or 'cache or output'}: no space left on the disk; free some space"
-    elif number in (errno.EACCES, errno.EPERM, errno.EROFS) and place:
-        line = f"{place}: {os.strerror(number).lower()}; make it readable and writable"
-    elif out_of_memory(error):
-        request = re.search(r"ried to allocate [\d.]+ \w+", str(error))
-        fix = f"{advice} needs less" if advice else "take a smaller model or a larger GPU"
-        line = f"out of memory{f' (t{request[0]})' if request else ''}; {fix}"
-    else:
-        return 0
-    if not (quiet and isinstance(error, InputError)):
-        print(line, file=sys.stderr)
-    return 2
+        return f"{error.name}: not installed; run `{install}`"
+    if number == errno.ENOSPC:
+        return f"{place or 'cache or output'}: no space left on the disk; free some space"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS) and place:
+        return f"{place}: {os.strerror(number).lower()}; make it readable and writable"
+    if out_of_memory(error):
+        request = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+        fix = (
+            f"{memory_advice} needs less"
+            if memory_advice
+            else "take smaller files, a smaller model or a larger machine"
+        )
+        return f"out of memory{f' ({request[0].lower()})' if request else ''}; {fix}"
+    return None
 
 
 def check_launch(shard_base: bool, world_size: int) -> None:
@@ -490,10 +495,11 @@ def prepare_data(
     eval_rows = make_rows(samples, evaluated, tokens, args) if len(evaluated) else None
     rows_per_step = args.train_batch_size * args.grad_accum * world.size
     steps_per_epoch = -(-len(train_rows) // rows_per_step)
-    trained_on = int(np.count_nonzero(part[chosen] == 0))
+    trained_on, held_out = (int(np.count_nonzero(part[rows] == 0)) for rows in (chosen, evaluated))
     counts = found | {
         "trained_on": trained_on,
-        "held_out": found["conversations"] - found["dropped"] - trained_on,
+        "held_out": held_out,
+        "copies": found["conversations"] - found["dropped"] - trained_on - held_out,  # also in --eval-files
         "tokens": int(tokens[chosen].sum()),
         "trained_tokens": int(trained[chosen].sum()),
         "rows": len(train_rows),
@@ -550,6 +556,7 @@ def fit(args, world: World, trainer, data: Data, record: dict, checkpoint: str |
     transformers.set_seed(args.seed)  # the same random numbers whether or not an evaluation came first
     began = time.monotonic()
     train_within_memory(trainer, checkpoint, args.output, world)
+    trainer.stop.finish_step_first = False  # what follows may end at once
     seconds, device = round(time.monotonic() - began), device_name(trainer.model.device)
     results |= {"seconds": seconds, "resumed": bool(checkpoint), "device": device}
     if trainer.state.global_step < trainer.state.max_steps:
@@ -578,16 +585,17 @@ def finish(args: argparse.Namespace, record: dict, trainer, base_folder: str) ->
     if state.best_metric is not None:
         results |= {"eval_loss_after": state.best_metric, "best_step": state.best_global_step}
     write_json(args.output / RECORD, record)
+    write_card(args.output, args, record)
     tokens_per_step = data["tokens"] / data["steps_per_epoch"]
     plot_losses(state.log_history, results, tokens_per_step, args.name, args.output / "loss.png")
-    write_card(args.output, args, record)
     print_field("adapter", f"{args.output}/adapter_model.safetensors; README.md and loss.png describe the run")
     if "eval_loss_before" in results:
         before, after = results["eval_loss_before"], results["eval_loss_after"]
         change = f"loss {before:.4f} -> {after:.4f}, perplexity {np.exp(before):.2f} -> {np.exp(after):.2f}"
         print_field("held out", f"{change} (step {results['best_step']})")
     script = str(Path(sys.argv[0]).with_name("merge_lora.py"))
-    print_field("next", merge_command(this_python(), script, args.output, args.name))
+    # On one line, however long: it is there to be pasted.
+    print(f"{'next':<10} {merge_command(this_python(), script, args.output, args.name)}", flush=True)
 
 
 # ---- Chat format ---------------------------------------------------------------------------------
@@ -1991,7 +1999,7 @@ def step_flags(args: argparse.Namespace, world: World, counts: dict[str, Any]) -
     flags += f"--grad-accum {accum} --epochs {epochs:g}"
     if counts["held_out"]:
         if per_epoch < args.eval_steps:  # an evaluation after each pass
-            flags += f" --eval-steps {per_epoch} --save-steps {per_epoch}"
+            flags += f" --eval-steps {per_epoch}"
         flags += f" --early-stopping {args.early_stopping or 2}"
     return flags, int(np.ceil(epochs * per_epoch))
 
@@ -2262,7 +2270,7 @@ def measure_room(model, rows: Rows, args: argparse.Namespace) -> tuple[int, int]
     uncheckpointed, batches = most_that_fit(len(layers), peak, limit), 1
     if uncheckpointed == len(layers):
         most = most_that_fit(args.grad_accum, functools.partial(peak, len(layers)), limit)
-        batches = max(n for n in range(1, most + 1) if args.grad_accum % n == 0)
+        batches = max((n for n in range(1, most + 1) if args.grad_accum % n == 0), default=1)
     if torch.distributed.is_initialized():  # processes must agree
         batches = min(accelerate.utils.gather_object([batches]))
     model.zero_grad()
@@ -2372,7 +2380,7 @@ def resolve_model(name: str) -> tuple[str, str | None]:
     hub = functools.partial(explain, f"--model {name}")
     with hub(unreachable, *offline), hub(unknown, RepositoryNotFoundError), hub(gated, GatedRepoError):
         patterns = ["*.json", "*.safetensors", "*.jinja"]
-        folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns="original/*")
+        folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
     check_whole_model(name, folder)
     return folder, os.path.basename(folder)
 
@@ -2784,7 +2792,9 @@ def lean_rope(modeling) -> None:
 
     It is a global there: no argument or module leads to it.
     """
-    original = modeling.apply_rotary_pos_emb
+    original = getattr(modeling, "apply_rotary_pos_emb", None)
+    if not original:
+        return
 
     def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
         result, half = x * cos, x.shape[-1] // 2
@@ -2805,12 +2815,17 @@ def lean_rope(modeling) -> None:
 
     @functools.wraps(original)
     def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
-        if torch.compiler.is_compiling() or cos.shape[-1] != q.shape[-1]:  # some models rotate only a part
+        # Some models rotate only a part, or in float32.
+        if torch.compiler.is_compiling() or cos.shape[-1] != q.shape[-1] or cos.dtype != q.dtype:
             return original(q, k, cos, sin, unsqueeze_dim)
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
         return Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
 
-    modeling.apply_rotary_pos_emb = apply_rotary_pos_emb
+    x, angle = torch.linspace(-2, 2, 64).view(2, 1, 1, 4, 8)
+    cos, sin = angle[0].cos(), angle[0].sin()
+    ours = functools.partial(rotated, cos=cos[:, None], sin=sin[:, None], sign=1)
+    if same_results(lambda x: original(x, x, cos, sin)[0], ours, x):
+        modeling.apply_rotary_pos_emb = apply_rotary_pos_emb
 
 
 def lean_norm(self, x: torch.Tensor) -> torch.Tensor:
@@ -3202,11 +3217,16 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
                 "device", f"{args.optim} needs CUDA: {optimizer_on(args.optim, 'cpu')} keeps its state in 32 bits"
             )
         return torch.device("cpu")
+    if world.local_rank >= torch.cuda.device_count():
+        problem = (
+            f"process {world.local_rank} of this machine has no GPU of its own, there are {torch.cuda.device_count()}"
+        )
+        raise InputError(f"GPU: {problem}; start as many processes as GPUs")
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
     torch.cuda.set_per_process_memory_fraction(args.torch_memory_fraction, device)
     needs_bf16 = args.bf16 or (args.bnb_nf4 and args.bnb_dtype == "bfloat16")
-    if needs_bf16 and not torch.cuda.is_bf16_supported(False):
+    if needs_bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         # float16 without loss scaling loses small gradients: 30 % in the first layer of SmolLM2 at 65,000 tokens a step.
         problem = f"{torch.cuda.get_device_name(device)} has no bfloat16 (it came with Ampere)"
         raise InputError(f"--bf16: {problem}; use --no-bf16 --bnb-dtype float32, or a newer GPU")
@@ -3288,6 +3308,7 @@ def training_arguments(args: argparse.Namespace, batches: Batches, evaluating: b
         optim=optimizer_on(args.optim, "cuda" if cuda else "cpu"),
         seed=args.seed,
         logging_steps=args.logging_steps,
+        logging_first_step=True,
         logging_nan_inf_filter=False,  # it waits for the GPU after every batch; we look once per step
         eval_strategy="steps" if evaluating else "no",
         eval_steps=args.eval_steps,
@@ -3477,11 +3498,9 @@ def checkpoint_callback(trainer, output: Path, name: str, limit: int) -> transfo
             control.should_save |= state.best_metric is None or metrics["eval_loss"] < state.best_metric
             if evaluations_since_best(state.log_history) == RISING:
                 best = f"step {state.best_global_step} had the best held-out loss"
-                print_field(
-                    "advice",
-                    f"{best}, {RISING} evaluations ago: from here the data is learned by heart. "
-                    "The adapter will be that of the best step; Ctrl-C stops now, --early-stopping does it by itself",
-                )
+                merge = f"merge_lora.py --adapter {state.best_model_checkpoint}"
+                print_field("advice", f"{best}, {RISING} evaluations ago: the data is being learned by heart. The adapter "
+                            f"will be that of the best step; to end now, press Ctrl-C and merge it with {merge}")  # fmt: skip
             answers = generate_answers(trainer.model, trainer.processing_class, trainer.prompts)
             if state.is_world_process_zero:
                 write_samples(output / "samples.md", name, f"Step {state.global_step}", answers)
@@ -3528,15 +3547,13 @@ def train_within_memory(trainer, checkpoint: str | None, output: Path, world: Wo
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
         return
-    except RuntimeError as error:
+    except Exception as error:  # torch, safetensors and tokenizers each raise their own error where the disk is full
         checkpointed = sum(layer.gradient_checkpointing for layer in layers)
-        if not out_of_memory(error):
+        no_memory = isinstance(error, RuntimeError) and out_of_memory(error)
+        if not no_memory:
             raise_if_disk_full(output, trainer.state.global_step)
-        if not out_of_memory(error) or checkpointed == len(layers) or world.size > 1:
+        if not no_memory or checkpointed == len(layers) or world.size > 1:
             raise
-    except Exception:  # torch, safetensors and tokenizers each raise their own error where the disk is full
-        raise_if_disk_full(output, trainer.state.global_step)
-        raise
     more = checkpointed + -(-(len(layers) - checkpointed) // 2)
     mode = "all" if more == len(layers) else str(more)
     print_field("memory", f"not enough with {checkpointed} layers checkpointed; continuing with {mode}")
@@ -3860,7 +3877,7 @@ def plot_losses(history: list[dict], results: dict[str, Any], tokens_per_step: f
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    logs = [log for log in history if "loss" in log]
+    logs = [log for log in history if "loss" in log and "learning_rate" in log]
     steps, losses = [log["step"] for log in logs], [log["loss"] for log in logs]
     held_out = [(0, results["eval_loss_before"])] if "eval_loss_before" in results else []
     held_out += [(log["step"], log["eval_loss"]) for log in history if "eval_loss" in log]
@@ -3978,7 +3995,8 @@ def card_rows(record: dict[str, Any]) -> dict[str, str]:
 
 def merge_command(python: str, script: str, output: Path, name: str) -> str:
     """What to type after training."""
-    folders = [] if output == DEFAULT_OUTPUT else ["--adapter", str(output), "--output", merged_folder(name)]
+    documented = (output, name) == (DEFAULT_OUTPUT, "dolores-v5")
+    folders = [] if documented else ["--adapter", str(output), "--output", merged_folder(name)]
     return shlex.join([python, script, *folders])
 
 
@@ -3989,9 +4007,11 @@ def merged_folder(name: str) -> str:
 
 def this_python() -> str:
     """The interpreter as the user can type it: by its path from here if it is below this folder."""
-    here = Path.cwd()
-    python = Path(sys.executable)
-    return str(python.relative_to(here)) if python.is_relative_to(here) else "python3"
+    here, python = Path.cwd(), Path(sys.executable)
+    if python.is_relative_to(here):
+        return str(python.relative_to(here))
+    found = shutil.which("python3")
+    return "python3" if found and Path(found).parent == python.parent else sys.executable
 
 
 if __name__ == "__main__":

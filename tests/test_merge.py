@@ -560,14 +560,14 @@ def test_the_card_of_a_llama_from_the_hub(copy, tiny_llama31, tmp_path, monkeypa
 
 
 def test_the_card_of_another_base(short_smollm2, tmp_path):
-    """SmolLM2 has Llama's architecture and not its licence; a local folder is no base_model on the Hub."""
+    """SmolLM2 has Llama's architecture and not its license; a local folder is no base_model on the Hub."""
     front, text = card(merge(random_adapter(short_smollm2, tmp_path / "adapter"), tmp_path / "merged"))
     assert front == {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    assert "Built with Llama" not in text and "licence of the base model applies" in text
+    assert "Built with Llama" not in text and "license of the base model applies" in text
 
 
 @pytest.mark.parametrize(
-    ("model", "licence", "built_with_llama"),
+    ("model", "license", "built_with_llama"),
     [
         ("meta-llama/Meta-Llama-3-8B", "", True),
         ("/models/llama-2-7b-chat", "", True),
@@ -576,8 +576,8 @@ def test_the_card_of_another_base(short_smollm2, tmp_path):
         ("/models/base", "Apache License", False),
     ],
 )
-def test_which_bases_are_metas_llama(tmp_path, model, licence, built_with_llama):
-    (tmp_path / "LICENSE").write_text(licence)
+def test_which_bases_are_metas_llama(tmp_path, model, license, built_with_llama):
+    (tmp_path / "LICENSE").write_text(license)
     assert merge_lora.is_metas_llama(model, tmp_path) == built_with_llama
 
 
@@ -744,7 +744,7 @@ def test_a_wrong_flag_is_one_line(flags, line, capsys):
         merge_lora.parse_args(flags)
     written = capsys.readouterr()
     said = written.err.replace("'original', 'nf4'", "original, nf4")  # Python 3.11 puts quotes there
-    assert (ended.value.code, written.out, said) == (2, "", f"merge_lora.py: {line} (see --help)\n")
+    assert (ended.value.code, written.out, said) == (2, "", f"merge_lora.py: {line}; see --help\n")
 
 
 @pytest.mark.parametrize("name", [*merge_lora.CHECKPOINT_FILES, *merge_lora.RUN_FILES])
@@ -925,7 +925,7 @@ def test_the_hub_is_asked_for_the_trained_revision(copy, tiny_llama31, tmp_path,
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        ("GatedRepoError", "org/base: gated; accept its licence on huggingface.co/org/base, then `hf auth login`"),
+        ("GatedRepoError", "org/base: gated; accept its license on huggingface.co/org/base, then `hf auth login`"),
         (
             "RepositoryNotFoundError",
             "org/base: not found on the Hugging Face Hub; check the name, run `hf auth login`, or name a local folder with --base",
@@ -1042,18 +1042,18 @@ def test_an_interrupted_merge(adapter, tmp_path, number, status):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == status and digests(output) == before
     if number == signal.SIGKILL:  # no time to clean up: the next run does
-        assert {path.name for path in tmp_path.iterdir()} == {"merged", "merged.partial"}
+        assert {path.name for path in tmp_path.iterdir()} == {"merged", ".merged.merging"}
         merge(adapter, output, "--overwrite")
     else:
-        assert stderr == "stopped; nothing was changed\n"
+        assert stderr == "stopped; an earlier merge is unchanged\n"
     assert {path.name for path in tmp_path.iterdir()} == {"merged"}
 
 
 def test_killed_between_the_two_renames(adapter, tmp_path):
     output = merge(adapter, tmp_path / "merged")
     before = digests(output)
-    output.rename(tmp_path / "merged.old")
-    (tmp_path / "merged.partial").mkdir()
+    output.rename(tmp_path / ".merged.replaced")
+    (tmp_path / ".merged.merging").mkdir()
     with pytest.raises(merge_lora.InputError, match="already exists"):  # it is back before anything else happens
         merge_lora.main(["--adapter", str(adapter), "--output", str(output)])
     assert digests(output) == before
