@@ -3325,7 +3325,8 @@ class Stop:
         if not self.finish_step_first:
             sys.exit(128 + signum)
         self.signal = signum
-        print("\nstopping after this step and its checkpoint; press again to exit at once", flush=True)
+        if not self.world.rank:  # print could fail: the signal may have come within another print
+            os.write(1, b"\nstopping after this step and its checkpoint; press Ctrl-C again to exit at once\n")
 
     def any_rank_signaled(self, accelerator) -> bool:
         """Whether any process has received a signal: all of them must stop at the same step."""
