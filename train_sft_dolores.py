@@ -607,7 +607,7 @@ class ChatFormat(NamedTuple):
     before: dict[str, str]  # by role: opens a turn; the assistant's also prompts the model to answer
     after: dict[str, str]  # by role: closes a turn; the assistant's contains the end token, which is trained
     eos_token: str  # the token with which the model ends its answer
-    answer_start: str = ""  # opens an answer but is not in the prompt, so it is trained: Mistral's blank
+    answer_start: str = ""  # opens an answer but is not in the prompt, so it is trained: Mistral's space
     no_system: str = ""  # opens a conversation that has no system turn
     folds_system: bool = False  # the system turn opens the first user turn, which then has no text before it
 
@@ -1342,9 +1342,9 @@ class Encoder:
             [(bit, False) for bit in self.split(chat.no_system)],
             [],
         )
-        # SentencePiece tokenizers put a blank before each text of their own accord.
-        puts_blank = self.tokenizer.encode("a", add_special_tokens=False).tokens[:1] == ["▁a"]
-        self.answer_start = chat.answer_start.removeprefix(" ") if puts_blank else chat.answer_start
+        # SentencePiece tokenizers add a space before each text.
+        adds_space = self.tokenizer.encode("a", add_special_tokens=False).tokens[:1] == ["▁a"]
+        self.answer_start = chat.answer_start.removeprefix(" ") if adds_space else chat.answer_start
 
     def split(self, text: str) -> list[str | int]:
         """The format's text, with special tokens as ids."""
@@ -1550,7 +1550,7 @@ def collect(encoded: Iterable[Encoded], found: dict[str, Any]) -> Iterator[pyarr
         for name, count in lost.items():
             found[name] = found.get(name, 0) + count
         yield samples
-    found["warnings"] += warned  # behind those of reading, however far ahead that was
+    found["warnings"] += warned  # at the end, so that their order does not depend on the number of processes
 
 
 def map_in_order(work: Callable, items: Iterable, workers: int) -> Iterator:
@@ -1794,8 +1794,9 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 MOJIBAKE = re.compile("Ã[\u0080-\u00bf©¨ª«´§¹]|â€|Â[«»°\u00a0]|\ufffd")
 LONG_TURN = 20_000  # characters
-# Ten million blanks make Llama 3.1's tokenizer panic. Tried only where a run begins, so in linear time.
-BLANKS = re.compile(r"(?<![^\S\r\n])[^\S\r\n]{1000000}")
+# Ten million spaces in a row make Llama 3.1's tokenizer panic; the limit leaves a margin. The pattern is tried only where
+# a run of spaces begins, so in linear time.
+SPACES = re.compile(r"(?<![^\S\r\n])[^\S\r\n]{1000000}")
 MANY_EXCHANGES = 30  # in one conversation: rather several that nothing separates
 
 
@@ -1822,8 +1823,8 @@ def survey(files: Iterable[str], input_format: str, skip_bad: bool, found: dict[
     for name in files:
         try:
             for conversation in read_conversations([name], input_format, warn, refuse):
-                if blanks := [turn.line for turn in conversation.turns if BLANKS.search(turn.content)]:
-                    refuse(name, [(line, "a million blanks in a row; delete them") for line in blanks])
+                if lines := [turn.line for turn in conversation.turns if SPACES.search(turn.content)]:
+                    refuse(name, [(line, "a million spaces or tabs in a row; delete them") for line in lines])
                     continue
                 said, file, line = conversation
                 count_turns(said, found)
@@ -2281,9 +2282,9 @@ def measure_room(model, rows: Rows, args: argparse.Namespace) -> tuple[int, int]
 def most_that_fit(most: int, peak: Callable[[int], int], limit: int) -> int:
     """The largest n up to `most` whose step stays below `limit` bytes: uncheckpointed layers, or batches run as one.
 
-    peak(n) does such a step and returns the bytes at its peak, sys.maxsize where it ran out of memory; one step has been
-    done before. From n = 1 on it is a line. Without an uncheckpointed layer it is not: a recomputed layer's activations
-    are there where the first uncheckpointed layer's would be. The answer is measured, and lowered until it fits.
+    peak(n) does such a step and returns the bytes at its peak, or sys.maxsize where it ran out of memory. From n = 1 on
+    the peak grows linearly. The step from 0 to 1 is smaller: with n = 0 one layer's activations exist too, while it is
+    recomputed. The estimate from two peaks is then measured, and lowered until it fits.
     """
     at_one = peak(1)
     if at_one > limit or most == 1:
@@ -2311,7 +2312,7 @@ def load_libraries() -> None:
     """
     global accelerate, torch, transformers, peft
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns on import that it lacks a CPU kernel
-    gc.disable()  # it would scan all modules again and again, for a quarter of the time
+    gc.disable()  # without garbage collection the imports take a quarter less time
     import accelerate
     import peft
     import torch
@@ -2402,7 +2403,7 @@ def load_encoder(name: str, folder: str, format_name: str) -> Encoder:
     """The encoder for this model's tokenizer and a chat format, without transformers."""
     from tokenizers import Tokenizer
 
-    with explain(f"--model {name}", TOKENIZER_HINT, Exception):  # the Rust side raises no other
+    with explain(f"--model {name}", TOKENIZER_HINT, Exception):  # tokenizers raises plain Exception
         backend = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
         config = read_json(Path(folder, "tokenizer_config.json"))
         eos, bos = (
@@ -2761,6 +2762,9 @@ def shard_base(model, device: torch.device) -> None:
 
 
 # ---- Speed ---------------------------------------------------------------------------------------
+#
+# What this section gains. For a layer of Llama-3.1-8B, traced: 121 kB kept of each token instead of 257; for a batch: 4,996
+# kernels instead of 8,678. On two CPU cores with SmolLM2, measured once: 3.1 times the tokens per second of TRL 1.16.
 
 
 def lean_decoder(decoder) -> None:
@@ -3277,7 +3281,8 @@ class Stop:
         if not self.finish_step_first:
             sys.exit(128 + signum)
         self.signal = signum
-        print("\nstopping after this step and its checkpoint; press again to exit at once", flush=True)
+        if not self.world.rank:  # print could fail: the signal may have come within another print
+            os.write(1, b"\nstopping after this step and its checkpoint; press Ctrl-C again to exit at once\n")
 
     def any_rank_signaled(self, accelerator) -> bool:
         """Whether any process has received a signal: all of them must stop at the same step."""

@@ -168,7 +168,8 @@ def test_a_run(folder, short_smollm2):
     assert code == 0, shown
     wide = [line for line in (folder / "log.txt").read_text().splitlines() if len(line) > 80]
     assert all(line.startswith("next ") for line in wide)  # a command to be pasted stays on one line
-    shown = shown.replace(str(short_smollm2), "base").replace(f"{SCRIPT.parent}/", "")
+    shown = shown.replace(sys.executable, "python3").replace(str(short_smollm2), "base")
+    shown = shown.replace(f"{SCRIPT.parent}/", "")
     check("run", re.sub(r"\d+\.\d+(e[+-]\d+)?|[\d,]+ tok/s|\d+m\d\d", "#", shown), wide=[""])
 
 
