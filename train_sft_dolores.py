@@ -556,7 +556,6 @@ def fit(args, world: World, trainer, data: Data, record: dict, checkpoint: str |
     transformers.set_seed(args.seed)  # the same random numbers whether or not an evaluation came first
     began = time.monotonic()
     train_within_memory(trainer, checkpoint, args.output, world)
-    trainer.stop.finish_step_first = False  # what follows may end at once
     seconds, device = round(time.monotonic() - began), device_name(trainer.model.device)
     results |= {"seconds": seconds, "resumed": bool(checkpoint), "device": device}
     if trainer.state.global_step < trainer.state.max_steps:
@@ -1094,13 +1093,15 @@ def record_turns(record: Any, row: int) -> list[Turn]:
     """The turns of one row."""
     fields = record if isinstance(record, dict) else {}
     messages = find_messages(fields)
-    if not isinstance(messages, list):
+    if not (isinstance(messages, list) and messages):
         problem = "no 'messages', 'conversations', 'prompt' and 'completion', or 'instruction' and 'output'"
         if known := [key for key in ("messages", "conversations") if key in fields]:
             problem = f"{known[0]!r} is empty or not a list"
+        elif messages == []:
+            problem = "no message in it"
         elif fields:
             problem += f" in {shorten(', '.join(fields))}"
-        return [Turn("error", f"{problem}; write one conversation a row, its columns named so", row)]
+        return [Turn("error", f"{problem}; write one conversation per row, in columns of these names", row)]
     if fields.get("history"):
         return [Turn("error", "'history' is not read; write its exchanges as 'messages'", row)]
     if fields.get("system"):  # ShareGPT's and Anthropic's place for the system turn
@@ -1947,8 +1948,8 @@ def print_data(args: argparse.Namespace, world: World, data: Data) -> None:
 def describe_use(counts: dict[str, Any]) -> str:
     """Where all conversations went, for the screen and the model card."""
     parts = {"trained on": counts["trained_on"], "held out": counts["held_out"]}
-    lost = {"dropped (--overlong)": counts["dropped"], "skipped (--skip-bad)": counts["skipped"]}
-    parts |= {name: count for name, count in lost.items() if count}
+    lost = {"also in --eval-files": "copies", "dropped (--overlong)": "dropped", "skipped (--skip-bad)": "skipped"}
+    parts |= {name: counts[key] for name, key in lost.items() if counts[key]}
     shown = ", ".join(f"{count:,} {name}" for name, count in parts.items())
     return f"{counts['conversations'] + counts['skipped']:,} conversations: {shown}"
 
@@ -1980,7 +1981,7 @@ def advise(args: argparse.Namespace, world: World, counts: dict[str, Any]) -> li
         passes = f"{args.epochs:g} passes may learn the data by heart"
         advice.append(f"{passes}: --early-stopping 2 stops when the held-out loss rises")
     if 0 < counts["held_out"] < 5:
-        few = f"the loss of {plural(counts['held_out'], 'held-out conversation')} is mostly chance"
+        few = f"the loss of {plural(counts['held_out'], 'held-out conversation')} is too noisy to trust"
         fraction = min(0.25, np.ceil(500 / counts["conversations"]) / 100)
         more = f"--eval-fraction {fraction:g} holds out more"
         if args.eval_files or args.eval_fraction >= fraction:
@@ -3654,7 +3655,8 @@ def clear_output(folder: Path) -> None:
 def check_disk(output: Path, save_total_limit: int, adapter_bytes: int) -> None:
     """Refuse a run whose checkpoints will not fit: adapter, optimizer state and 20 MB of tokenizer each."""
     need = (save_total_limit + 1) * (adapter_bytes + 20 * 2**20)
-    free = shutil.disk_usage(output).free
+    old = sum(file.stat().st_size for file in output.glob("checkpoint-*/*"))  # they make room for the new ones
+    free = shutil.disk_usage(output).free + old
     if free < need:
         problem = f"{free / 1e9:.2f} GB free, but the checkpoints may need {need / 1e9:.2f} GB"
         raise InputError(f"--output {output}: {problem}; free some space or lower --save-total-limit")
@@ -3677,12 +3679,13 @@ def complete_checkpoint(folder: Path) -> None:
 
 def newest_checkpoint(output: Path) -> str | None:
     """The newest complete checkpoint; damaged ones are named and deleted."""
-    found = sorted(output.glob("checkpoint-*"), key=lambda folder: -int(folder.name.split("-")[1]))
-    for folder in found:
+    steps = [folder.name.removeprefix("checkpoint-") for folder in output.glob("checkpoint-*")]
+    for step in sorted((step for step in steps if step.isdecimal()), key=int, reverse=True):
+        folder = output / f"checkpoint-{step}"
         try:
             files = read_json(folder / COMPLETE)
             damaged = next((name for name, expected in files.items() if sha256(folder / name) != expected), None)
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, ValueError) as error:
             damaged = getattr(error, "filename", None) or COMPLETE
         if not damaged:
             return str(folder)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -191,6 +192,16 @@ def test_the_longest_row(cache, encode):
     assert sum(map(len, train.longest()["input_ids"])) == max(sizes) > sizes[-1]
 
 
+def test_a_copied_checkpoint_is_no_checkpoint(tmp_path):
+    """A folder that the user has copied beside the checkpoints neither stops a --resume nor is it used."""
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    (folder / "file").write_text("x")
+    sft.complete_checkpoint(folder)
+    shutil.copytree(folder, tmp_path / "checkpoint-30.keep")
+    assert sft.newest_checkpoint(tmp_path) == str(folder)
+
+
 def test_no_hold_out_and_eval_files(cache, encode):
     Path("d").write_text(corpus())
     Path("e").write_text(dialogue("q", "a"))
@@ -211,7 +222,7 @@ def test_what_is_evaluated_is_not_trained_on(cache, encode):
     copies = {sample[2] for sample in expected_samples("e", encode)}
     assert sorted(samples_of(train)) == sorted(s for s in expected_samples("d", encode) if s[2] not in copies)
     # The copy in d is not trained on either; e is read once, and named once.
-    assert counts["held_out"] == 3 and counts["conversations"] == 53 and counts["trained_on"] == 50
+    assert (counts["trained_on"], counts["held_out"], counts["copies"], counts["conversations"]) == (50, 2, 1, 53)
     assert sorted(warning[0] for warning in warnings if warning[2] == "held out") == ["d", "e"]
     error = error_of(prepare, arguments("--train-files", "e", "--eval-files", "d", "e"), encode)
     assert_says(error, "e", "--eval-files")
@@ -241,7 +252,10 @@ def test_every_conversation_is_counted_once(cache, encode):
         train = args.train_files if "x" in options else ["d"]
         read = sft.read_data(sft.find_files(train) | sft.find_files(args.eval_files), args)[0]
         assert (counts["conversations"], counts["skipped"]) == (read["conversations"], read["skipped"])
-        assert counts["trained_on"] + counts["held_out"] + counts["dropped"] == counts["conversations"]
+        used = counts["trained_on"] + counts["held_out"] + counts["copies"]
+        assert used + counts["dropped"] == counts["conversations"] and (counts["copies"] > 0) == (
+            "e" in args.eval_files
+        )
         assert counts["dropped"] >= 3 and counts["split"] >= 3 and counts["lost_trained_tokens"] > 3 * 200
 
 

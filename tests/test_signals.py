@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -64,7 +65,7 @@ def test_in_training(number, moment, undisturbed, options, tmp_path):
     options += ("--sample-prompts", "prompts.txt") if moment[0] == "generate_answers" else ()
     code, out = interrupted(write_data(tmp_path), number, moment, *options)
     assert code == STATUS[number], out
-    assert "step 3 of 4" in out and "\n  python3 /" in out
+    assert "step 3 of 4" in out and re.search(rf"\n  (python3|{re.escape(sys.executable)}) /", out)
     assert out.endswith(" --resume\n") and "Traceback" not in out
     for folder in (tmp_path / "out").glob("checkpoint-*"):
         files = json.loads((folder / "complete.json").read_text())
