@@ -1,5 +1,6 @@
 """The benchmarks run, at sizes that take seconds, and count correctly. No times are asserted."""
 
+import ast
 import sys
 from pathlib import Path
 
@@ -128,3 +129,14 @@ def test_gpu_prints_a_line_for_each_variant(tmp_path):
     out = benchmark(tmp_path, "gpu.py", "--tiny", "--optim", "adamw_torch", "--variants", "ours")
     (words,) = [words for name, words in table(out, 31).items() if name == "ours"]
     assert " ".join(words[4:7]) == "0 of 2" and float(words[-1]) > 0, out
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda script: script.stem)
+def test_benchmarks_call_what_exists(script):
+    """Not every benchmark is run here; the trainer's functions that it names exist."""
+    tree = ast.parse(script.read_text())
+    imports = [name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
+    aliases = {name.asname or name.name for name in imports if name.name == "train_sft_dolores"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+            assert hasattr(sft, node.attr), f"{script.name}:{node.lineno}: {node.attr}"
