@@ -336,7 +336,10 @@ def read_adapter(folder: Path) -> Adapter:
     required = [folder / name for name in CHECKPOINT_FILES] + [run_folder / name for name in RUN_FILES]
     for file in required[:-1] if checkpoint else required:  # config.json comes last, when training has ended
         if not file.is_file():
-            raise InputError(f"{file}: missing; train_sft_dolores.py writes it when training has ended")
+            fix = "train_sft_dolores.py writes it when training has ended"
+            if saved := sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime):
+                fix += f": continue it with --resume, or merge what is there with --adapter {saved[-1]}"
+            raise InputError(f"{file}: missing; {fix}")
     config, training = read_json(folder / "adapter_config.json"), read_json(run_folder / "training_args.json")
     base_config = read_json(run_folder / "config.json") if (run_folder / "config.json").exists() else {}
     for key, inner in (("chat_format", CHAT_FORMAT), ("base", ("model", "fingerprint"))):

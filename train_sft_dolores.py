@@ -834,7 +834,7 @@ LINE_TAG = re.compile(rf"<\|(?<![^\n]<\|)({NAME})\|>")  # at the start of a line
 IM_END = re.compile(r"<\|(?:(?<!\\<\|)im_end|(?<![^\n]<\|)(im_start))\|>")
 ESCAPED_TAG = re.compile(rf"(?<=\n)\\+<\|{NAME}\|>")  # not on the line of the turn's own tag
 ESCAPED_IM_START = re.compile(r"(?<=\n)\\+<\|im_start\|>")
-# A misspelled tag at the start of a line, such as `<| user|>` or `<|user>`.
+# A misspelled tag at the start of a line, such as `<| user|>`, `<|user>` or `<user>`.
 LIKE_TAG = re.compile(r"([<|｜/\s]*)(system|user|assistant|endoftext|im_start|im_end)(?!\w)([|｜>\s]*)", re.IGNORECASE)
 ROW_FILES = {".json": "JSON", ".jsonl": "JSON", ".ndjson": "JSON", ".csv": "CSV", ".tsv": "CSV", ".parquet": "Parquet"}
 CONTEXT = "assistant:context"  # an answer that is not trained
@@ -1043,12 +1043,14 @@ def stray_text(text: str, line: int, where: str | None) -> list[Turn]:
         return []
     below = text[: -len(text.lstrip())].count("\n")
     outside = "text outside of a turn; start with a tag such as <|user|>"
+    if tag := like_tag(text.strip().split("\n")[0]):
+        outside = f"{tag[0]} does not open a turn; write {tag[1]} at the start of the line"
     return [Turn("error", f"text {where}" if where and not below else outside, line + below)]
 
 
 def unescape_tags(text: str, line: int, escaped: re.Pattern, warn: Warn) -> str:
     """Remove the backslash that makes a tag text; warn about text that may be meant as a tag."""
-    if "|" not in text and "｜" not in text:  # almost always
+    if "<" not in text and "|" not in text and "｜" not in text:  # almost always
         return text
     lines, at = text.split("\n"), 0
     for i, content in enumerate(lines):
@@ -1056,11 +1058,22 @@ def unescape_tags(text: str, line: int, escaped: re.Pattern, warn: Warn) -> str:
             lines[i] = content[1:]
         elif found := TAG.search(content):
             warn(line + i, *describe_tag(found[0]))
-        elif (found := LIKE_TAG.match(content)) and re.search("[<>]", found[0]) and re.search("[|｜]", found[0]):
-            tag = f"<|{found[2].lower()}|>"
-            warn(line + i, "tag", f"{shorten(found[0].strip())} looks like a tag; write {tag} if it is one")
+        elif tag := like_tag(content):
+            warn(line + i, "tag", f"{tag[0]} looks like a tag; write {tag[1]} if it is one")
         at += len(content) + 1
     return "\n".join(lines)
+
+
+def like_tag(line: str) -> tuple[str, str] | None:
+    """(what a line begins with, the tag that it is probably meant to be), if it begins with a misspelled tag."""
+    found = LIKE_TAG.match(line)
+    if (
+        not found
+        or not re.search("[<>]", found[0])
+        or ("<" + found[2] + ">" != found[0].strip() and not re.search("[|｜]", found[0]))
+    ):
+        return None
+    return shorten(found[0].strip()), f"<|{found[2].lower()}|>"
 
 
 def describe_tag(tag: str, by_row: bool = False) -> tuple[str, str]:
@@ -1279,10 +1292,10 @@ def unknown_role(name: Any, is_tag: bool = False) -> str:
     if not is_tag:
         return f"unknown role {shorten(name)}; {suggest(str(name), ROLE_NAMES)}"
     tag = f"<|{escape_controls(name)[:60]}|>"
-    fix = f"write \\{tag} if it is text"
+    fix = f"use <|system|>, <|user|>, <|assistant|> or <|endoftext|>, or write \\{tag} if it is text"
     if f"<|{name}|>" in END_TOKENS:
-        fix = f"delete it if it ends a turn (the chat format adds its own), or {fix}"
-    elif near := get_close_matches(name.lower(), ROLE_NAMES, n=1, cutoff=0.6):
+        fix = f"delete it if it ends a turn (the chat format adds its own), or write \\{tag} if it is text"
+    elif near := get_close_matches(name.lower(), (*ROLE_NAMES, "endoftext"), n=1, cutoff=0.6):
         fix = f"did you mean <|{near[0]}|>?"
     return f"unknown role tag {tag}; {fix}"
 
@@ -1809,6 +1822,7 @@ def survey(files: Iterable[str], input_format: str, skip_bad: bool, found: dict[
     found |= {"files": list(files), "conversations": 0, "skipped": 0, "turns": Counter(), "exchanges": Counter()}
     found |= {"characters": 0, "system": None, "warnings": [], "errors": [], "unreadable": [], "too_long": []}
     seen = {}  # the first place of each conversation, by its content
+    last_with: dict[Any, tuple[str, int]] = {}  # the last place of a number of exchanges, and of a system turn
 
     def warn(*warning) -> None:
         found["warnings"].append(DataWarning(*warning))
@@ -1828,7 +1842,7 @@ def survey(files: Iterable[str], input_format: str, skip_bad: bool, found: dict[
                     refuse(name, [(line, "a million spaces or tabs in a row; delete them") for line in lines])
                     continue
                 said, file, line = conversation
-                count_turns(said, found)
+                last_with[count_turns(said, found)] = last_with[said[0].role] = file, line
                 place = f"{file}:{line}"
                 if (first := seen.setdefault(digest(said), place)) != place:
                     warn(file, line, "duplicate", f"the same conversation as {first}")
@@ -1838,20 +1852,30 @@ def survey(files: Iterable[str], input_format: str, skip_bad: bool, found: dict[
                     yield conversation
         except InputError as error:
             found["unreadable"].append(str(error))
-    exchanges = found["exchanges"]
-    if exchanges.total() == 1 and 1 not in exchanges and max(exchanges) < MANY_EXCHANGES:  # nothing can be held out
-        warn(file, line, "one conversation", separation_hint(file, *exchanges))
+    exchanges, others = found["exchanges"], found["conversations"] - 1
+    longest = max(exchanges, default=1)
+    if (
+        1 < longest < MANY_EXCHANGES and exchanges[1] == others and others not in (1, 2, 3)
+    ):  # none, or several short ones
+        warn(*last_with[longest], "one conversation", separation_hint(last_with[longest][0], longest))
+    if found["turns"]["system"] == 1 and others > 1:
+        text = "the only conversation with a system turn; it does not carry over to the next: repeat it or delete it"
+        warn(*last_with["system"], "system", text)
     found["exchanges"] = dict(sorted(exchanges.items()))
 
 
-def count_turns(turns: list[Turn], found: dict[str, Any]) -> None:
-    """Add a conversation to the counts; "system" is the system turn that all have, None if they differ."""
+def count_turns(turns: list[Turn], found: dict[str, Any]) -> int:
+    """Add a conversation to the counts, and return how many answers it has.
+
+    "system" is the system turn that all have, None if they differ.
+    """
     system, roles = turns[0].content if turns[0].role == "system" else None, [turn.role for turn in turns]
     found["system"] = system if not found["conversations"] or system == found["system"] else None
     found["conversations"] += 1
     found["turns"].update(roles)
     found["exchanges"][roles.count("assistant")] += 1
     found["characters"] += sum(len(turn.content) for turn in turns)
+    return roles.count("assistant")
 
 
 def unusual(conversation: Conversation) -> Iterator[tuple[int, str, str]]:
@@ -1951,7 +1975,7 @@ def describe_use(counts: dict[str, Any]) -> str:
     lost = {"also in --eval-files": "copies", "dropped (--overlong)": "dropped", "skipped (--skip-bad)": "skipped"}
     parts |= {name: counts[key] for name, key in lost.items() if counts[key]}
     shown = ", ".join(f"{count:,} {name}" for name, count in parts.items())
-    return f"{counts['conversations'] + counts['skipped']:,} conversations: {shown}"
+    return f"{plural(counts['conversations'] + counts['skipped'], 'conversation')}: {shown}"
 
 
 def print_lengths(lengths: np.ndarray, max_length: int) -> None:
@@ -1975,7 +1999,7 @@ def advise(args: argparse.Namespace, world: World, counts: dict[str, Any]) -> li
     few = f"{plural(counts['steps'], 'step')} will teach little"
     if counts["steps"] < ENOUGH_STEPS and steps > counts["steps"]:
         advice.append(f"{few}: {flags} would make {steps}")
-    elif counts["steps"] < ENOUGH_STEPS:
+    elif counts["steps"] < 0.8 * ENOUGH_STEPS:
         advice.append(f"{few}, and more passes would learn the data by heart: write more conversations")
     if args.epochs > MOST_EPOCHS and counts["held_out"] and not args.early_stopping:
         passes = f"{args.epochs:g} passes may learn the data by heart"

@@ -371,7 +371,7 @@ def test_no_text_of_a_file_controls_the_terminal():
 
 @pytest.mark.parametrize(
     "line", ["<| user |>", "<|user |>q", "<user|>", "<|user>", "|user|>", "<| User|>", "<|user q", "user|>", "< |user|>", "<|/user>",
-             " <|user", "<user|", "|USER>", "<||user||>", "<｜user｜>"],
+             " <|user", "<user|", "|USER>", "<||user||>", "<｜user｜>", "<user>", "<User> q"],
 )  # fmt: skip
 def test_what_looks_like_a_tag(line):
     """A line that begins with a misspelt tag is text, but never without a warning."""
@@ -383,7 +383,7 @@ def test_what_looks_like_a_tag(line):
 
 
 def test_what_does_not_look_like_a_tag():
-    lines = ["user", "User: q", "<user>", "| user | nom |", "<|username|", "> user", "users|>", "a <|user>", "<|", "|>", "\\<|user|>",
+    lines = ["user", "User: q", "<users>", "| user | nom |", "<|username|", "> user", "users|>", "a <|user>", "<|", "|>", "\\<|user|>",
              "L'user |> x", "system | user", "**user**", "a < user | b"]  # fmt: skip
     assert read(write("d", "<|user|>\n" + "\n".join(lines) + "\n" + A))[1] == []
     corpus = Path(sft.__file__).with_name("train.chatml").read_text(encoding="utf-8")
@@ -833,3 +833,31 @@ def test_the_system_turn_that_all_conversations_share(tmp_path):
     ):
         other.write_text(text)
         assert survey(str(other))[0]["system"] == system
+
+
+@pytest.mark.parametrize("line", ["<user> how are you", "<|user> how are you", "<| user|> how", "<|utilisateur> a | b"])
+def test_a_misspelled_tag_inside_a_turn_is_named(line):
+    """It is text, so it would be trained; only what looks like a known tag is worth a warning."""
+    write("d.chatml", f"<|user|>\nq\n<|assistant|>\na\n{line}\n")
+    _, warned = survey("d.chatml")
+    assert [(warning.line, "<|user|>" in warning.text) for warning in warned] == [(5, True)] * (
+        "utilisateur" not in line
+    )
+
+
+def test_one_missing_separator_is_noticed():
+    """Five short dialogues and one with two exchanges: probably two that nothing separates."""
+    dialogue = "<|user|>\nq{0}\n<|assistant|>\na{0}\n"
+    texts = [dialogue.format(i) for i in range(7)]
+    write("d.chatml", "<|endoftext|>\n".join([texts[0] + texts[1], *texts[2:]]))
+    _, warned = survey("d.chatml")
+    assert [(warning.line, warning.kind) for warning in warned] == [(1, "one conversation")]
+
+
+def test_a_system_turn_does_not_carry_over():
+    dialogue = "<|user|>\nq{0}\n<|assistant|>\na{0}\n"
+    write("d.chatml", "<|system|>\ns\n" + "<|endoftext|>\n".join(dialogue.format(i) for i in range(4)))
+    _, warned = survey("d.chatml")
+    assert [(warning.line, warning.kind) for warning in warned] == [(1, "system")]
+    write("d.chatml", "".join("<|system|>\ns\n" + dialogue.format(i) for i in range(4)))
+    assert survey("d.chatml")[1] == []

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import shlex
 import shutil
@@ -10,7 +11,6 @@ import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -532,10 +532,12 @@ def test_the_name_is_in_the_command_and_the_card(copy, tmp_path, capsys):
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])[1:]
     assert command == ["ollama", "create", "marmiton", "-f", f"{merged}/Modelfile"]
     assert "\n# marmiton\n" in (merged / "README.md").read_text()
-    merge(copy, merged, "--overwrite", "--name", "chef de cuisine")
+    merge(copy, merged, "--overwrite", "--name", "chef-de-cuisine")
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])[1:]
-    assert command == ["ollama", "create", "chef de cuisine", "-f", f"{merged}/Modelfile"]
-    assert "ollama create 'chef de cuisine' -f 'my cook'/Modelfile" in (merged / "README.md").read_text()
+    assert command == ["ollama", "create", "chef-de-cuisine", "-f", f"{merged}/Modelfile"]
+    assert "ollama create chef-de-cuisine -f 'my cook'/Modelfile" in (merged / "README.md").read_text()
+    with pytest.raises(SystemExit):  # Ollama would refuse it
+        merge(copy, merged, "--overwrite", "--name", "chef de cuisine")
 
 
 def card(merged: Path) -> tuple[dict, str]:
@@ -661,7 +663,9 @@ def test_chat_streams_answers_in_the_models_format(short_smollm2, tmp_path, monk
         folder = merge(folder, tmp_path / "merged")
     lines, seen = iter(["Qui es-tu ?", "Et moi ?", ""]), []
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: terminal))
+    typed = io.StringIO("Qui es-tu ?\n\nEt moi ?\n")  # an empty line in a file ends nothing
+    typed.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stdin", typed)
     monkeypatch.setattr(merge_lora, "CHAT_TOKENS", 8)
     generate = GenerationMixin.generate
 
