@@ -79,6 +79,7 @@ TIMEOUT = timedelta(hours=2)  # how long processes wait for each other, for inst
 POOL_MEGABYTES = 1  # of data for each process that encodes it: less is not worth a process
 MAX_HELD_OUT = 500  # conversations: an evaluation every ten steps must not grow with the data
 RECORD = "training_args.json"  # the run's record, and the contract with merge_lora.py
+TOKENIZER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")  # what a dry run needs of a base
 COMPLETE = "complete.json"  # written last into a checkpoint: its files and their sha256
 
 
@@ -419,7 +420,10 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
         print_survey(report)
         print_warnings(found)
         local_model(args.model)
-        print_field("tokens", f"{args.model} is not on this machine yet; tokens, rows and steps need its tokenizer")
+        print_field(
+            "tokens", f"{args.model} is not on this machine yet; tokens, settings and --preview need these files:"
+        )
+        print(f"  hf download {args.model} {' '.join(TOKENIZER_FILES)}")
     if args.json:
         write_json(args.json, report | {"warnings": [warning._asdict() for warning in found]})
 
@@ -2416,9 +2420,8 @@ def cached_model(name: str) -> str | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.utils import HFValidationError
 
-    files = ("config.json", "tokenizer_config.json", "tokenizer.json")
     try:
-        found = [try_to_load_from_cache(name, file) for file in files]
+        found = [try_to_load_from_cache(name, file) for file in TOKENIZER_FILES]
     except HFValidationError:  # not even a name; `local_model` explains it
         return None
     return os.path.dirname(str(found[0])) if all(isinstance(file, str) for file in found) else None

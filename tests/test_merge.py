@@ -680,8 +680,9 @@ def test_chat_streams_answers_in_the_models_format(short_smollm2, tmp_path, monk
     if terminal:
         assert len(printed.split()) > 10
     else:
-        questions, answers = printed.splitlines()[::2], printed.splitlines()[1::2]
-        assert questions == ["Qui es-tu ?", "Et moi ?"] and all(map(str.strip, answers))
+        blocks = printed.removeprefix("\n> ").split("\n> ")
+        questions, answers = zip(*(block.split("\n", 1) for block in blocks), strict=True)
+        assert questions == ("Qui es-tu ?", "Et moi ?") and all(map(str.strip, answers))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     (first, temperature, stops), (second, _, _) = seen
     prompt = "<|system|>\nTu es Dolores.\n<|user|>\nQui es-tu ?\n<|assistant|>\n"
@@ -754,7 +755,16 @@ def test_a_wrong_flag_is_one_line(flags, line, capsys):
 @pytest.mark.parametrize("name", [*merge_lora.CHECKPOINT_FILES, *merge_lora.RUN_FILES])
 def test_a_missing_adapter_file(copy, tmp_path, name):
     (copy / name).unlink()
-    refused(f"{{a}}/{name}: missing; train_sft_dolores.py writes it when training has ended", copy, tmp_path)
+    for checkpoint in copy.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    missing = f"{{a}}/{name}: missing; train_sft_dolores.py writes it when training has ended"
+    refused(missing, copy, tmp_path)
+    (copy / "checkpoint-7").mkdir()
+    refused(
+        f"{missing}: continue it with --resume, or merge what is there with --adapter {copy}/checkpoint-7",
+        copy,
+        tmp_path,
+    )
 
 
 @pytest.mark.parametrize(
@@ -1049,7 +1059,7 @@ def test_an_interrupted_merge(adapter, tmp_path, number, status):
         assert {path.name for path in tmp_path.iterdir()} == {"merged", ".merged.merging"}
         merge(adapter, output, "--overwrite")
     else:
-        assert stderr == "stopped; an earlier merge is unchanged\n"
+        assert stderr == "stopped; no earlier merge was changed\n"
     assert {path.name for path in tmp_path.iterdir()} == {"merged"}
 
 
