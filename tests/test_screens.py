@@ -79,7 +79,7 @@ def test_help(tmp_path):
 
 
 def test_dry_run_without_the_model(folder):
-    check("dry_run_without_model", screen(folder, "--dry-run"))
+    check("dry_run_without_model", screen(folder, "--dry-run"), wide=["hf download"])
 
 
 def test_warnings(tmp_path):
@@ -89,13 +89,13 @@ def test_warnings(tmp_path):
         "\n```\n<|system|>\nS\n```\n<|user|>\nq", "q<|endoftext|>")]  # fmt: skip
     parts += ["<|user|>\nq\n<|assistant|>\na</s>\n", "".join(ok.replace("q", f"q{i}") for i in range(30)), "Lost.\n"]
     (tmp_path / "d.chatml").write_text("<|endoftext|>\n".join(parts) + "<|user|>\nUnanswered.\n")
-    check("warnings", screen(tmp_path, "--dry-run", "--skip-bad", "--train-files", "d.chatml"))
+    check("warnings", screen(tmp_path, "--dry-run", "--skip-bad", "--train-files", "d.chatml"), wide=["hf download"])
 
 
 def test_one_conversation(tmp_path):
     """The file of a beginner: nothing separates its dialogues."""
     (tmp_path / "d.txt").write_text("<|user|>\nq\n<|assistant|>\na\n" * 12)
-    check("one_conversation", screen(tmp_path, "--dry-run", "--train-files", "d.txt"))
+    check("one_conversation", screen(tmp_path, "--dry-run", "--train-files", "d.txt"), wide=["hf download"])
 
 
 def test_all_errors_at_once(tmp_path):
