@@ -1071,13 +1071,13 @@ def unescape_tags(text: str, line: int, escaped: re.Pattern, warn: Warn) -> str:
 def like_tag(line: str) -> tuple[str, str] | None:
     """(what a line begins with, the tag that it is probably meant to be), if it begins with a misspelled tag."""
     found = LIKE_TAG.match(line)
-    if (
-        not found
-        or not re.search("[<>]", found[0])
-        or ("<" + found[2] + ">" != found[0].strip() and not re.search("[|｜]", found[0]))
-    ):
+    if not found:
         return None
-    return shorten(found[0].strip()), f"<|{found[2].lower()}|>"
+    start = found[0].strip()
+    has_bracket_and_bar = re.search("[<>]", start) and re.search("[|｜]", start)
+    if not has_bracket_and_bar and start != f"<{found[2]}>":
+        return None
+    return shorten(start), f"<|{found[2].lower()}|>"
 
 
 def describe_tag(tag: str, by_row: bool = False) -> tuple[str, str]:
