@@ -1397,13 +1397,10 @@ class Encoder:
         encoded = iter(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
         samples = []
         for parts in pieces:
-            input_ids: list[int] = []
-            labels: list[int] = []
-            for piece, trained in parts:
-                ids = next(encoded).ids if isinstance(piece, str) else [piece]
-                input_ids += ids
-                labels += ids if trained else [IGNORE] * len(ids)
-            samples.append(Tokens(np.array(input_ids, np.int32), np.array(labels, np.int32)))
+            ids = [next(encoded).ids if isinstance(piece, str) else [piece] for piece, _ in parts]
+            input_ids = np.fromiter(chain.from_iterable(ids), np.int32)
+            trained = np.repeat([trained for _, trained in parts], list(map(len, ids)))
+            samples.append(Tokens(input_ids, np.where(trained, input_ids, IGNORE)))
         return samples
 
 
