@@ -8,7 +8,7 @@
 
 The base is streamed: each shard is copied byte for byte, and only the tensors that have an adapter are
 replaced on the way, a few rows at a time. Peak memory is little more than what the libraries take, whatever
-the size of the model, and no GPU is needed. PEFT's own code does the arithmetic.
+the size of the model, and no GPU is needed. The result is PEFT's, bit for bit.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ CHAT_FORMAT = ("before", "after", "eos_token", "answer_start", "no_system", "fol
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "USE_POLICY.md", "NOTICE")  # must travel with the weights
 VOCABULARY_FILES = ("tokenizer.model",)  # SentencePiece, which llama.cpp and Ollama prefer for Gemma, Phi-3, Mistral
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names and torch's
-INFINITY = {"BF16": ("int16", 0x7F80), "F16": ("int16", 0x7C00), "F32": ("int32", 0x7F800000)}  # its bits
 PIECE = 8 << 20  # bytes that are read and written at once
 MERGE_BLOCK = 1 << 18  # weights merged at once
 NUM_CTX = 8192  # Ollama's context window, unless the base has a smaller one
@@ -292,15 +291,16 @@ FIXES = {errno.ENOSPC: "make room"} | dict.fromkeys(
 
 
 def import_libraries() -> None:
-    """Import torch, transformers and PEFT, which takes seconds, without the warnings of what PEFT imports.
+    """Import torch and what a model needs of transformers, which takes seconds; keep later imports quiet.
 
-    Meanwhile the garbage collector is off: the imports take a fifth less time without it.
+    Meanwhile the garbage collector is off, and afterwards it leaves alone what they made: a third of the time.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns that it has no CPU kernels
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT 0.21
     gc.disable()
-    import peft  # noqa: F401 - imports the other two
+    import transformers.modeling_utils  # noqa: F401 - imports torch
 
+    gc.freeze()
     gc.enable()
 
 
@@ -514,27 +514,26 @@ def read_tensor(stored: Stored) -> Tensor:
     """One tensor from its file."""
     import torch
 
+    data = torch.empty(stored.end - stored.start, dtype=torch.uint8)
     with open(stored.file, "rb", buffering=0) as stream:
-        return typed(
-            read_bytes(stream, stored.start, torch.empty(stored.end - stored.start, dtype=torch.uint8)), stored
-        )
+        return typed(read_bytes(stream, stored.start, data), stored.dtype).view(stored.shape)
 
 
-def typed(data: Tensor, tensor: Stored) -> Tensor:
-    """A uint8 tensor of a stored tensor's bytes, or of some of its rows → the same memory in its dtype and shape."""
+def typed(data: Tensor, dtype: str) -> Tensor:
+    """A uint8 tensor of a stored tensor's bytes → the same memory as numbers."""
     import torch
 
-    return data.view(getattr(torch, DTYPES[tensor.dtype])).view(-1, *tensor.shape[1:])
+    return data.view(getattr(torch, DTYPES[dtype]))
 
 
 # ---- The plan: which tensor gets which adapter, and every check that needs no weights ------------
 
 
 class Layer(NamedTuple):
-    """A PEFT layer on the meta device, and its adapter tensors by parameter name."""
+    """The adapter of one weight: A, B and with DoRA the lengths of the rows; and the scale of B A."""
 
-    module: Any
-    adapter: dict[str, Stored]
+    adapter: list[Stored]
+    scale: float
 
 
 class NF4(NamedTuple):
@@ -563,8 +562,7 @@ def plan_merge(adapter: Adapter, base: Path, base_weights: str) -> Plan:
     layers = match_layers(adapter, model)
     tied = set(model.all_tied_weights_keys)
     for name, parameter in model.named_parameters():
-        name = name.replace(".base_layer.", ".")
-        if ".lora_" in name or (name in tied and name not in tensors):
+        if name in tied and name not in tensors:
             continue
         if name not in tensors:
             raise InputError(
@@ -612,41 +610,58 @@ def build_skeleton(base: Path) -> tuple[PreTrainedConfig, PreTrainedModel]:
 
 
 def match_layers(adapter: Adapter, model: PreTrainedModel) -> dict[str, Layer]:
-    """Put PEFT's layers into the skeleton and give each its adapter tensors; every tensor must be used once."""
+    """Give each weight that adapter_config.json targets its adapter tensors; every tensor must be used once."""
     import torch
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.lora import Linear, LoraLayer
 
-    file = adapter.folder / "adapter_model.safetensors"
+    file, config, layers = adapter.folder / "adapter_model.safetensors", adapter.config, {}
     unused = read_header(file)
-    # PEFT resolves "all-linear" by the class of a PreTrainedModel, so the skeleton is one.
-    with explain(adapter.folder, "does not fit the base ({error}); name the right --base", ValueError):
-        inject_adapter_in_model(LoraConfig.from_pretrained(adapter.folder), model, low_cpu_mem_usage=True)
-    layers = {}
     for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
+        if not is_target(name, config):
             continue
-        if type(module) is not Linear or module is model.get_output_embeddings():
+        if isinstance(module, torch.nn.Embedding) or module is model.get_output_embeddings():
             raise InputError(f"{file}: adapts {name}, not a layer between embedding and head; use PEFT's own merge")
-        if not isinstance(module.base_layer, torch.nn.Linear):  # GPT-2's Conv1D has its weight transposed
-            kind = type(module.base_layer).__name__
+        if not isinstance(module, torch.nn.Linear):  # GPT-2's Conv1D has its weight transposed
+            kind = type(module).__name__
             raise InputError(f"{file}: adapts {name}, a {kind} and not a torch.nn.Linear; use PEFT's own merge")
-        found = {}
-        for parameter, value in module.named_parameters():
-            if parameter.startswith("base_layer."):
-                continue
-            key = f"base_model.model.{name}.{parameter.replace('.default', '')}"
-            key = key.removesuffix(".weight") if "lora_magnitude_vector" in key else key  # PEFT saves it like this
+        (height, width), rank = module.weight.shape, of_module(name, config["r"], config.get("rank_pattern"))
+        prefix = f"base_model.model.{name}.lora"
+        needed = {f"{prefix}_A.weight": [rank, width], f"{prefix}_B.weight": [height, rank]}
+        if config.get("use_dora"):
+            needed[f"{prefix}_magnitude_vector"] = [height]
+        for key, shape in needed.items():
             if key not in unused:
                 raise InputError(f"{file}: no {key} in it; is it complete, and does it belong to this base?")
-            if unused[key].shape != list(value.shape):
-                here, there = unused[key].shape, list(value.shape)
-                raise InputError(f"{file}: {key} is {here}, the base needs {there}; name the right --base")
-            found[parameter] = unused.pop(key)
-        layers[f"{name}.weight"] = Layer(module, found)
+            if unused[key].shape != shape:
+                raise InputError(f"{file}: {key} is {unused[key].shape}, the base needs {shape}; name the right --base")
+        alpha = of_module(name, config["lora_alpha"], config.get("alpha_pattern"))
+        scale = alpha / rank ** (0.5 if config.get("use_rslora") else 1)
+        layers[f"{name}.weight"] = Layer([unused.pop(key) for key in needed], scale)
     if unused:
         raise InputError(f"{file}: {min(unused)} fits no layer of the base; name the right --base")
     return layers
+
+
+def is_target(name: str, config: dict[str, Any]) -> bool:
+    """Whether PEFT adapts the module of this name, by its adapter_config.json."""
+
+    def named_in(setting: str | list[str]) -> bool:  # a regular expression, or ends of names
+        regex = setting if isinstance(setting, str) else rf"(.*\.)?({'|'.join(map(re.escape, setting))})"
+        return bool(re.fullmatch(regex, name))
+
+    targets, layers = config.get("target_modules") or [], config.get("layers_to_transform")
+    if not named_in(targets) or named_in(config.get("exclude_modules") or []):
+        return False
+    if isinstance(targets, str) or name in targets or layers in (None, []):
+        return True
+    lists = config.get("layers_pattern") or r"[^.]*"
+    found = re.match(rf"(?:.*?\.)?(?:{lists if isinstance(lists, str) else '|'.join(lists)})\.(\d+)\.", name)
+    return found is not None and int(found[1]) in (layers if isinstance(layers, list) else [layers])
+
+
+def of_module(name: str, general: int, patterns: dict[str, int] | None) -> int:
+    """A module's rank or alpha: that of the first pattern that fits its name, or the general one."""
+    fitting = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", name))
+    return next(fitting, general)
 
 
 def quantized_weights(adapter: Adapter, model: PreTrainedModel) -> dict[str, NF4]:
@@ -690,6 +705,7 @@ def merge_shards(plan: Plan, folder: Path) -> int:
     largest = max(piece.end - piece.start for piece in pieces)
     buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(3)]  # read, merged, written
     merged = set()
+    adapter: list[Tensor] = []
     with contextlib.ExitStack() as stack, torch.no_grad():
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)  # the blocks are small: threads that wait for each other take several times as long
@@ -698,22 +714,21 @@ def merge_shards(plan: Plan, folder: Path) -> int:
         for shard, target in targets.items():
             target.truncate(shard.stat().st_size)  # to append large pieces costs ext4 several times as much
         reader, writer = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
-
-        def read(number: int) -> Future[Tensor]:
-            piece = pieces[number]
-            buffer = buffers[number % 3][: piece.end - piece.start]
-            return reader.submit(read_bytes, sources[piece.file], piece.start, buffer)
-
-        reading = read(0)
+        reads = (
+            reader.submit(read_bytes, sources[piece.file], piece.start, buffers[number % 3][: piece.end - piece.start])
+            for number, piece in enumerate(pieces)
+        )
+        reading = next(reads)
         writing: Future[Any] = writer.submit(int)  # nothing is written yet
-        for number, piece in enumerate(pieces):
+        for piece in pieces:
             data = reading.result()
-            if number + 1 < len(pieces):
-                reading = read(number + 1)
+            reading = next(reads, reading)  # the next piece, if there is one
+            if piece.name in plan.layers and piece.name not in merged:
+                adapter = [read_tensor(stored).float() for stored in plan.layers[piece.name].adapter]  # as PEFT does
+                merged.add(piece.name)
             if piece.name in plan.layers or piece.name in plan.quantized:
-                data = new_weight(data, piece, plan).flatten().view(torch.uint8)
-                merged |= {piece.name} & plan.layers.keys()
-            if piece.name and not finite(data, plan.tensors[piece.name].dtype):
+                data = new_weight(data, piece, plan, adapter).flatten().view(torch.uint8)
+            if piece.name and not finite(typed(data, plan.tensors[piece.name].dtype)):
                 raise InputError(
                     f"{piece.file}: NaN or infinity in {piece.name}, from the base or the adapter; "
                     "download the base or train the adapter again"
@@ -746,15 +761,15 @@ def shard_pieces(shard: Path, plan: Plan) -> list[Piece]:
     return pieces
 
 
-def new_weight(data: Tensor, piece: Piece, plan: Plan) -> Tensor:
-    """The merged model's rows for a piece of the base's weight (uint8), in the base's dtype."""
+def new_weight(data: Tensor, piece: Piece, plan: Plan, adapter: list[Tensor]) -> Tensor:
+    """The merged model's rows for a piece of the base's weight (uint8), in the base's dtype; its adapter in fp32."""
     stored = plan.tensors[piece.name]
-    weight = typed(data, stored)
+    weight = typed(data, stored.dtype).view(-1, *stored.shape[1:])
     if piece.name in plan.quantized:
         weight = quantize_and_restore(weight, plan.quantized[piece.name])
     if piece.name in plan.layers:
         first_row = (piece.start - stored.start) * len(weight) // len(data)
-        weight = merge_with_peft(plan.layers[piece.name], weight, first_row)
+        weight = add_adapter(weight, adapter, plan.layers[piece.name].scale, first_row)
     return weight
 
 
@@ -768,27 +783,23 @@ def quantize_and_restore(weight: Tensor, nf4: NF4) -> Tensor:
     return functional.dequantize_4bit(packed, state).to(weight.dtype)
 
 
-def merge_with_peft(layer: Layer, weight: Tensor, first_row: int) -> Tensor:
-    """PEFT's own `merge` of one layer's rows from `first_row` on, with real tensors in place of the meta ones.
+def add_adapter(weight: Tensor, adapter: list[Tensor], scale: float, first_row: int) -> Tensor:
+    """Make of W, the base's rows from `first_row` on, W + s B A: in PEFT's steps, so that each is rounded as there.
 
-    Rows of W + s B A, and of DoRA's norms, do not depend on each other. They are merged in blocks: one whose
-    difference stays in the processor's cache takes a fifth of the time of a whole matrix.
+    Rows, and their lengths with DoRA, do not depend on each other. They are merged in blocks, because what stays in
+    the processor's cache is faster.
     """
-    module = layer.module
-    # PEFT computes in fp32, whatever the file holds (autocast_adapter_dtype).
-    values = {parameter: read_tensor(stored).float() for parameter, stored in layer.adapter.items()}
-    for block in weight.split(block_height(weight.shape[1])):
+    import torch
+
+    a, b, *lengths = adapter
+    result = torch.empty(block_height(weight.shape[1]), weight.shape[1])
+    for block in weight.split(len(result)):
         rows = slice(first_row, first_row + len(block))
-        for parameter, value in values.items():
-            set_parameter(module, parameter, value if "lora_A" in parameter else value[rows])
-        set_parameter(module, "base_layer.weight", block)
-        # merge() of a layer that is still on the meta device would silently do nothing. A bias stays as it is.
-        assert not any(value.is_meta for key, value in module.named_parameters() if key != "base_layer.bias")
-        module.merge()
-        module.merged_adapters.clear()
-        block.copy_(module.base_layer.weight)
+        merged = torch.mm(b[rows], a, out=result[: len(block)]).mul_(scale).add_(block)
+        for length in lengths:
+            merged *= (length[rows] / torch.linalg.norm(merged, dim=1)).view(-1, 1)
+        block.copy_(merged)
         first_row += len(block)
-    module.to("meta")
     return weight
 
 
@@ -800,20 +811,9 @@ def block_height(width: int) -> int:
     return max(16, MERGE_BLOCK // width // 16 * 16)
 
 
-def set_parameter(module: Any, name: str, value: Tensor) -> None:
-    """Replace a parameter by one of another shape or device, which load_state_dict would refuse."""
-    import torch
-
-    owner, _, name = name.rpartition(".")
-    setattr(module.get_submodule(owner), name, torch.nn.Parameter(value, requires_grad=False))
-
-
-def finite(data: Tensor, dtype: str) -> bool:
-    """Whether these bytes (uint8) hold no NaN or infinity: their bits, read as integers, are the largest of each sign."""
-    integer, infinity = INFINITY[dtype]
-    bits = data.numpy().view(integer)
-    sign_bit = 1 << (8 * bits.itemsize - 1)
-    return bool(bits.max() < infinity and bits.view(f"u{integer}").max() < infinity + sign_bit)
+def finite(numbers: Tensor) -> bool:
+    """Whether none is NaN or infinite. One that is makes their sum so too, which takes one fast pass; it may overflow."""
+    return bool(numbers.sum().isfinite() or numbers.isfinite().all())
 
 
 # ---- The small files -----------------------------------------------------------------------------

@@ -2344,6 +2344,7 @@ def load_libraries() -> None:
     import torch
     import transformers
 
+    gc.freeze()  # they stay: later collections, the last of them at exit, pass them over
     gc.enable()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT 0.21 asks
     if not sys.stderr.isatty():

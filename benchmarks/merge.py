@@ -99,8 +99,8 @@ def make_adapter(base: Path, folder: Path) -> None:
     complete_adapter(base, folder)
 
 
-def measured(command: list[str], log: Path, read: list[Path], cached: bool) -> tuple[float, float]:
-    """(seconds, peak GiB) of a child process that must succeed, the files it will read in the page cache or not."""
+def measured(command: list[str], log: Path, read: list[Path], cached: bool) -> tuple[float, float, float]:
+    """(seconds, peak GiB, CPU seconds) of a child process that must succeed, its input in the page cache or not."""
     os.sync()
     for file in read:
         with open(file, "rb", buffering=0) as stream:
@@ -108,10 +108,13 @@ def measured(command: list[str], log: Path, read: list[Path], cached: bool) -> t
             while cached and stream.read(1 << 24):
                 pass
     time.sleep(REST)
+    before = os.times()
     code, seconds, peak = llama.measured(command, log)
+    after = os.times()
     if code:
         sys.exit(f"{' '.join(command[:3])} …: exit status {code}\n{log.read_text()[-2000:]}")
-    return seconds, peak
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return seconds, peak, cpu
 
 
 def available() -> int:
@@ -130,7 +133,9 @@ def compare(work: Path, layers: int, rounds: int) -> None:
         "copy": ["cp", *map(str, shards), str(work / "copy")],
         "merge": [sys.executable, str(ROOT / "merge_lora.py"), "--adapter", str(adapter), "--output", str(work / "merge")],
     }  # fmt: skip
-    print(f"{'':<16}{'base':<12}{'copy':>9}{'merge':>9}{'ratio':>7}{'peak GiB':>10}   {size / 1e9:.1f} GB")
+    print(
+        f"{'':<16}{'base':<12}{'copy':>9}{'merge':>9}{'ratio':>7}{'peak GiB':>10}{'CPU: copy':>12}{'merge':>9}   {size / 1e9:.1f} GB"
+    )
     for cached in (False, True):
         runs = {side: [] for side in commands}
         if cached and size > 0.8 * available():
@@ -142,10 +147,12 @@ def compare(work: Path, layers: int, rounds: int) -> None:
                     (work / side).mkdir()
                 runs[side].append(measured(command, work / "log", shards, cached))
                 shutil.rmtree(work / side)
-        copy, merge = (statistics.median(seconds for seconds, _ in runs[side]) for side in ("copy", "merge"))
-        peak = max(peak for _, peak in runs["merge"])
+        copy, merge = (statistics.median(seconds for seconds, *_ in runs[side]) for side in commands)
+        copy_cpu, merge_cpu = (statistics.median(cpu for *_, cpu in runs[side]) for side in commands)
+        peak = max(peak for _, peak, _ in runs["merge"])
         print(f"merge_lora.py   {'cached' if cached else 'on disk':<12}{copy:>7.1f} s{merge:>7.1f} s{merge / copy:>7.2f}"
-              f"{peak:>10.2f}   {', '.join(f'{m / c:.2f}' for (c, _), (m, _) in zip(*runs.values(), strict=True))}",
+              f"{peak:>10.2f}{copy_cpu:>10.1f} s{merge_cpu:>7.1f} s   "
+              f"{', '.join(f'{m[0] / c[0]:.2f}' for c, m in zip(*runs.values(), strict=True))}",
               flush=True)  # fmt: skip
 
 
@@ -164,7 +171,7 @@ def peft(work: Path, layers: int) -> None:
     shards = list((work / "base").glob("*.safetensors"))
     size = sum(shard.stat().st_size for shard in shards)
     folders = [str(work / name) for name in ("base", "adapter", "peft")]
-    seconds, peak = measured([sys.executable, "-c", PEFT_SNIPPET, *folders], work / "log", shards, False)
+    seconds, peak, _ = measured([sys.executable, "-c", PEFT_SNIPPET, *folders], work / "log", shards, False)
     print(f"PEFT snippet    on disk              {seconds:>7.1f} s{'':>7}{peak:>10.2f}   {size / 1e9:.1f} GB")
 
 

@@ -145,6 +145,38 @@ def test_other_targets(tiny_llama31, tmp_path, lora):
     assert_equal(weights(merge(adapter, tmp_path / "merged")), peft_merged(tiny_llama31, adapter))
 
 
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["q_proj", "mlp.down_proj", "proj"]},  # a name, the end of one, and no whole part of any
+        {"target_modules": r".*layers\.[13]\.(mlp|self_attn)\.(up|q)_proj"},
+        {"target_modules": ["q_proj", "model.layers.2.mlp.up_proj"], "layers_to_transform": [0, 3]},
+        {"target_modules": ["up_proj"], "layers_to_transform": 1, "layers_pattern": ["h", "layers"]},
+        {"target_modules": ["v_proj", "o_proj"], "exclude_modules": ["1.self_attn.v_proj", "oj"]},
+        {"target_modules": ["v_proj", "o_proj"], "exclude_modules": r".*\.2\..*"},
+        {"target_modules": "all-linear", "rank_pattern": {r"layers\.1\..*": 6, "q_proj": 2, "up_proj": 12}},
+        {"target_modules": PROJECTIONS, "alpha_pattern": {"1.self_attn.q_proj": 5, "q_proj": 7, "proj": 9}},
+        {"target_modules": PROJECTIONS, "use_rslora": True, **RANK_PATTERN},
+    ],
+    ids=str,
+)
+def test_layers_and_scales_are_those_that_peft_finds(tmp_path, lora):
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    def model():
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES | {"num_hidden_layers": 4}))
+
+    config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **deepcopy(lora))
+    by_peft = get_peft_model(model(), config)
+    by_peft.save_pretrained(tmp_path)
+    modules = by_peft.get_base_model().named_modules()
+    theirs = {f"{name}.weight": module.scaling["default"] for name, module in modules if isinstance(module, LoraLayer)}
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    adapter = merge_lora.Adapter(tmp_path, saved, {}, {}, None)
+    assert {name: layer.scale for name, layer in merge_lora.match_layers(adapter, model()).items()} == theirs
+
+
 def test_an_adapter_saved_in_bf16_is_merged_in_fp32_as_peft_does(tiny_llama31, tmp_path):
     adapter = random_adapter(tiny_llama31, tmp_path / "adapter", dtype=torch.bfloat16)
     assert next(iter(weights(adapter).values())).dtype == torch.bfloat16
@@ -1131,19 +1163,15 @@ def test_verify_is_not_swayed_by_one_token():
 @pytest.mark.slow
 def test_verify_fails_loudly(short_smollm2, tmp_path, monkeypatch, fault, scale):
     adapter = random_adapter(short_smollm2, tmp_path / "adapter", scale=scale)
-    right, calls = merge_lora.merge_with_peft, []
+    right, calls = merge_lora.add_adapter, []
     nf4 = merge_lora.NF4(torch.bfloat16, True)
     wrong = {
-        "forgotten": lambda layer, weight, row: weight,
-        "twice": lambda layer, weight, row: right(layer, right(layer, weight, row), row),
-        "one layer forgotten": lambda layer, weight, row: (
-            right(layer, weight, row) if calls else calls.append(1) or weight
-        ),
-        "other base weights": lambda layer, weight, row: right(
-            layer, merge_lora.quantize_and_restore(weight, nf4), row
-        ),
+        "forgotten": lambda weight, *_: weight,
+        "twice": lambda weight, *adapter: right(right(weight, *adapter), *adapter),
+        "one layer forgotten": lambda weight, *adapter: right(weight, *adapter) if calls else calls.append(1) or weight,
+        "other base weights": lambda weight, *adapter: right(merge_lora.quantize_and_restore(weight, nf4), *adapter),
     }
-    monkeypatch.setattr(merge_lora, "merge_with_peft", wrong[fault])
+    monkeypatch.setattr(merge_lora, "add_adapter", wrong[fault])
     with pytest.raises(merge_lora.VerificationFailed, match=r"^the merged model is not base \+ adapter: model\.layers"):
         merge(adapter, tmp_path / "merged", "--verify", short_text(adapter))
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
