@@ -2085,10 +2085,8 @@ def memory_plan(
     lora = layers * args.lora_r * sum(rows + columns for rows, columns in adapted.values())
 
     # For its backward an uncheckpointed layer keeps the inputs of two norms, q, k, v and output of the attention with
-    # its float32 log-sum, gate, up, and A x of each adapter; dropout a mask of one byte for each distinct input.
+    # its float32 log-sum, gate, up, and A x of each adapter.
     kept = size * (2 * h + 2 * q + 2 * kv + 2 * f + args.lora_r * len(adapted)) + 4 * heads
-    if args.lora_dropout:
-        kept += sum({SAME_INPUT.get(name, name): rows for name, (rows, _) in adapted.items()}.values())
     # In the backward of down_proj its input, silu(gate) and the gradients of all four are there; before the last two
     # the weight is restored from NF4, with its scales in float32.
     dequantized = f * h * (size + 2 * 4 / 64) if args.bnb_nf4 else 0
@@ -2791,7 +2789,7 @@ def shard_base(model, device: torch.device) -> None:
 
 # ---- Speed ---------------------------------------------------------------------------------------
 #
-# What this section gains. For a layer of Llama-3.1-8B, traced: 121 kB kept of each token instead of 257; for a batch: 4,996
+# What this section gains. For a layer of Llama-3.1-8B, traced: 95 kB kept of each token instead of 257; for a batch: 4,996
 # kernels instead of 8,678. On two CPU cores with SmolLM2, measured once: 3.1 times the tokens per second of TRL 1.16.
 
 
@@ -2947,7 +2945,7 @@ def lora_products() -> type[torch.autograd.Function]:
     class LoraProducts(torch.autograd.Function):
         """W x + B A dropout(x) for each layer of a group, where x = function(*inputs).
 
-        Kept are those inputs, the dropout's mask of one byte a number, and A dropout(x).
+        Kept are those inputs and A dropout(x); of the dropout only the generator's state, to draw it again.
         """
 
         @staticmethod
@@ -2955,26 +2953,24 @@ def lora_products() -> type[torch.autograd.Function]:
             dropout, members = group.layers[0].lora_dropout["default"], len(group.layers)
             ctx.p = dropout.p if dropout.training and hasattr(dropout, "p") else 0
             b, inputs = tensors[:members], tensors[members:]
-            rows, mask = x.flatten(0, -2), None
+            rows = x.flatten(0, -2)
             if ctx.p:
-                rows, mask = torch.native_dropout(rows, ctx.p, True)
+                ctx.generator = torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator
+                ctx.state = ctx.generator.get_state()
+                rows = torch.native_dropout(rows, ctx.p, True)[0]
             inner = rows @ a.T
             outputs = tuple(layer.base_layer(x) for layer in group.layers)
             for output, part, b_part in zip(outputs, inner.chunk(members, 1), b, strict=True):
                 output.view(-1, output.shape[-1]).addmm_(part, b_part.T)
             ctx.group, ctx.function = group, function
-            ctx.save_for_backward(mask, inner, a, *b, *inputs)
+            ctx.save_for_backward(inner, a, *b, *inputs)
             return outputs
 
         @staticmethod
         def backward(ctx, *grads):
             layers, members = ctx.group.layers, len(grads)
-            mask, inner, a, *tensors = ctx.saved_tensors
+            inner, a, *tensors = ctx.saved_tensors
             b, inputs = tensors[:members], tensors[members:]
-
-            def drop(x: torch.Tensor) -> torch.Tensor:
-                return torch.ops.aten.native_dropout_backward(x, mask, 1 / (1 - ctx.p)) if ctx.p else x
-
             needed = ctx.needs_input_grad[4 + members :]
             with torch.enable_grad():
                 leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
@@ -2983,9 +2979,16 @@ def lora_products() -> type[torch.autograd.Function]:
             inner_grads = [grad @ b_part for grad, b_part in zip(grads, b, strict=True)]
             inner_grad = torch.cat(inner_grads, 1) if members > 1 else inner_grads[0]
             b_grads = [grad.T @ part for grad, part in zip(grads, inner.chunk(members, 1), strict=True)]
-            a_grad = inner_grad.T @ drop(x.detach().flatten(0, -2))
+            rows = x.detach().flatten(0, -2)
+            if ctx.p:
+                rows, mask = dropout_again(rows, ctx.p, ctx.generator, ctx.state)
+            a_grad = inner_grad.T @ rows
+            del rows  # the step's peak is a few lines below
             if any(needed):
-                x_grad = drop(inner_grad @ a)
+                x_grad = inner_grad @ a
+                if ctx.p:
+                    x_grad = torch.ops.aten.native_dropout_backward(x_grad, mask, 1 / (1 - ctx.p))
+                    del mask
                 for layer, grad in zip(layers, grads, strict=True):
                     x_grad.addmm_(grad, base_weight(layer.base_layer).to(grad.dtype))
                 input_grads = torch.autograd.grad(x, leaves, x_grad.view_as(x))
@@ -2994,6 +2997,16 @@ def lora_products() -> type[torch.autograd.Function]:
             return None, None, None, a_grad, *b_grads, *input_grads
 
     return LoraProducts
+
+
+def dropout_again(x: torch.Tensor, p: float, generator: torch.Generator, state: torch.Tensor) -> tuple:
+    """(dropout(x), its mask) as drawn in this state of the generator, which then goes on from where it was."""
+    now = generator.get_state()
+    try:
+        generator.set_state(state)
+        return torch.native_dropout(x, p, True)
+    finally:
+        generator.set_state(now)
 
 
 def base_weight(layer) -> torch.Tensor:
