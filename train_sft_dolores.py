@@ -3076,13 +3076,11 @@ def cast_function() -> type[torch.autograd.Function]:
 
 
 def packed_attention() -> str:
-    """Register an attention that stays inside documents and needs no mask; returns its name.
+    """Register an attention that stays inside documents; returns its name.
 
-    On CUDA torch's varlen_attn (>= 2.10) skips the work between documents; elsewhere sdpa runs once
-    per document. The usual way builds a boolean T x T mask for each row and does all T x T work.
+    On CUDA torch's varlen_attn (>= 2.10) skips the work between documents; elsewhere sdpa runs once per document.
+    The usual way builds a boolean T x T mask for each row and does all T x T work.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     try:
         from torch.nn.attention.varlen import varlen_attn
 
@@ -3091,27 +3089,13 @@ def packed_attention() -> str:
         varlen_attn, grouped = None, False
 
     def attention(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        scaling=None,
-        cu_seq_lens_q=None,
-        max_length_q=None,
-        sliding_window=None,  # how many tokens a token sees, itself included
-        softcap=None,
-        **kwargs,
-    ):
+        module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None,
+        cu_seq_lens_q=None, max_length_q=None, **kwargs,
+    ):  # fmt: skip
         """query [1, heads, T, d], key and value [1, kv_heads, T, d] -> [1, T, heads, d]"""
-        if cu_seq_lens_q is None and (softcap or (sliding_window and key.shape[2] > sliding_window)):
-            key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
-            mask = causal_window(query.shape[2], key.shape[2], sliding_window, query.device)
-            return masked_attention(query, key, value, mask, scaling, softcap).transpose(1, 2), None
-        if cu_seq_lens_q is None:  # generation: one sequence, no padding
-            kwargs = {"dropout": 0.0, "scaling": scaling, "is_causal": kwargs.get("is_causal")}
-            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        varlen = query.is_cuda and varlen_attn and not softcap and query.dtype in (torch.bfloat16, torch.float16)
+        packed = cu_seq_lens_q is not None  # in generation there is one sequence, without padding
+        half = query.dtype in (torch.bfloat16, torch.float16)
+        varlen = varlen_attn and packed and query.is_cuda and half and not softcap
         if not (varlen and grouped):
             key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
         if varlen:
@@ -3120,38 +3104,38 @@ def packed_attention() -> str:
             more = {"enable_gqa": True} if grouped else {}
             window = (sliding_window - 1 if sliding_window else -1, 0)
             return varlen_attn(q, k, v, *ends, *longest, scale=scaling, window_size=window, **more)[None], None
-        sdpa = torch.nn.functional.scaled_dot_product_attention
-        if torch.compiler.is_compiling():  # one graph for all lengths: the documents as a mask
-            place = torch.arange(query.shape[2], device=query.device)
-            document = torch.searchsorted(cu_seq_lens_q, place, right=True, out_int32=True)
-            mask = (document[:, None] == document) & causal_window(len(place), len(place), sliding_window, place.device)
-            return masked_attention(query, key, value, mask, scaling, softcap).transpose(1, 2), None
-        out = []
-        for begin, end in pairwise(cu_seq_lens_q.tolist()):
-            q, k, v, length = query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end], end - begin
-            if softcap or (sliding_window and length > sliding_window):
-                mask = causal_window(length, length, sliding_window, query.device)
-                out.append(masked_attention(q, k, v, mask, scaling, softcap))
-            else:
-                out.append(sdpa(q, k, v, is_causal=True, scale=scaling))
-        return torch.cat(out, 2).transpose(1, 2), None
+        attend = functools.partial(causal_attention, scaling=scaling, window=sliding_window, softcap=softcap)
+        if packed and not torch.compiler.is_compiling():
+            lengths = cu_seq_lens_q.diff().tolist()
+            documents = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
+            out = torch.cat([attend(*qkv) for qkv in documents], 2)
+        else:
+            out = attend(query, key, value, ends=cu_seq_lens_q)
+        return out.transpose(1, 2), None
 
     # transformers finds no mask function of this name, so it builds no mask and does not wait for the GPU.
     transformers.AttentionInterface.register("packed", attention)
     return "packed"
 
 
-def causal_window(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """bool [queries, keys]: which keys the last `queries` positions see: no later one, and `window` in all."""
-    place = torch.arange(keys, device=device)
+def causal_attention(query, key, value, scaling, window: int | None, softcap: float | None, ends=None) -> torch.Tensor:
+    """Attention [1, heads, queries, d] of the last positions to those up to them.
+
+    window: how many positions each sees, itself included; softcap: Gemma 2's, which sdpa does not know;
+    ends: of packed documents, which a compiler wants as a mask: one graph for all lengths.
+    """
+    sdpa = functools.partial(torch.nn.functional.scaled_dot_product_attention, query, key, value, scale=scaling)
+    queries, keys = query.shape[2], key.shape[2]
+    if ends is None and not softcap and not (window and keys > window):
+        return sdpa(is_causal=True) if queries > 1 else sdpa()  # for a compiler `queries > 1` is no bool
+    place = torch.arange(keys, device=query.device)
     distance = place[keys - queries :, None] - place
-    return (distance >= 0) & (distance < (window or keys))
-
-
-def masked_attention(query, key, value, mask: torch.Tensor, scaling: float, softcap: float | None) -> torch.Tensor:
-    """Attention [1, heads, T, d] with a bool mask [T, keys] and Gemma 2's softcap, which sdpa does not know."""
-    if softcap is None:
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    mask = (distance >= 0) & (distance < (window or keys))
+    if ends is not None:
+        document = torch.searchsorted(ends, place, right=True, out_int32=True)
+        mask &= document[:, None] == document
+    if not softcap:
+        return sdpa(attn_mask=mask)
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scaling / softcap)
     shares = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
     return shares.to(value.dtype) @ value
