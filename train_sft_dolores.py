@@ -2082,10 +2082,8 @@ def memory_plan(
     lora = layers * args.lora_r * sum(rows + columns for rows, columns in adapted.values())
 
     # For its backward an uncheckpointed layer keeps the inputs of two norms, q, k, v and output of the attention with
-    # its float32 log-sum, gate, up, and A x of each adapter; dropout a mask of one byte for each distinct input.
+    # its float32 log-sum, gate, up, and A x of each adapter.
     kept = size * (2 * h + 2 * q + 2 * kv + 2 * f + args.lora_r * len(adapted)) + 4 * heads
-    if args.lora_dropout:
-        kept += sum({SAME_INPUT.get(name, name): rows for name, (rows, _) in adapted.items()}.values())
     # In the backward of down_proj its input, silu(gate) and the gradients of all four are there; before the last two
     # the weight is restored from NF4, with its scales in float32.
     dequantized = f * h * (size + 2 * 4 / 64) if args.bnb_nf4 else 0
@@ -2789,7 +2787,7 @@ def shard_base(model, device: torch.device) -> None:
 
 # ---- Speed ---------------------------------------------------------------------------------------
 #
-# What this section gains. For a layer of Llama-3.1-8B, traced: 121 kB kept of each token instead of 257; for a batch: 4,996
+# What this section gains. For a layer of Llama-3.1-8B, traced: 95 kB kept of each token instead of 257; for a batch: 4,996
 # kernels instead of 8,678. On two CPU cores with SmolLM2, measured once: 3.1 times the tokens per second of TRL 1.16.
 
 
@@ -2945,7 +2943,7 @@ def lora_products() -> type[torch.autograd.Function]:
     class LoraProducts(torch.autograd.Function):
         """W x + B A dropout(x) for each layer of a group, where x = function(*inputs).
 
-        Kept are those inputs, the dropout's mask of one byte a number, and A dropout(x).
+        Kept are those inputs and A dropout(x); of the dropout only the generator's state, to draw it again.
         """
 
         @staticmethod
@@ -2953,26 +2951,24 @@ def lora_products() -> type[torch.autograd.Function]:
             dropout, members = group.layers[0].lora_dropout["default"], len(group.layers)
             ctx.p = dropout.p if dropout.training and hasattr(dropout, "p") else 0
             b, inputs = tensors[:members], tensors[members:]
-            rows, mask = x.flatten(0, -2), None
+            rows = x.flatten(0, -2)
             if ctx.p:
-                rows, mask = torch.native_dropout(rows, ctx.p, True)
+                ctx.generator = torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator
+                ctx.state = ctx.generator.get_state()
+                rows = torch.native_dropout(rows, ctx.p, True)[0]
             inner = rows @ a.T
             outputs = tuple(layer.base_layer(x) for layer in group.layers)
             for output, part, b_part in zip(outputs, inner.chunk(members, 1), b, strict=True):
                 output.view(-1, output.shape[-1]).addmm_(part, b_part.T)
             ctx.group, ctx.function = group, function
-            ctx.save_for_backward(mask, inner, a, *b, *inputs)
+            ctx.save_for_backward(inner, a, *b, *inputs)
             return outputs
 
         @staticmethod
         def backward(ctx, *grads):
             layers, members = ctx.group.layers, len(grads)
-            mask, inner, a, *tensors = ctx.saved_tensors
+            inner, a, *tensors = ctx.saved_tensors
             b, inputs = tensors[:members], tensors[members:]
-
-            def drop(x: torch.Tensor) -> torch.Tensor:
-                return torch.ops.aten.native_dropout_backward(x, mask, 1 / (1 - ctx.p)) if ctx.p else x
-
             needed = ctx.needs_input_grad[4 + members :]
             with torch.enable_grad():
                 leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
@@ -2981,9 +2977,16 @@ def lora_products() -> type[torch.autograd.Function]:
             inner_grads = [grad @ b_part for grad, b_part in zip(grads, b, strict=True)]
             inner_grad = torch.cat(inner_grads, 1) if members > 1 else inner_grads[0]
             b_grads = [grad.T @ part for grad, part in zip(grads, inner.chunk(members, 1), strict=True)]
-            a_grad = inner_grad.T @ drop(x.detach().flatten(0, -2))
+            rows = x.detach().flatten(0, -2)
+            if ctx.p:
+                rows, mask = dropout_again(rows, ctx.p, ctx.generator, ctx.state)
+            a_grad = inner_grad.T @ rows
+            del rows  # the step's peak is a few lines below
             if any(needed):
-                x_grad = drop(inner_grad @ a)
+                x_grad = inner_grad @ a
+                if ctx.p:
+                    x_grad = torch.ops.aten.native_dropout_backward(x_grad, mask, 1 / (1 - ctx.p))
+                    del mask
                 for layer, grad in zip(layers, grads, strict=True):
                     x_grad.addmm_(grad, base_weight(layer.base_layer).to(grad.dtype))
                 input_grads = torch.autograd.grad(x, leaves, x_grad.view_as(x))
@@ -2992,6 +2995,16 @@ def lora_products() -> type[torch.autograd.Function]:
             return None, None, None, a_grad, *b_grads, *input_grads
 
     return LoraProducts
+
+
+def dropout_again(x: torch.Tensor, p: float, generator: torch.Generator, state: torch.Tensor) -> tuple:
+    """(dropout(x), its mask) as drawn in this state of the generator, which then goes on from where it was."""
+    now = generator.get_state()
+    try:
+        generator.set_state(state)
+        return torch.native_dropout(x, p, True)
+    finally:
+        generator.set_state(now)
 
 
 def base_weight(layer) -> torch.Tensor:
@@ -3061,13 +3074,11 @@ def cast_function() -> type[torch.autograd.Function]:
 
 
 def packed_attention() -> str:
-    """Register an attention that stays inside documents and needs no mask; returns its name.
+    """Register an attention that stays inside documents; returns its name.
 
-    On CUDA torch's varlen_attn (>= 2.10) skips the work between documents; elsewhere sdpa runs once
-    per document. The usual way builds a boolean T x T mask for each row and does all T x T work.
+    On CUDA torch's varlen_attn (>= 2.10) skips the work between documents; elsewhere sdpa runs once per document.
+    The usual way builds a boolean T x T mask for each row and does all T x T work.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     try:
         from torch.nn.attention.varlen import varlen_attn
 
@@ -3076,27 +3087,13 @@ def packed_attention() -> str:
         varlen_attn, grouped = None, False
 
     def attention(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        scaling=None,
-        cu_seq_lens_q=None,
-        max_length_q=None,
-        sliding_window=None,  # how many tokens a token sees, itself included
-        softcap=None,
-        **kwargs,
-    ):
+        module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None,
+        cu_seq_lens_q=None, max_length_q=None, **kwargs,
+    ):  # fmt: skip
         """query [1, heads, T, d], key and value [1, kv_heads, T, d] -> [1, T, heads, d]"""
-        if cu_seq_lens_q is None and (softcap or (sliding_window and key.shape[2] > sliding_window)):
-            key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
-            mask = causal_window(query.shape[2], key.shape[2], sliding_window, query.device)
-            return masked_attention(query, key, value, mask, scaling, softcap).transpose(1, 2), None
-        if cu_seq_lens_q is None:  # generation: one sequence, no padding
-            kwargs = {"dropout": 0.0, "scaling": scaling, "is_causal": kwargs.get("is_causal")}
-            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        varlen = query.is_cuda and varlen_attn and not softcap and query.dtype in (torch.bfloat16, torch.float16)
+        packed = cu_seq_lens_q is not None  # in generation there is one sequence, without padding
+        half = query.dtype in (torch.bfloat16, torch.float16)
+        varlen = varlen_attn and packed and query.is_cuda and half and not softcap
         if not (varlen and grouped):
             key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
         if varlen:
@@ -3105,38 +3102,38 @@ def packed_attention() -> str:
             more = {"enable_gqa": True} if grouped else {}
             window = (sliding_window - 1 if sliding_window else -1, 0)
             return varlen_attn(q, k, v, *ends, *longest, scale=scaling, window_size=window, **more)[None], None
-        sdpa = torch.nn.functional.scaled_dot_product_attention
-        if torch.compiler.is_compiling():  # one graph for all lengths: the documents as a mask
-            place = torch.arange(query.shape[2], device=query.device)
-            document = torch.searchsorted(cu_seq_lens_q, place, right=True, out_int32=True)
-            mask = (document[:, None] == document) & causal_window(len(place), len(place), sliding_window, place.device)
-            return masked_attention(query, key, value, mask, scaling, softcap).transpose(1, 2), None
-        out = []
-        for begin, end in pairwise(cu_seq_lens_q.tolist()):
-            q, k, v, length = query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end], end - begin
-            if softcap or (sliding_window and length > sliding_window):
-                mask = causal_window(length, length, sliding_window, query.device)
-                out.append(masked_attention(q, k, v, mask, scaling, softcap))
-            else:
-                out.append(sdpa(q, k, v, is_causal=True, scale=scaling))
-        return torch.cat(out, 2).transpose(1, 2), None
+        attend = functools.partial(causal_attention, scaling=scaling, window=sliding_window, softcap=softcap)
+        if packed and not torch.compiler.is_compiling():
+            lengths = cu_seq_lens_q.diff().tolist()
+            documents = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
+            out = torch.cat([attend(*qkv) for qkv in documents], 2)
+        else:
+            out = attend(query, key, value, ends=cu_seq_lens_q)
+        return out.transpose(1, 2), None
 
     # transformers finds no mask function of this name, so it builds no mask and does not wait for the GPU.
     transformers.AttentionInterface.register("packed", attention)
     return "packed"
 
 
-def causal_window(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """bool [queries, keys]: which keys the last `queries` positions see: no later one, and `window` in all."""
-    place = torch.arange(keys, device=device)
+def causal_attention(query, key, value, scaling, window: int | None, softcap: float | None, ends=None) -> torch.Tensor:
+    """Attention [1, heads, queries, d] of the last positions to those up to them.
+
+    window: how many positions each sees, itself included; softcap: Gemma 2's, which sdpa does not know;
+    ends: of packed documents, which a compiler wants as a mask: one graph for all lengths.
+    """
+    sdpa = functools.partial(torch.nn.functional.scaled_dot_product_attention, query, key, value, scale=scaling)
+    queries, keys = query.shape[2], key.shape[2]
+    if ends is None and not softcap and not (window and keys > window):
+        return sdpa(is_causal=True) if queries > 1 else sdpa()  # for a compiler `queries > 1` is no bool
+    place = torch.arange(keys, device=query.device)
     distance = place[keys - queries :, None] - place
-    return (distance >= 0) & (distance < (window or keys))
-
-
-def masked_attention(query, key, value, mask: torch.Tensor, scaling: float, softcap: float | None) -> torch.Tensor:
-    """Attention [1, heads, T, d] with a bool mask [T, keys] and Gemma 2's softcap, which sdpa does not know."""
-    if softcap is None:
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    mask = (distance >= 0) & (distance < (window or keys))
+    if ends is not None:
+        document = torch.searchsorted(ends, place, right=True, out_int32=True)
+        mask &= document[:, None] == document
+    if not softcap:
+        return sdpa(attn_mask=mask)
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scaling / softcap)
     shares = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
     return shares.to(value.dtype) @ value

@@ -68,7 +68,7 @@ def test_gradients_are_those_of_peft_and_transformers(name, targets, checkpointi
 
 
 def test_one_dropout_for_layers_that_share_an_input():
-    """The same mask drawn once, in the formula: y = W x + s B A dropout(x), and its gradients."""
+    """The mask drawn once, in the formula: y = W x + s B A dropout(x), its gradients, and the next random numbers."""
     sft.load_libraries()
     folder = str(family("llama3"))
     args = arguments("--no-bf16", "--no-bnb-nf4", "--lora-r", 4, "--lora-dropout", 0.5)
@@ -86,7 +86,7 @@ def test_one_dropout_for_layers_that_share_an_input():
         torch.manual_seed(3)
         x = sft.keep_inputs(torch.tanh, source)
         found = through(x)
-        return [*found, *torch.autograd.grad(sum((y * y).sum() for y in found), [source, *weights])]
+        return [*found, *torch.autograd.grad(sum((y * y).sum() for y in found), [source, *weights]), torch.rand(4)]
 
     def formula(x):
         dropped, _ = torch.native_dropout(x[0], 0.5, True)
@@ -95,6 +95,20 @@ def test_one_dropout_for_layers_that_share_an_input():
 
     for one, other in zip(outputs(lambda x: [layer(x) for layer in layers]), outputs(formula), strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+def test_dropout_drawn_again():
+    """The same draw; the generator goes on from where it was, after an error too."""
+    x, generator = torch.randn(50, 8), torch.default_generator
+    state = generator.get_state()
+    first = torch.native_dropout(x, 0.5, True)
+    now = generator.get_state()
+    again = sft.dropout_again(x, 0.5, generator, state)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert torch.equal(generator.get_state(), now) and not torch.equal(state, now)
+    with pytest.raises(RuntimeError):
+        sft.dropout_again(x.int(), 0.5, generator, state)
+    assert torch.equal(generator.get_state(), now)
 
 
 FORCED = """

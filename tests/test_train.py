@@ -421,8 +421,7 @@ def test_no_float32_is_saved_for_backward(short_smollm2):
     activations = [x for x in saved[torch.bfloat16].values() if x.numel() in (tokens * 192, tokens * 512)]
     # The inputs of two norms, the output of the attention, gate and up; and the last norm's input.
     assert len(activations) <= 2 * 5 + 1
-    assert len(saved[torch.bool]) == 2 * 4, "a mask for each distinct input"
-    assert saved.keys() == {torch.bfloat16, torch.bool}
+    assert saved.keys() == {torch.bfloat16}, "no mask of the dropout either"
     loss.backward()
 
 
@@ -451,13 +450,18 @@ def test_lean_lora_is_pefts_lora(short_smollm2):
 
 
 def test_checkpointed_layers_give_the_same_gradients(short_smollm2):
-    model, inputs, grads = lora_model(short_smollm2, "--lora-dropout", 0).train(), batch(), []
+    """With dropout too, and the random numbers that follow are the same."""
+    model, inputs, found = lora_model(short_smollm2, "--lora-dropout", 0.3).train(), batch(), []
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
     for option in ("all", "none"):
         sft.plan_micro_steps(model, [], arguments("--gradient-checkpointing", option))
         model.zero_grad()
+        torch.manual_seed(0)
         model(**inputs).loss.backward()
-        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+        found.append([p.grad.clone() for p in model.parameters() if p.requires_grad] + [torch.rand(4)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_gradients_after_an_evaluation_are_right(short_smollm2):
@@ -582,5 +586,5 @@ def test_memory_plan_of_the_documented_run():
         sft.memory_plan(arguments(), WORLD, config, 2048, 0.67, 2)["activations"]
         - sft.memory_plan(arguments(), WORLD, config, 2048, 0.67, 1)["activations"]
     )
-    assert each == pytest.approx(0.2316, abs=0.001), "a layer that is not checkpointed"
-    assert sum(plan.values()) == pytest.approx(7.96, abs=0.005), "what the README rounds to 8.0 GiB"
+    assert each == pytest.approx(0.1808, abs=0.001), "a layer that is not checkpointed"
+    assert sum(plan.values()) == pytest.approx(7.91, abs=0.005), "what docs/reference.md rounds to 7.9 GiB"

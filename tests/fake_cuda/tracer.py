@@ -114,6 +114,7 @@ class Case:
 sft.load_libraries()
 
 WORLD = sft.World(0, 1)
+torch.cuda.default_generators = (torch.Generator(),)  # the card's
 
 
 def flags_of(case: Case, *more: str):
