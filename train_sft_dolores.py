@@ -434,33 +434,32 @@ def train(args: argparse.Namespace, world: World) -> None:
     inputs = find_inputs(args)
     if not model_on_disk(args.model):
         read_data(inputs.train_files | inputs.eval_files, args)  # shows errors in the data before a download
-    lock = claim_output(args.output, args.resume, args.overwrite) if not world.rank else None
-    base = find_base(args, *resolve_model(args.model))
-    data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
-    print_data(args, world, data)
+    with contextlib.nullcontext() if world.rank else claim_output(args.output, args.resume, args.overwrite):
+        base = find_base(args, *resolve_model(args.model))
+        data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
+        print_data(args, world, data)
 
-    device = start_torch(args, world)
-    check_weights(args.model, base)
-    tokenizer = load_tokenizer(args.model, base.folder, base.encode)
-    if device.type == "cuda":
-        card, config = torch.cuda.get_device_properties(device), plan_config(base.config, base.headers)
-        print_memory_plan(args, world, config, data.counts, card.total_memory / 2**30, card.name)
+        device = start_torch(args, world)
+        check_weights(args.model, base)
+        tokenizer = load_tokenizer(args.model, base.folder, base.encode)
+        if device.type == "cuda":
+            card, config = torch.cuda.get_device_properties(device), plan_config(base.config, base.headers)
+            print_memory_plan(args, world, config, data.counts, card.total_memory / 2**30, card.name)
 
-    check_steps(args, world, data.counts)
-    record = run_record(args, base, inputs, data.counts)
-    checkpoint = None
-    if not world.rank:
-        if args.resume:
-            checkpoint = resume_point(args.output, record, args.force_resume)
-        else:
-            clear_output(args.output)
-    model, batches = load_model(args, base, data.train_rows, device)
-    prompts = find_prompts(inputs.prompts, data, base.encode)
-    trainer = make_trainer(args, world, batches, model, tokenizer, data.train_rows, data.eval_rows, prompts, stop)
-    fit(args, world, trainer, data, record, checkpoint)
-    if lock:
-        finish(args, record, trainer, base.folder)
-        lock.close()
+        check_steps(args, world, data.counts)
+        record = run_record(args, base, inputs, data.counts)
+        checkpoint = None
+        if not world.rank:
+            if args.resume:
+                checkpoint = resume_point(args.output, record, args.force_resume)
+            else:
+                clear_output(args.output)
+        model, batches = load_model(args, base, data.train_rows, device)
+        prompts = find_prompts(inputs.prompts, data, base.encode)
+        trainer = make_trainer(args, world, batches, model, tokenizer, data.train_rows, data.eval_rows, prompts, stop)
+        fit(args, world, trainer, data, record, checkpoint)
+        if not world.rank:
+            finish(args, record, trainer, base.folder)
     trainer.accelerator.end_training()
 
 
@@ -3641,10 +3640,11 @@ MAY_DIFFER = {"output", "name", "input_format", "resume", "force_resume", "overw
               "gradient_checkpointing", "shard_base", "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb"}  # fmt: skip
 
 
-def claim_output(folder: Path, resume: bool, overwrite: bool):
+@contextlib.contextmanager
+def claim_output(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
     """Create and lock the output folder: refuse a used one unless told otherwise, and one in use always.
 
-    Returns the open lock file; the lock lasts as long as the process, whatever ends it.
+    The lock ends with the process, whatever ends it. A run that stops before it has written anything leaves no folder.
     """
     import fcntl
 
@@ -3660,16 +3660,25 @@ def claim_output(folder: Path, resume: bool, overwrite: bool):
     if used and overwrite and not ours:
         problem = "not created by this script; refusing to overwrite it"
         raise InputError(f"--output {folder}: {problem}; name another folder")
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until the process ends
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 - closed below
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         problem = "another process is training there"
         raise InputError(f"--output {folder}: {problem}; wait for it or name another folder") from None
     except OSError as error:
         raise InputError(f"--output {folder}: {error.strerror}; name a folder that can be written") from None
-    return lock
+    with lock:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # someone else has deleted the folder, or put a file into a new one
+                if os.listdir(folder) == [".lock"]:
+                    (folder / ".lock").unlink()
+                    for path in new:
+                        path.rmdir()
 
 
 def clear_output(folder: Path) -> None:

@@ -93,7 +93,7 @@ def test_before_training(number, moment, options, tmp_path):
         (tmp_path / "train.chatml").write_text(text)
     code, out = interrupted(tmp_path, number, moment, *options)
     assert code == STATUS[number] and "Traceback" not in out, out
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock"}
+    assert not (tmp_path / "out").exists()
     if moment[0] == "evaluation_loop":
         code, out = run(tmp_path, *options)
         assert code == 0, out
