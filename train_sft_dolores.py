@@ -3432,10 +3432,12 @@ def trainer_class(shard_base: bool) -> type[transformers.Trainer]:
             return self.lr_scheduler
 
         def answer(self, when: str) -> dict[str, str]:
-            """The model's answers by their questions; says so, because they take a while."""
-            if self.prompts:
-                print_field(when, f"the answers to {plural(len(self.prompts), 'question')}")
-            return generate_answers(self.model, self.processing_class, self.prompts)
+            """The model's answers by their questions; each is announced, because on a CPU it takes a while."""
+            answers = {}
+            for number, prompt in enumerate(self.prompts, 1):
+                print_field(when, f"the answer to question {number} of {len(self.prompts)}")
+                answers |= generate_answers(self.model, self.processing_class, [prompt])
+            return answers
 
         def floating_point_ops(self, inputs):
             """Skip a count that walks through all parameters for each batch and is wrong for LoRA."""

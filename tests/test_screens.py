@@ -162,9 +162,9 @@ def test_preview(folder):
 
 def test_a_run(folder, short_smollm2):
     """The output of a whole run, without times, speeds and losses, which differ between machines."""
-    code, shown = run(
-        folder, "--model", short_smollm2, "--output", "out", *TINY, "--max-length", "256", "--epochs", "0.2"
-    )
+    (folder / "questions.txt").write_text("Qui es-tu ?\nOù vas-tu ?\n")
+    options = (*TINY, "--max-length", "256", "--epochs", "0.2", "--sample-prompts", "questions.txt")
+    code, shown = run(folder, "--model", short_smollm2, "--output", "out", *options)
     assert code == 0, shown
     wide = [line for line in (folder / "log.txt").read_text().splitlines() if len(line) > 80]
     assert all(line.startswith("next ") for line in wide)  # a command to be pasted stays on one line
