@@ -1999,21 +1999,24 @@ def advise(args: argparse.Namespace, world: World, counts: dict[str, Any]) -> li
     """What small data needs: more steps, but not so many passes that it is learned by heart; more held-out data."""
     advice = []
     flags, steps = step_flags(args, world, counts)
-    few = f"{plural(counts['steps'], 'step')} will teach little"
-    if counts["steps"] < ENOUGH_STEPS and steps > counts["steps"]:
-        advice.append(f"{few}: {flags} would make {steps}")
-    elif counts["steps"] < 0.8 * ENOUGH_STEPS:
-        advice.append(f"{few}, and more passes would learn the data by heart: write more conversations")
+    # Not at once below ENOUGH_STEPS: a larger --eval-fraction, advised below, takes up to a quarter of the rows.
+    too_few = f"{plural(counts['steps'], 'step')} will teach little" if counts["steps"] < 0.75 * ENOUGH_STEPS else ""
+    if too_few and steps > counts["steps"]:
+        advice.append(f"{too_few}: {flags} would make {steps}")
     if args.epochs > MOST_EPOCHS and counts["held_out"] and not args.early_stopping:
         passes = f"{args.epochs:g} passes may learn the data by heart"
         advice.append(f"{passes}: --early-stopping 2 stops when the held-out loss rises")
-    if 0 < counts["held_out"] < 5:
-        few = f"the loss of {plural(counts['held_out'], 'held-out conversation')} is too noisy to trust"
-        fraction = min(0.25, np.ceil(500 / counts["conversations"]) / 100)
-        more = f"--eval-fraction {fraction:g} holds out more"
-        if args.eval_files or args.eval_fraction >= fraction:
-            more = "give more --eval-files" if args.eval_files else "only more conversations help"
-        advice.append(f"{few}: {more}")
+    own = counts["trained_on"] + counts["held_out"]  # all in the training files, unless there are --eval-files
+    five = np.ceil(500 / own) / 100  # the --eval-fraction that holds out five
+    noisy = f"the loss of {plural(counts['held_out'], 'held-out conversation')} is too noisy to trust"
+    if five > 0.25 and not args.eval_files:  # no flag helps
+        few = f"only {plural(own, 'conversation')}{f', and {noisy}' if counts['held_out'] else ''}"
+        advice.append(f"{few}: write more, fifty are a good start")
+    elif too_few and steps <= counts["steps"]:
+        advice.append(f"{too_few}, and more passes would learn the data by heart: write more conversations")
+    elif 0 < counts["held_out"] < 5 and (args.eval_files or args.eval_fraction < five):
+        more = "give more --eval-files" if args.eval_files else f"--eval-fraction {five:g} holds out more"
+        advice.append(f"{noisy}: {more}")
     return advice
 
 

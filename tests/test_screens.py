@@ -137,6 +137,20 @@ def test_dry_run(folder):
 
 
 def test_a_plan_that_does_not_fit(folder, llama31_tokenizer):
+@pytest.mark.parametrize("count", [8, 12, 20, 28, 60])
+def test_advice_comes_at_once(count, folder):
+    """When all flags of the first advice are added, the second has nothing new to say."""
+    (folder / "train.chatml").write_text(dialogues(count))
+
+    def advice(*options) -> list[str]:
+        screen(folder, "--json", "r.json", "--model", "base", "--max-length", 128, *options)
+        return json.loads((folder / "r.json").read_text())["advice"]
+
+    first = advice()
+    flags = " ".join(re.findall(r"--[a-z-]+(?: [\d.]+)?", " ".join(first)))
+    assert flags and advice(*flags.split()) == [line for line in first if "--" not in line]
+
+
     (folder / "llama").mkdir()
     llama31_tokenizer.save_pretrained(folder / "llama")
     (folder / "llama/config.json").write_text(json.dumps(LLAMA_8B))
