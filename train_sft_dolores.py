@@ -410,6 +410,8 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
         data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
         print_data(args, world, data)
         config = plan_config(base.config, base.headers)
+        if not sees_gpu():
+            print_field("device", "no NVIDIA GPU here: the GPU figures below are for the machine that will train")
         plan = print_memory_plan(args, world, config, data.counts, capacity=24, device="a 24 GiB GPU")
         minutes = print_time_plan(args, world, config, data.counts)
         report = data.counts | {"memory_gib": plan, "minutes": minutes, "advice": advise(args, world, data.counts)}
@@ -2220,24 +2222,75 @@ def print_memory_plan(
 # Dense bfloat16 TFLOP/s with float32 sums, from NVIDIA's data sheets, and the share of it that we expect to reach.
 CARDS = {"RTX 4090": 165, "A100": 312, "H100": 989}
 UTILIZATION = 0.5
+# FLOP/s of training over those of numpy's float32 matrix product: 0.36 to 0.87 with SmolLM2 (benchmarks/README.md).
+CPU_UTILIZATION = 0.5
 
 
 def print_time_plan(args: argparse.Namespace, world: World, config: dict, counts: dict) -> dict[str, float]:
-    """Print and return {card: minutes} of the optimizer steps alone: arithmetic, because no card has been measured.
+    """Print and return {device: minutes} of the optimizer steps alone.
 
-    A weight costs 2 FLOP a token in forward, 2 in backward (its own gradient is not needed) and 2 where it recomputes.
+    For cards it is arithmetic, because none has been measured. For this CPU it is an estimate, within a factor of two
+    with SmolLM2; it is shown only where no GPU is seen.
+    """
+    flop = training_flop(args, config, counts)
+    minutes = {card: flop / (UTILIZATION * peak * 1e12) / world.size / 60 for card, peak in CARDS.items()}
+    shown = ", ".join(f"{card} {rough_time(amount)}" for card, amount in minutes.items())
+    source = f"calculated at {UTILIZATION:.0%} of the card's peak, not measured"
+    print_field("time", f"{shown} ({source}), and the evaluations")
+    if not sees_gpu():
+        minutes["CPU"] = flop / (CPU_UTILIZATION * product_speed()) / 60
+        source = "an estimate from its speed at a matrix product"
+        if slow := args.bf16 and not has_bf16():
+            minutes["CPU"] *= 10
+        print_field("time", f"this CPU {rough_time(minutes['CPU'])} ({source}), and the evaluations")
+        if slow:
+            print_field("time", NO_BF16)
+    return {device: round(amount, 2) for device, amount in minutes.items()}
+
+
+def training_flop(args: argparse.Namespace, config: dict, counts: dict) -> float:
+    """FLOP of all optimizer steps.
+
+    A weight costs 2 a token in forward, 2 in backward (its own gradient is not needed) and 2 where it recomputes.
     """
     layers, shapes = config["num_hidden_layers"], linear_shapes(config).values()
     recomputed = 1 - uncheckpointed_layers(args.gradient_checkpointing, layers, auto=layers) / layers
     linear = layers * sum(rows * columns for rows, columns in shapes)
     adapters = layers * args.lora_r * sum(rows + columns for rows, columns in shapes)
     head = config["hidden_size"] * config["vocab_size"] * counts["trained_tokens"] / counts["tokens"]
-    flop = ((4 + 2 * recomputed) * linear + 6 * adapters + 4 * head) * counts["tokens"] * args.epochs
-    minutes = {card: flop / (UTILIZATION * peak * 1e12) / world.size / 60 for card, peak in CARDS.items()}
-    shown = ", ".join(f"{card} {max(1, round(amount)):,} min" for card, amount in minutes.items())
-    source = f"calculated at {UTILIZATION:.0%} of the card's peak, not measured"
-    print_field("time", f"{shown} ({source}), and the evaluations")
-    return {card: round(amount, 2) for card, amount in minutes.items()}
+    return ((4 + 2 * recomputed) * linear + 6 * adapters + 4 * head) * counts["tokens"] * args.epochs
+
+
+NO_BF16 = "this CPU has no bfloat16: --no-bf16 --bnb-dtype float32 is about ten times faster"
+
+
+def has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 itself, as torch.cpu knows too; False where Linux does not say."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and " avx512_bf16" in info.read_text()
+
+
+def product_speed(clock: Callable[[], float] = time.monotonic) -> float:
+    """FLOP/s of numpy's float32 matrix product on this CPU: the median of a third of a second."""
+    square, seconds, end = np.ones((1024, 1024), np.float32), [], clock() + 0.3
+    while clock() < end:
+        began = clock()
+        square @ square
+        seconds.append(clock() - began)
+    return 2 * len(square) ** 3 / float(np.median(seconds))
+
+
+def rough_time(minutes: float) -> str:
+    """As 1 min, 90 min, 40 h or 5 days."""
+    if minutes < 100:
+        return f"{max(1, round(minutes))} min"
+    hours = minutes / 60
+    return f"{hours:.0f} h" if hours < 48 else f"{hours / 24:,.0f} days"
+
+
+def sees_gpu() -> bool:
+    """Whether there seems to be an NVIDIA GPU that may be used. torch would know, but its import takes seconds."""
+    return not cpu_wanted() and bool(os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi"))
 
 
 def plan_micro_steps(model, rows: Rows, args: argparse.Namespace) -> Batches:
@@ -3244,8 +3297,8 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
     if not torch.cuda.is_available():
         check_driver()
         print_field("device", "CPU")
-        if args.bf16 and not torch.cpu._is_avx512_bf16_supported():
-            print_field("device", "this CPU has no bfloat16: --no-bf16 --bnb-dtype float32 is about ten times faster")
+        if args.bf16 and not has_bf16():
+            print_field("device", NO_BF16)
         if args.optim.startswith("paged_"):
             print_field(
                 "device", f"{args.optim} needs CUDA: {optimizer_on(args.optim, 'cpu')} keeps its state in 32 bits"
@@ -3276,11 +3329,15 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
 
 def check_driver() -> None:
     """Refuse to train on the CPU by accident: torch was built for CUDA, but no GPU answers."""
-    cpu_wanted = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if torch.version.cuda and not cpu_wanted:
+    if torch.version.cuda and not cpu_wanted():
         problem = f"torch {torch.__version__} was built for CUDA {torch.version.cuda}, but no GPU answers"
         fix = "update the NVIDIA driver (CUDA 13 needs 580 or newer), or set CUDA_VISIBLE_DEVICES= to train on the CPU"
         raise InputError(f"GPU: {problem}; {fix}")
+
+
+def cpu_wanted() -> bool:
+    """Whether the environment hides all GPUs."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
 
 
 def device_name(device: torch.device) -> str:

@@ -129,14 +129,14 @@ def test_errors(tmp_path, monkeypatch, capsys):
 
 def test_dry_run(folder):
     """With the tokenizer: lengths, rows, steps and the memory plan; the advice about steps is right when followed."""
-    shown = screen(folder, "--dry-run", "--model", "base", "--max-length", 128, "--grad-accum", 4)
-    check("dry_run", shown)
+    options = ("--dry-run", "--model", "base", "--max-length", 128, "--no-bf16")  # a CPU without bfloat16 says so
+    shown = screen(folder, *options, "--grad-accum", 4)
+    check("dry_run", re.sub(r"this CPU \d+ min", "this CPU # min", shown))
     advice, steps = re.search(r"teach little: (.+) would make (\d+)", " ".join(shown.split())).groups()
-    followed = screen(folder, "--dry-run", "--model", "base", "--max-length", 128, *advice.split(), "--json", "r.json")
+    followed = screen(folder, *options, *advice.split(), "--json", "r.json")
     assert "teach little" not in followed and json.loads((folder / "r.json").read_text())["steps"] == int(steps)
 
 
-def test_a_plan_that_does_not_fit(folder, llama31_tokenizer):
 @pytest.mark.parametrize("count", [8, 12, 20, 28, 60])
 def test_advice_comes_at_once(count, folder):
     """When all flags of the first advice are added, the second has nothing new to say."""
@@ -151,12 +151,13 @@ def test_advice_comes_at_once(count, folder):
     assert flags and advice(*flags.split()) == [line for line in first if "--" not in line]
 
 
+def test_a_plan_that_does_not_fit(folder, llama31_tokenizer):
     (folder / "llama").mkdir()
     llama31_tokenizer.save_pretrained(folder / "llama")
     (folder / "llama/config.json").write_text(json.dumps(LLAMA_8B))
     options = ("--no-bnb-nf4", "--gradient-checkpointing", "none", "--grad-accum", 1)
     shown = screen(folder, "--dry-run", "--model", "llama", *options)
-    check("plan_does_not_fit", shown[shown.index("memory ") :])
+    check("plan_does_not_fit", shown[shown.index("memory ") : shown.index("time ")])
 
 
 def test_preview(folder):
