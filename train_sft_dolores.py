@@ -410,6 +410,8 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
         data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
         print_data(args, world, data)
         config = plan_config(base.config, base.headers)
+        if not sees_gpu():
+            print_field("device", "no NVIDIA GPU here: the GPU figures below are for the machine that will train")
         plan = print_memory_plan(args, world, config, data.counts, capacity=24, device="a 24 GiB GPU")
         minutes = print_time_plan(args, world, config, data.counts)
         report = data.counts | {"memory_gib": plan, "minutes": minutes, "advice": advise(args, world, data.counts)}
@@ -434,33 +436,32 @@ def train(args: argparse.Namespace, world: World) -> None:
     inputs = find_inputs(args)
     if not model_on_disk(args.model):
         read_data(inputs.train_files | inputs.eval_files, args)  # shows errors in the data before a download
-    lock = claim_output(args.output, args.resume, args.overwrite) if not world.rank else None
-    base = find_base(args, *resolve_model(args.model))
-    data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
-    print_data(args, world, data)
+    with contextlib.nullcontext() if world.rank else claim_output(args.output, args.resume, args.overwrite):
+        base = find_base(args, *resolve_model(args.model))
+        data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
+        print_data(args, world, data)
 
-    device = start_torch(args, world)
-    check_weights(args.model, base)
-    tokenizer = load_tokenizer(args.model, base.folder, base.encode)
-    if device.type == "cuda":
-        card, config = torch.cuda.get_device_properties(device), plan_config(base.config, base.headers)
-        print_memory_plan(args, world, config, data.counts, card.total_memory / 2**30, card.name)
+        device = start_torch(args, world)
+        check_weights(args.model, base)
+        tokenizer = load_tokenizer(args.model, base.folder, base.encode)
+        if device.type == "cuda":
+            card, config = torch.cuda.get_device_properties(device), plan_config(base.config, base.headers)
+            print_memory_plan(args, world, config, data.counts, card.total_memory / 2**30, card.name)
 
-    check_steps(args, world, data.counts)
-    record = run_record(args, base, inputs, data.counts)
-    checkpoint = None
-    if not world.rank:
-        if args.resume:
-            checkpoint = resume_point(args.output, record, args.force_resume)
-        else:
-            clear_output(args.output)
-    model, batches = load_model(args, base, data.train_rows, device)
-    prompts = find_prompts(inputs.prompts, data, base.encode)
-    trainer = make_trainer(args, world, batches, model, tokenizer, data.train_rows, data.eval_rows, prompts, stop)
-    fit(args, world, trainer, data, record, checkpoint)
-    if lock:
-        finish(args, record, trainer, base.folder)
-        lock.close()
+        check_steps(args, world, data.counts)
+        record = run_record(args, base, inputs, data.counts)
+        checkpoint = None
+        if not world.rank:
+            if args.resume:
+                checkpoint = resume_point(args.output, record, args.force_resume)
+            else:
+                clear_output(args.output)
+        model, batches = load_model(args, base, data.train_rows, device)
+        prompts = find_prompts(inputs.prompts, data, base.encode)
+        trainer = make_trainer(args, world, batches, model, tokenizer, data.train_rows, data.eval_rows, prompts, stop)
+        fit(args, world, trainer, data, record, checkpoint)
+        if not world.rank:
+            finish(args, record, trainer, base.folder)
     trainer.accelerator.end_training()
 
 
@@ -1997,21 +1998,24 @@ def advise(args: argparse.Namespace, world: World, counts: dict[str, Any]) -> li
     """What small data needs: more steps, but not so many passes that it is learned by heart; more held-out data."""
     advice = []
     flags, steps = step_flags(args, world, counts)
-    few = f"{plural(counts['steps'], 'step')} will teach little"
-    if counts["steps"] < ENOUGH_STEPS and steps > counts["steps"]:
-        advice.append(f"{few}: {flags} would make {steps}")
-    elif counts["steps"] < 0.8 * ENOUGH_STEPS:
-        advice.append(f"{few}, and more passes would learn the data by heart: write more conversations")
+    # Not at once below ENOUGH_STEPS: a larger --eval-fraction, advised below, takes up to a quarter of the rows.
+    too_few = f"{plural(counts['steps'], 'step')} will teach little" if counts["steps"] < 0.75 * ENOUGH_STEPS else ""
+    if too_few and steps > counts["steps"]:
+        advice.append(f"{too_few}: {flags} would make {steps}")
     if args.epochs > MOST_EPOCHS and counts["held_out"] and not args.early_stopping:
         passes = f"{args.epochs:g} passes may learn the data by heart"
         advice.append(f"{passes}: --early-stopping 2 stops when the held-out loss rises")
-    if 0 < counts["held_out"] < 5:
-        few = f"the loss of {plural(counts['held_out'], 'held-out conversation')} is too noisy to trust"
-        fraction = min(0.25, np.ceil(500 / counts["conversations"]) / 100)
-        more = f"--eval-fraction {fraction:g} holds out more"
-        if args.eval_files or args.eval_fraction >= fraction:
-            more = "give more --eval-files" if args.eval_files else "only more conversations help"
-        advice.append(f"{few}: {more}")
+    own = counts["trained_on"] + counts["held_out"]  # all in the training files, unless there are --eval-files
+    five = np.ceil(500 / own) / 100  # the --eval-fraction that holds out five
+    noisy = f"the loss of {plural(counts['held_out'], 'held-out conversation')} is too noisy to trust"
+    if five > 0.25 and not args.eval_files:  # no flag helps
+        few = f"only {plural(own, 'conversation')}{f', and {noisy}' if counts['held_out'] else ''}"
+        advice.append(f"{few}: write more, fifty are a good start")
+    elif too_few and steps <= counts["steps"]:
+        advice.append(f"{too_few}, and more passes would learn the data by heart: write more conversations")
+    elif 0 < counts["held_out"] < 5 and (args.eval_files or args.eval_fraction < five):
+        more = "give more --eval-files" if args.eval_files else f"--eval-fraction {five:g} holds out more"
+        advice.append(f"{noisy}: {more}")
     return advice
 
 
@@ -2213,24 +2217,75 @@ def print_memory_plan(
 # Dense bfloat16 TFLOP/s with float32 sums, from NVIDIA's data sheets, and the share of it that we expect to reach.
 CARDS = {"RTX 4090": 165, "A100": 312, "H100": 989}
 UTILIZATION = 0.5
+# FLOP/s of training over those of numpy's float32 matrix product: 0.36 to 0.87 with SmolLM2 (benchmarks/README.md).
+CPU_UTILIZATION = 0.5
 
 
 def print_time_plan(args: argparse.Namespace, world: World, config: dict, counts: dict) -> dict[str, float]:
-    """Print and return {card: minutes} of the optimizer steps alone: arithmetic, because no card has been measured.
+    """Print and return {device: minutes} of the optimizer steps alone.
 
-    A weight costs 2 FLOP a token in forward, 2 in backward (its own gradient is not needed) and 2 where it recomputes.
+    For cards it is arithmetic, because none has been measured. For this CPU it is an estimate, within a factor of two
+    with SmolLM2; it is shown only where no GPU is seen.
+    """
+    flop = training_flop(args, config, counts)
+    minutes = {card: flop / (UTILIZATION * peak * 1e12) / world.size / 60 for card, peak in CARDS.items()}
+    shown = ", ".join(f"{card} {rough_time(amount)}" for card, amount in minutes.items())
+    source = f"calculated at {UTILIZATION:.0%} of the card's peak, not measured"
+    print_field("time", f"{shown} ({source}), and the evaluations")
+    if not sees_gpu():
+        minutes["CPU"] = flop / (CPU_UTILIZATION * product_speed()) / 60
+        source = "an estimate from its speed at a matrix product"
+        if slow := args.bf16 and not has_bf16():
+            minutes["CPU"] *= 10
+        print_field("time", f"this CPU {rough_time(minutes['CPU'])} ({source}), and the evaluations")
+        if slow:
+            print_field("time", NO_BF16)
+    return {device: round(amount, 2) for device, amount in minutes.items()}
+
+
+def training_flop(args: argparse.Namespace, config: dict, counts: dict) -> float:
+    """FLOP of all optimizer steps.
+
+    A weight costs 2 a token in forward, 2 in backward (its own gradient is not needed) and 2 where it recomputes.
     """
     layers, shapes = config["num_hidden_layers"], linear_shapes(config).values()
     recomputed = 1 - uncheckpointed_layers(args.gradient_checkpointing, layers, auto=layers) / layers
     linear = layers * sum(rows * columns for rows, columns in shapes)
     adapters = layers * args.lora_r * sum(rows + columns for rows, columns in shapes)
     head = config["hidden_size"] * config["vocab_size"] * counts["trained_tokens"] / counts["tokens"]
-    flop = ((4 + 2 * recomputed) * linear + 6 * adapters + 4 * head) * counts["tokens"] * args.epochs
-    minutes = {card: flop / (UTILIZATION * peak * 1e12) / world.size / 60 for card, peak in CARDS.items()}
-    shown = ", ".join(f"{card} {max(1, round(amount)):,} min" for card, amount in minutes.items())
-    source = f"calculated at {UTILIZATION:.0%} of the card's peak, not measured"
-    print_field("time", f"{shown} ({source}), and the evaluations")
-    return {card: round(amount, 2) for card, amount in minutes.items()}
+    return ((4 + 2 * recomputed) * linear + 6 * adapters + 4 * head) * counts["tokens"] * args.epochs
+
+
+NO_BF16 = "this CPU has no bfloat16: --no-bf16 --bnb-dtype float32 is about ten times faster"
+
+
+def has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 itself, as torch.cpu knows too; False where Linux does not say."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and " avx512_bf16" in info.read_text()
+
+
+def product_speed(clock: Callable[[], float] = time.monotonic) -> float:
+    """FLOP/s of numpy's float32 matrix product on this CPU: the median of a third of a second."""
+    square, seconds, end = np.ones((1024, 1024), np.float32), [], clock() + 0.3
+    while clock() < end:
+        began = clock()
+        square @ square
+        seconds.append(clock() - began)
+    return 2 * len(square) ** 3 / float(np.median(seconds))
+
+
+def rough_time(minutes: float) -> str:
+    """As 1 min, 90 min, 40 h or 5 days."""
+    if minutes < 100:
+        return f"{max(1, round(minutes))} min"
+    hours = minutes / 60
+    return f"{hours:.0f} h" if hours < 48 else f"{hours / 24:,.0f} days"
+
+
+def sees_gpu() -> bool:
+    """Whether there seems to be an NVIDIA GPU that may be used. torch would know, but its import takes seconds."""
+    return not cpu_wanted() and bool(os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi"))
 
 
 def plan_micro_steps(model, rows: Rows, args: argparse.Namespace) -> Batches:
@@ -3237,8 +3292,8 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
     if not torch.cuda.is_available():
         check_driver()
         print_field("device", "CPU")
-        if args.bf16 and not torch.cpu._is_avx512_bf16_supported():
-            print_field("device", "this CPU has no bfloat16: --no-bf16 --bnb-dtype float32 is about ten times faster")
+        if args.bf16 and not has_bf16():
+            print_field("device", NO_BF16)
         if args.optim.startswith("paged_"):
             print_field(
                 "device", f"{args.optim} needs CUDA: {optimizer_on(args.optim, 'cpu')} keeps its state in 32 bits"
@@ -3269,11 +3324,15 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
 
 def check_driver() -> None:
     """Refuse to train on the CPU by accident: torch was built for CUDA, but no GPU answers."""
-    cpu_wanted = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if torch.version.cuda and not cpu_wanted:
+    if torch.version.cuda and not cpu_wanted():
         problem = f"torch {torch.__version__} was built for CUDA {torch.version.cuda}, but no GPU answers"
         fix = "update the NVIDIA driver (CUDA 13 needs 580 or newer), or set CUDA_VISIBLE_DEVICES= to train on the CPU"
         raise InputError(f"GPU: {problem}; {fix}")
+
+
+def cpu_wanted() -> bool:
+    """Whether the environment hides all GPUs."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
 
 
 def device_name(device: torch.device) -> str:
@@ -3428,10 +3487,12 @@ def trainer_class(shard_base: bool) -> type[transformers.Trainer]:
             return self.lr_scheduler
 
         def answer(self, when: str) -> dict[str, str]:
-            """The model's answers by their questions; says so, because they take a while."""
-            if self.prompts:
-                print_field(when, f"the answers to {plural(len(self.prompts), 'question')}")
-            return generate_answers(self.model, self.processing_class, self.prompts)
+            """The model's answers by their questions; each is announced, because on a CPU it takes a while."""
+            answers = {}
+            for number, prompt in enumerate(self.prompts, 1):
+                print_field(when, f"the answer to question {number} of {len(self.prompts)}")
+                answers |= generate_answers(self.model, self.processing_class, [prompt])
+            return answers
 
         def floating_point_ops(self, inputs):
             """Skip a count that walks through all parameters for each batch and is wrong for LoRA."""
@@ -3636,10 +3697,11 @@ MAY_DIFFER = {"output", "name", "input_format", "resume", "force_resume", "overw
               "gradient_checkpointing", "shard_base", "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb"}  # fmt: skip
 
 
-def claim_output(folder: Path, resume: bool, overwrite: bool):
+@contextlib.contextmanager
+def claim_output(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
     """Create and lock the output folder: refuse a used one unless told otherwise, and one in use always.
 
-    Returns the open lock file; the lock lasts as long as the process, whatever ends it.
+    The lock ends with the process, whatever ends it. A run that stops before it has written anything leaves no folder.
     """
     import fcntl
 
@@ -3655,16 +3717,25 @@ def claim_output(folder: Path, resume: bool, overwrite: bool):
     if used and overwrite and not ours:
         problem = "not created by this script; refusing to overwrite it"
         raise InputError(f"--output {folder}: {problem}; name another folder")
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until the process ends
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 - closed below
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         problem = "another process is training there"
         raise InputError(f"--output {folder}: {problem}; wait for it or name another folder") from None
     except OSError as error:
         raise InputError(f"--output {folder}: {error.strerror}; name a folder that can be written") from None
-    return lock
+    with lock:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # someone else has deleted the folder, or put a file into a new one
+                if os.listdir(folder) == [".lock"]:
+                    (folder / ".lock").unlink()
+                    for path in new:
+                        path.rmdir()
 
 
 def clear_output(folder: Path) -> None:

@@ -143,16 +143,18 @@ def in_order(trainer):
 
 
 def timed(trainer, tokens_per_step: float, warm_up: int) -> dict:
-    """Train; {"tokens_per_second": median over the steps after the first `warm_up`, "losses", "first_step_seconds"}."""
+    """Train; {"tokens_per_second" and "cpu_seconds" (all threads, per token): medians over the steps after the first
+    `warm_up`, "losses", "first_step_seconds"}."""
     import torch
     from transformers import TrainerCallback
 
-    times, losses = [], []
+    times, cpu_times, losses = [], [], []
 
     def now():
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.monotonic())
+        cpu_times.append(time.process_time())
 
     class Watch(TrainerCallback):
         def on_train_begin(self, *_, **__):
@@ -167,5 +169,6 @@ def timed(trainer, tokens_per_step: float, warm_up: int) -> dict:
     trainer.add_callback(Watch())
     trainer.train()
     steps = np.diff(times)
-    return {"tokens_per_second": tokens_per_step / float(np.median(steps[warm_up:])), "losses": losses,
-            "first_step_seconds": float(steps[0])}  # fmt: skip
+    cpu_seconds = float(np.median(np.diff(cpu_times)[warm_up:])) / tokens_per_step
+    return {"tokens_per_second": tokens_per_step / float(np.median(steps[warm_up:])), "cpu_seconds": cpu_seconds,
+            "losses": losses, "first_step_seconds": float(steps[0])}  # fmt: skip

@@ -45,9 +45,10 @@ forked: list[multiprocessing.Process] = []
 launched: list[tuple[subprocess.Popen, str]] = []  # with the value of its MARK
 
 
-def start(folder: Path, *options, log="log.txt", moment=None):
+def start(folder: Path, *options, log="log.txt", moment=None, **environment: str):
     """A running process of the script in `folder`; at `moment` (function, nth call) it creates a file of that name."""
-    process = SERVER.Process(target=child, args=([str(o) for o in options], str(folder), str(folder / log), moment))
+    args = ([str(o) for o in options], str(folder), str(folder / log), moment, environment)
+    process = SERVER.Process(target=child, args=args)
     with pytest.MonkeyPatch.context() as environment:
         for name, value in NO_GPU.items():
             environment.setenv(name, value)
@@ -56,9 +57,10 @@ def start(folder: Path, *options, log="log.txt", moment=None):
     return process
 
 
-def child(argv: list[str], folder: str, log: str, moment: tuple | None):
+def child(argv: list[str], folder: str, log: str, moment: tuple | None, environment: dict[str, str]):
     """The forked process: the script with these arguments, printing to `log`."""
     os.chdir(folder)
+    os.environ |= environment
     with open(log, "a", buffering=1) as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)

@@ -7,14 +7,12 @@ import signal
 import sys
 from pathlib import Path
 
-import datasets
 import psutil
 import pytest
 from runs import SCRIPT, TINY, assert_same_adapter, dialogues, launch, run, start, wait_until
 
 import train_sft_dolores as sft
 
-PREPARED = Path(datasets.config.HF_DATASETS_CACHE) / "dolores_sft"
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -42,12 +40,12 @@ def write_data(folder: Path) -> Path:
 
 def interrupted(folder: Path, number, moment, *options) -> tuple[int, str]:
     """(exit status, output) of a run that gets this signal in its nth call of a function."""
-    process = start(folder, *options, moment=moment)
+    process = start(folder, *options, moment=moment, HF_DATASETS_CACHE=str(folder / "cache"))
     wait_until((folder / "moment").exists, process, folder / "log.txt")
+    assert bool(list(folder.rglob("*.partial"))) == (moment[0] == "write_arrow")
     os.kill(process.pid, number)
     process.join(60)
-    assert not list(PREPARED.glob(f"*.{process.pid}.partial"))
-    assert not list((folder / "out").rglob("*.partial"))
+    assert not list(folder.rglob("*.partial"))
     return process.exitcode, (folder / "log.txt").read_text()
 
 
@@ -89,11 +87,10 @@ def test_before_training(number, moment, options, tmp_path):
     write_data(tmp_path)
     options += ("--sample-prompts", "prompts.txt") if moment[0] == "generate_answers" else ()
     if moment[0] == "write_arrow":
-        text = dialogues(3_000) + f"<|endoftext|>\n<|user|>\n{tmp_path}\n<|assistant|>\nNever prepared before.\n"
-        (tmp_path / "train.chatml").write_text(text)
+        (tmp_path / "train.chatml").write_text(dialogues(3_000))
     code, out = interrupted(tmp_path, number, moment, *options)
     assert code == STATUS[number] and "Traceback" not in out, out
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock"}
+    assert not (tmp_path / "out").exists()
     if moment[0] == "evaluation_loop":
         code, out = run(tmp_path, *options)
         assert code == 0, out
@@ -102,7 +99,7 @@ def test_before_training(number, moment, options, tmp_path):
 @pytest.mark.parametrize("number", STATUS)
 def test_in_a_dry_run(number, smollm2, tmp_path):
     write_data(tmp_path)
-    (tmp_path / "train.chatml").write_text(dialogues(3_000) + f"<|user|>\n{tmp_path}\n<|assistant|>\n{number}\n")
+    (tmp_path / "train.chatml").write_text(dialogues(3_000))
     code, out = interrupted(tmp_path, number, ("write_arrow", 1), "--dry-run", "--model", smollm2)
     assert (code, out) == (STATUS[number], "")
 

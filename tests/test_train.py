@@ -560,6 +560,22 @@ def test_what_would_make_it_fit(options, flags):
     assert fits(arguments(*options.replace("--no-bnb-nf4", "").replace("--no-bf16", "").split(), *flags.split()))
 
 
+def test_what_a_dry_run_sees_of_this_machine(tmp_path, monkeypatch):
+    """Without torch: whether the CPU has bfloat16, as torch says, and whether there is a GPU that may be used."""
+    assert sft.has_bf16() == torch.cpu._is_avx512_bf16_supported()
+    (tmp_path / "nvidia-smi").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert sft.sees_gpu()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not sft.sees_gpu()
+
+
+def test_rough_time():
+    times = {0.2: "1 min", 99: "99 min", 101: "2 h", 2_800: "47 h", 2_900: "2 days"}
+    assert {minutes: sft.rough_time(minutes) for minutes in times} == times
+
+
 def test_advice_after_running_out_of_memory():
     """The first saving of those not made yet; only several processes must be told to checkpoint."""
     advice = [
