@@ -3006,23 +3006,23 @@ def lora_products() -> type[torch.autograd.Function]:
             dropout, members = group.layers[0].lora_dropout["default"], len(group.layers)
             ctx.p = dropout.p if dropout.training and hasattr(dropout, "p") else 0
             b, inputs = tensors[:members], tensors[members:]
-            rows = x.flatten(0, -2)
+            rows, state = x.flatten(0, -2), None
             if ctx.p:
                 ctx.generator = torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator
-                ctx.state = ctx.generator.get_state()
+                state = ctx.generator.get_state()
                 rows = torch.native_dropout(rows, ctx.p, True)[0]
             inner = rows @ a.T
             outputs = tuple(layer.base_layer(x) for layer in group.layers)
             for output, part, b_part in zip(outputs, inner.chunk(members, 1), b, strict=True):
                 output.view(-1, output.shape[-1]).addmm_(part, b_part.T)
             ctx.group, ctx.function = group, function
-            ctx.save_for_backward(inner, a, *b, *inputs)
+            ctx.save_for_backward(state, inner, a, *b, *inputs)  # so a checkpointed layer keeps no state either
             return outputs
 
         @staticmethod
         def backward(ctx, *grads):
             layers, members = ctx.group.layers, len(grads)
-            inner, a, *tensors = ctx.saved_tensors
+            state, inner, a, *tensors = ctx.saved_tensors
             b, inputs = tensors[:members], tensors[members:]
             needed = ctx.needs_input_grad[4 + members :]
             with torch.enable_grad():
@@ -3034,7 +3034,7 @@ def lora_products() -> type[torch.autograd.Function]:
             b_grads = [grad.T @ part for grad, part in zip(grads, inner.chunk(members, 1), strict=True)]
             rows = x.detach().flatten(0, -2)
             if ctx.p:
-                rows, mask = dropout_again(rows, ctx.p, ctx.generator, ctx.state)
+                rows, mask = dropout_again(rows, ctx.p, ctx.generator, state)
             a_grad = inner_grad.T @ rows
             del rows  # the step's peak is a few lines below
             if any(needed):

@@ -173,7 +173,8 @@ def kept(base, step) -> int:
 
     def pack(tensor):
         alive.append(tensor)
-        storages.setdefault(tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes())
+        if tensor.device == base.device:  # the state of a generator is not
+            storages.setdefault(tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
