@@ -376,7 +376,9 @@ def test_one_core_and_all_cores_prepare_the_same(tmp_path, smollm2):
             preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )  # fmt: skip
         (arrow,) = tmp_path.glob(f"{name}-cache/*/*/samples.arrow")
-        return json.loads((tmp_path / name).read_text()), datasets.Dataset.from_file(str(arrow)).to_list()
+        report = json.loads((tmp_path / name).read_text())
+        del report["minutes"]  # the CPU's are an estimate from a measurement
+        return report, datasets.Dataset.from_file(str(arrow)).to_list()
 
     one, every = prepared("one", {min(cores)}), prepared("every", cores)
     assert one == every and len(one[1]) >= 1500 and one[0]["split"] > 0
