@@ -71,7 +71,7 @@ class Settings(NamedTuple):
 
 
 CENTERS = [Settings(50, 3, 1), Settings(200, 3, 4), Settings(1000, 3, 20), Settings(5000, 1, 32)]
-TWO_COUNTED = 4.303  # Student's t for a 95 % interval with two degrees of freedom: three seeds
+STUDENT_T = 4.303  # for a 95 % interval over three seeds
 
 
 def variations() -> list[Settings]:
@@ -346,7 +346,7 @@ def settings_table(folder: Path) -> None:
 
 
 def interval(values: list[float], sign: str = "") -> str:
-    half = TWO_COUNTED * statistics.stdev(values) / len(values) ** 0.5
+    half = STUDENT_T * statistics.stdev(values) / len(values) ** 0.5
     return f"{statistics.mean(values):{sign}.3f} ± {half:.3f}"
 
 
