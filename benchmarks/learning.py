@@ -1,12 +1,18 @@
 #!/usr/bin/env python3
-"""How many passes a corpus can bear, and which chat format a small model learns faster: on SmolLM2-135M, on a CPU.
+"""Passes, settings and chat formats: which ones a small model learns better with. SmolLM2-135M, on a CPU.
 
     python benchmarks/learning.py passes     # corpora of 12 to 400 dialogues, three seeds each: some hours on one core
+    python benchmarks/learning.py settings   # corpora of 50 to 5,000 dialogues, three seeds each: many hours on one core
+    python benchmarks/learning.py table      # of the runs of `settings` that are finished
     python benchmarks/learning.py formats    # --steps for shorter or longer runs
 
 passes: from each conversation of train.chatml its first exchange; 40 of them are held out, the same for all runs. A run
 trains on 12, 50, 200 or all others, in a random choice of its seed, and measures the held-out loss before training and
 after each pass. Finished runs are kept in --folder, so a stopped benchmark continues.
+
+settings: chats between people in English, cut into single exchanges; those of 100 conversations are held out. For each
+size of the corpus one run has the center's settings; the others change one of them: learning rate, rows in an optimizer
+step, passes or rank. The most useful runs come first. To use two cores, start it twice: each takes the next free run.
 
 formats: 22 whole conversations are held out, and the rest is trained on in the format of plain role tags and in the
 base's own, for the same share of a pass. Loss is the mean over the trained tokens of the held-out conversations, the same
@@ -15,17 +21,24 @@ seed of training would do is not in it.
 """
 
 import argparse
+import contextlib
+import fcntl
+import itertools
 import json
+import multiprocessing
 import os
 import random
+import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import llama
 from llama import ROOT
 
-HELD_OUT = {"passes": 40, "formats": 22}  # conversations
+HELD_OUT = {"passes": 40, "settings": 100, "formats": 22}  # conversations
 # Dialogues: (passes, rows in an optimizer step).
 SIZES = {12: (6, 1), 50: (5, 2), 200: (3, 4), 0: (2, 4)}  # 0: all that are not held out
 SEEDS = (1, 2, 3)
@@ -42,6 +55,42 @@ QUESTIONS = [
 ]  # fmt: skip
 
 
+class Settings(NamedTuple):
+    """What a run is trained on and with, but for its seed."""
+
+    size: int  # dialogues
+    epochs: int
+    rows: int  # in an optimizer step
+    packing: bool = True
+    learning_rate: float = 4.5e-4
+    r: int = 32
+
+    def __str__(self) -> str:
+        rows = f"rows{self.rows}" if self.packing else "unpacked"
+        return f"{self.size}-epochs{self.epochs}-{rows}-lr{self.learning_rate:g}-r{self.r}"
+
+
+CENTERS = [Settings(50, 3, 1), Settings(200, 3, 4), Settings(1000, 3, 20), Settings(5000, 1, 32)]
+STUDENT_T = 4.303  # for a 95 % interval over three seeds
+
+
+def variations() -> list[Settings]:
+    """The settings to run, the most useful first; each but the centers differs from its center in one thing."""
+    c50, c200, c1000, c5000 = CENTERS
+    rates = {c.size: [c._replace(learning_rate=rate) for rate in (1.5e-4, 1.35e-3)] for c in CENTERS}
+    rows = {
+        50: [c50._replace(packing=False), c50._replace(rows=4)],
+        200: [c200._replace(rows=1), c200._replace(rows=16)],
+        1000: [c1000._replace(rows=5), c1000._replace(rows=80)],
+        5000: [c5000._replace(rows=8)],
+    }
+    epochs = [c._replace(epochs=n) for c in (c50, c200) for n in (1, 6)] + [c1000._replace(epochs=1)]
+    ranks = [c._replace(r=r) for c in (c50, c200, c1000) for r in (8, 64)]
+    cheap = [c50, c200, *rates[200], *rows[200], c1000, *rates[50], *rows[50], *epochs]
+    dear = [c5000, *rates[1000], *rows[1000], *ranks, c1000._replace(epochs=6)]
+    return [*cheap, *dear, *rates[5000], *rows[5000], c5000._replace(epochs=3)]
+
+
 def conversations() -> list[list[dict]]:
     """train.chatml as messages, in a fixed random order."""
     import train_sft_dolores as trainer
@@ -49,6 +98,27 @@ def conversations() -> list[list[dict]]:
     found = list(trainer.read_conversations([str(ROOT / "train.chatml")], "chatml"))
     random.Random(0).shuffle(found)
     return [[{"role": turn.role, "content": turn.content} for turn in c.turns] for c in found]
+
+
+def exchanges() -> tuple[list[list[dict]], list[list[dict]]]:
+    """Single exchanges of 3 to 20 words a side, held out and to train on, from chats between people (chitchat-dataset).
+
+    A chat's first exchange, which is mostly "hi", is left out; at most three of the others are taken.
+    """
+    import parts
+
+    chats = json.loads(parts.member("chitchat-dataset==0.9.0", "dataset.json", "d2a5d0bf"))
+    found = []
+    for key in sorted(chats):
+        turns = ["\n".join(message["text"].strip() for message in run) for run in chats[key]["messages"]]
+        pairs = zip(turns[2::2], turns[3::2], strict=False)
+        fitting = [pair for pair in pairs if all(3 <= len(text.split()) <= 20 for text in pair)]
+        if fitting:
+            found.append([[{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
+                          for pair in fitting[:3]])  # fmt: skip
+    random.Random(0).shuffle(found)
+    held_out, rest = found[: HELD_OUT["settings"]], found[HELD_OUT["settings"] :]
+    return [chat[0] for chat in held_out], [pair for chat in rest for pair in chat]
 
 
 def write(file: Path, chats: list[list[dict]]) -> Path:
@@ -175,8 +245,6 @@ def table(*head: str) -> None:
 
 def passes(folder: Path, precision: str) -> None:
     """The held-out loss after each pass, by the size of the corpus."""
-    import statistics
-
     exchanges = []
     for chat in conversations():
         answered = next(i for i, message in enumerate(chat) if message["role"] == "assistant")
@@ -203,6 +271,85 @@ def passes(folder: Path, precision: str) -> None:
         row(size, ", ".join(map(str, after)), spread, f"{statistics.mean(lost):+.3f}")
 
 
+def settings(folder: Path, precision: str) -> None:
+    """The runs of `settings` that are not finished."""
+    held_out, rest = exchanges()
+    folder.mkdir(parents=True, exist_ok=True)
+    for wanted, seed in itertools.product(variations(), SEEDS):
+        output = folder / f"{wanted}-seed{seed}"
+        with open(f"{output}.lock", "w") as lock, contextlib.suppress(BlockingIOError):  # a second process is at it
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not Path(f"{output}.json").exists():
+                train_with(wanted, seed, precision, output, random.Random(seed).sample(rest, wanted.size), held_out)
+    settings_table(folder)
+
+
+def train_with(
+    wanted: Settings, seed: int, precision: str, output: Path, dialogues: list[list[dict]], held_out: list[list[dict]]
+) -> None:
+    """One run of `settings`; its losses stay in `output`.json."""
+    files = write(Path(f"{output}.jsonl"), dialogues), write(Path(f"{output}.held_out.jsonl"), held_out)
+    batch = max(n for n in range(1, 9) if wanted.rows % n == 0)
+    options = [precision, "--max-length", "160", "--train-batch-size", str(batch), "--eval-batch-size", "8",
+               "--grad-accum", str(wanted.rows // batch), "--learning-rate", str(wanted.learning_rate),
+               "--lora-r", str(wanted.r), "--lora-alpha", str(2 * wanted.r), "--seed", str(seed),
+               "--epochs", str(wanted.epochs), *([] if wanted.packing else ["--no-packing"])]  # fmt: skip
+    report = Path(f"{output}.report.json")
+    in_fork([*command(output, *files, *options), "--json", str(report)], Path(f"{output}.log"))
+    plan = json.loads(report.read_text())
+    steps = plan["steps_per_epoch"] if wanted.epochs > 1 else -(-plan["steps"] // 4)
+    options += [*every(steps), "--save-total-limit", "1", "--overwrite"]
+    in_fork(command(output, *files, *options), Path(f"{output}.log"))
+    record = train(output, *files)  # reads the finished run
+    found = {"steps": plan["steps"], "tokens": plan["tokens"], "evaluated_every": steps, "losses": record["losses"]}
+    Path(f"{output}.json").write_text(json.dumps(found) + "\n")
+    shutil.rmtree(output)  # a hundred adapters and checkpoints would be 25 GB
+    print(output.name, plan["steps"], "steps", " ".join(f"{loss:.3f}" for loss in found["losses"]), flush=True)
+
+
+def in_fork(run: list[str], log: Path) -> None:
+    """Run the trainer's command in a child that shares the loaded libraries; starting anew would take ten seconds."""
+    import train_sft_dolores as trainer
+
+    def child() -> None:
+        with open(log, "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.argv = run[1:]
+        trainer.main()
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(log.read_text()[-2000:])
+
+
+def settings_table(folder: Path) -> None:
+    """The finished settings, with 95 % intervals over the seeds; differences are paired by seed."""
+    found = {}
+    for wanted in variations():
+        files = [folder / f"{wanted}-seed{seed}.json" for seed in SEEDS]
+        if all(file.exists() for file in files):
+            found[wanted] = [json.loads(file.read_text()) for file in files]
+    lowest = {wanted: [min(run["losses"]) for run in runs] for wanted, runs in found.items()}
+    for center in (center for center in CENTERS if center in found):
+        table(f"{center.size:,} dialogues", "steps", "lowest held-out loss", "less the center's", "means of all losses")
+        for wanted, runs in found.items():
+            if wanted.size == center.size:
+                changed = [f"{k} {v}" for k, v, c in zip(wanted._fields, wanted, center, strict=True) if v != c]
+                name = ", ".join(changed) or f"center: {center}"
+                less = [a - b for a, b in zip(lowest[wanted], lowest[center], strict=True)] if changed else []
+                curve = [statistics.mean(losses) for losses in zip(*(run["losses"] for run in runs), strict=True)]
+                row(name, round(statistics.mean(run["steps"] for run in runs)), interval(lowest[wanted]),
+                    interval(less, "+") if less else "", " ".join(f"{loss:.3f}" for loss in curve))  # fmt: skip
+
+
+def interval(values: list[float], sign: str = "") -> str:
+    half = STUDENT_T * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):{sign}.3f} ± {half:.3f}"
+
+
 def formats(folder: Path, precision: str, steps: int) -> None:
     """Plain role tags against the base's own format, after so many optimizer steps of two rows."""
     chats = conversations()
@@ -224,17 +371,21 @@ def formats(folder: Path, precision: str, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("passes", "formats"))
+    parser.add_argument("what", choices=("passes", "settings", "table", "formats"))
     parser.add_argument("--steps", type=int, default=118, help="of formats; 118: one pass (default)")
     parser.add_argument("--precision", default="--bf16", choices=("--bf16", "--no-bf16"), help="what is quicker here")
     parser.add_argument("--folder", type=Path, default=Path("runs_learning"), help="where to work; finished runs stay")
     args = parser.parse_args()
+    if args.what == "table":
+        return settings_table(args.folder)
     print("machine", llama.machine(), llama.versions("torch", "transformers", "peft"))
     import train_sft_dolores as trainer
 
     trainer.load_libraries()
     if args.what == "passes":
         passes(args.folder, args.precision)
+    elif args.what == "settings":
+        settings(args.folder, args.precision)
     else:
         formats(args.folder, args.precision, args.steps)
 

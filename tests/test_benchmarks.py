@@ -14,6 +14,7 @@ sft.load_libraries()
 
 sys.path[:0] = [str(ROOT / "benchmarks")]
 import flops  # noqa: E402
+import learning  # noqa: E402
 import llama  # noqa: E402
 
 
@@ -90,6 +91,21 @@ def test_flops_table(monkeypatch, capsys):
     assert list(rows)[:2] == [flops.PLAIN, flops.TRL] and len(rows) == 6
     gflop = [float(words[0]) for words in rows.values()]
     assert gflop[0] > gflop[2] >= gflop[3] >= gflop[4] > 0
+
+
+# ---- learning.py ----
+
+
+def test_each_setting_differs_from_its_center_in_one_thing():
+    settings = learning.variations()
+    assert len(set(settings)) == len(settings)
+    for wanted in settings:
+        (center,) = [center for center in learning.CENTERS if center.size == wanted.size]
+        assert sum(a != b for a, b in zip(wanted, center, strict=True)) == (wanted != center)
+
+
+def test_interval_of_three_seeds():
+    assert learning.interval([1, 2, 3]) == "2.000 ± 2.484"  # t = 4.303, standard error 1 / sqrt(3)
 
 
 # ---- prep.py, gpu.py ----
