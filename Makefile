@@ -8,7 +8,7 @@ pytest = OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile --no-loadsco
 .PHONY: demo test test-fast lint bench test-ollama clean
 
 demo: .venv/demo
-	@rm -rf demo/adapter demo/merged
+	rm -rf demo/adapter demo/merged
 	$(python) tests/parts.py demo/base
 	@printf '%s\n' "Who are you?" "How do I deal with a bad day?" "$(QUESTION)" > demo/questions.txt
 	$(python) train_sft_dolores.py --model demo/base --output demo/adapter --train-files tests/demo.chatml \

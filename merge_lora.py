@@ -280,7 +280,7 @@ def run(argv: list[str] | None = None) -> int:
         print(f"{error.name}: not installed; run `{install}`", file=sys.stderr)
         return 2
     except Stopped as stopped:
-        print("stopped; no earlier merge was changed", file=sys.stderr)
+        print("stopped; nothing was changed", file=sys.stderr)
         return 128 + stopped.args[0]
     return 0
 

@@ -3363,10 +3363,15 @@ class Stop:
         if self.signal:
             os._exit(128 + signum)
         if not self.finish_step_first:
+            self.tell("stopped before the first step: nothing to save; the same command starts again")
             sys.exit(128 + signum)
         self.signal = signum
-        if not self.world.rank:  # print could fail: the signal may have come within another print
-            os.write(1, b"\nstopping after this step and its checkpoint; press Ctrl-C again to exit at once\n")
+        self.tell("stopping after this step and its checkpoint; press Ctrl-C again to exit at once")
+
+    def tell(self, text: str) -> None:
+        """Print from a signal handler, where print could fail: the signal may have come within another print."""
+        if not self.world.rank:
+            os.write(1, f"\n{text}\n".encode())
 
     def any_rank_signaled(self, accelerator) -> bool:
         """Whether any process has received a signal: all of them must stop at the same step."""

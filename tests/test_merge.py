@@ -1091,7 +1091,7 @@ def test_an_interrupted_merge(adapter, tmp_path, number, status):
         assert {path.name for path in tmp_path.iterdir()} == {"merged", ".merged.merging"}
         merge(adapter, output, "--overwrite")
     else:
-        assert stderr == "stopped; no earlier merge was changed\n"
+        assert stderr == "stopped; nothing was changed\n"
     assert {path.name for path in tmp_path.iterdir()} == {"merged"}
 
 

@@ -14,6 +14,7 @@ from runs import SCRIPT, TINY, assert_same_adapter, dialogues, launch, run, star
 import train_sft_dolores as sft
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+LAST_WORD = "\nstopped before the first step: nothing to save; the same command starts again\n"
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_before_training(number, moment, options, tmp_path):
         (tmp_path / "train.chatml").write_text(dialogues(3_000))
     code, out = interrupted(tmp_path, number, moment, *options)
     assert code == STATUS[number] and "Traceback" not in out, out
-    assert not (tmp_path / "out").exists()
+    assert out.endswith(LAST_WORD) and not (tmp_path / "out").exists()
     if moment[0] == "evaluation_loop":
         code, out = run(tmp_path, *options)
         assert code == 0, out
@@ -101,7 +102,7 @@ def test_in_a_dry_run(number, smollm2, tmp_path):
     write_data(tmp_path)
     (tmp_path / "train.chatml").write_text(dialogues(3_000))
     code, out = interrupted(tmp_path, number, ("write_arrow", 1), "--dry-run", "--model", smollm2)
-    assert (code, out) == (STATUS[number], "")
+    assert (code, out) == (STATUS[number], LAST_WORD)
 
 
 @pytest.mark.parametrize("number", [*STATUS, signal.SIGKILL])
