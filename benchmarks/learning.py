@@ -25,7 +25,6 @@ import contextlib
 import fcntl
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -135,11 +134,12 @@ def command(output: Path, train: Path, held_out: Path, *options: str) -> list[st
             "--train-files", str(train), "--eval-files", str(held_out), *KNOBS, *options]  # fmt: skip
 
 
-def steps_in_a_pass(train: Path, held_out: Path, *options: str) -> int:
-    report = train.with_suffix(".report.json")
+def plan(train: Path, held_out: Path, *options: str) -> dict:
+    """What a dry run finds: rows, tokens, steps."""
+    report = Path(f"{train}.report.json")
     run = command(report, train, held_out, *options, "--json", str(report))
     subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
-    return json.loads(report.read_text())["steps_per_epoch"]
+    return json.loads(report.read_text())
 
 
 def every(steps: int) -> list[str]:
@@ -152,7 +152,7 @@ def train(output: Path, train: Path, held_out: Path, *options: str) -> dict:
     if not (output / "adapter_model.safetensors").exists():
         run = [*command(output, train, held_out, *options), "--overwrite"]
         print("$", " ".join(run[1:]).replace(f"{ROOT}/", ""), flush=True)
-        with open(output.with_suffix(".log"), "w") as log:
+        with open(f"{output}.log", "w") as log:
             if subprocess.run(run, stdout=log, stderr=log, env={**os.environ, "PYTHONUNBUFFERED": "1"}).returncode:
                 sys.exit(Path(log.name).read_text()[-2000:])
     record = json.loads((output / "training_args.json").read_text())
@@ -258,7 +258,7 @@ def passes(folder: Path, precision: str) -> None:
         for seed in SEEDS:
             chosen = write(folder / f"{size}-{seed}.jsonl", random.Random(seed).sample(rest, size))
             options = [precision, "--max-length", "512", "--grad-accum", str(rows), "--seed", str(seed)]
-            steps = steps_in_a_pass(chosen, held_out, *options)
+            steps = plan(chosen, held_out, *options)["steps_per_epoch"]
             options += ["--epochs", str(epochs), *every(steps)]
             losses = train(folder / f"run-{size}-{seed}", chosen, held_out, *options)["losses"]
             row(size, rows, steps, seed, " ".join(f"{loss:.3f}" for loss in losses))
@@ -294,35 +294,13 @@ def train_with(
                "--grad-accum", str(wanted.rows // batch), "--learning-rate", str(wanted.learning_rate),
                "--lora-r", str(wanted.r), "--lora-alpha", str(2 * wanted.r), "--seed", str(seed),
                "--epochs", str(wanted.epochs), *([] if wanted.packing else ["--no-packing"])]  # fmt: skip
-    report = Path(f"{output}.report.json")
-    in_fork([*command(output, *files, *options), "--json", str(report)], Path(f"{output}.log"))
-    plan = json.loads(report.read_text())
-    steps = plan["steps_per_epoch"] if wanted.epochs > 1 else -(-plan["steps"] // 4)
-    options += [*every(steps), "--save-total-limit", "1", "--overwrite"]
-    in_fork(command(output, *files, *options), Path(f"{output}.log"))
-    record = train(output, *files)  # reads the finished run
-    found = {"steps": plan["steps"], "tokens": plan["tokens"], "evaluated_every": steps, "losses": record["losses"]}
+    counts = plan(*files, *options)
+    steps = counts["steps_per_epoch"] if wanted.epochs > 1 else -(-counts["steps"] // 4)
+    losses = train(output, *files, *options, *every(steps), "--save-total-limit", "1")["losses"]
+    found = {"steps": counts["steps"], "tokens": counts["tokens"], "evaluated_every": steps, "losses": losses}
     Path(f"{output}.json").write_text(json.dumps(found) + "\n")
     shutil.rmtree(output)  # a hundred adapters and checkpoints would be 25 GB
-    print(output.name, plan["steps"], "steps", " ".join(f"{loss:.3f}" for loss in found["losses"]), flush=True)
-
-
-def in_fork(run: list[str], log: Path) -> None:
-    """Run the trainer's command in a child that shares the loaded libraries; starting anew would take ten seconds."""
-    import train_sft_dolores as trainer
-
-    def child() -> None:
-        with open(log, "w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        sys.argv = run[1:]
-        trainer.main()
-
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join()
-    if process.exitcode:
-        sys.exit(log.read_text()[-2000:])
+    print(output.name, counts["steps"], "steps", " ".join(f"{loss:.3f}" for loss in losses), flush=True)
 
 
 def settings_table(folder: Path) -> None:
@@ -356,7 +334,7 @@ def formats(folder: Path, precision: str, steps: int) -> None:
     held_out = write(folder / "formats_held_out.jsonl", chats[: HELD_OUT["formats"]])
     rest = write(folder / "formats.jsonl", chats[HELD_OUT["formats"] :])
     options = [precision, "--max-length", "1024", "--grad-accum", "2"]
-    a_pass = steps_in_a_pass(rest, held_out, *options)
+    a_pass = plan(rest, held_out, *options)["steps_per_epoch"]
     options += ["--epochs", f"{(steps - 0.5) / a_pass:.5f}", *every(steps)]  # the trainer rounds steps up
     folders, names = (folder / "dolores", folder / "chatml"), ("dolores", "chatml")
     records = [
