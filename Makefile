@@ -42,6 +42,7 @@ test-ollama: .venv/dev
 	$(PYTHON) -m venv .venv
 
 .venv/demo: .venv/bin/python requirements.txt
+	@echo "downloading and installing about 2 GB: some minutes"
 	$(python) -m pip install -q --disable-pip-version-check -r requirements.txt gguf==0.19.0
 	@touch $@
 

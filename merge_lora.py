@@ -248,9 +248,12 @@ def main(argv: list[str] | None = None) -> None:
     print(f"written    {args.output} ({size}) in {time.monotonic() - start:.0f} s")
     for check in checks:
         print(f"checked    {check}")
+    read_as = ollama_tokenizer(output, adapter.tokenizer.pre_tokenizer)
+    print(f"tokenizer  Ollama reads {read_as}" if read_as else UNKNOWN_TO_OLLAMA)
     for note in notes:
         print(note)
-    print(f"next       {shlex.join(['ollama', 'create', name, '-f', f'{args.output}/Modelfile'])}")
+    create = shlex.join(["ollama", "create", name, "-f", f"{args.output}/Modelfile"])
+    print(f"next       {create if read_as else f'talk to it with merge_lora.py --chat {args.output}'}")
 
 
 def run(argv: list[str] | None = None) -> int:
@@ -822,7 +825,7 @@ def finite(numbers: Tensor) -> bool:
 def write_small_files(adapter: Adapter, base: Path, plan: Plan, folder: Path) -> list[str]:
     """Everything except weights and card: configs and tokenizer for every reader, licenses, the Modelfile.
 
-    Returns lines to print: how Ollama will read the tokenizer and the system turn.
+    Returns lines to print about the system turn.
     """
     for name in ("model.safetensors.index.json", *VOCABULARY_FILES, *LICENSE_FILES):
         if (base / name).is_file():
@@ -836,7 +839,7 @@ def write_small_files(adapter: Adapter, base: Path, plan: Plan, folder: Path) ->
     )
     text, note = modelfile_of(adapter, plan.config)
     (folder / "Modelfile").write_text(text, encoding="utf-8")
-    return [ollama_tokenizer(folder, adapter.tokenizer.pre_tokenizer), *note]
+    return note
 
 
 def config_for_all_readers(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
@@ -949,20 +952,21 @@ def ollama_system(system: str | None) -> tuple[str | None, list[str]]:
     return system, ["system     the turn that all conversations share is in the Modelfile"]
 
 
-def ollama_tokenizer(folder: Path, pre_tokenizer: dict[str, Any]) -> str:
-    """A line to print: how Ollama will split text into tokens, given this part of tokenizer.json."""
+UNKNOWN_TO_OLLAMA = """\
+warning    Ollama does not know this tokenizer and would split text differently than in training;
+           for Ollama make a GGUF file with llama.cpp's convert_hf_to_gguf.py and name it after FROM in the Modelfile"""
+
+
+def ollama_tokenizer(folder: Path, pre_tokenizer: dict[str, Any]) -> str | None:
+    """As what Ollama will read the tokenizer, given this part of tokenizer.json; None if it does not know it."""
     if (folder / "tokenizer.model").is_file():
-        return "tokenizer  Ollama reads tokenizer.model (SentencePiece)"
+        return "tokenizer.model (SentencePiece)"
     digest = hashlib.sha256()
     for step in pre_tokenizer.get("pretokenizers", []):
         if step["type"] == "Split" and "Regex" in step["pattern"]:
             digest.update(step["pattern"]["Regex"].encode())
-    if known := OLLAMA_TOKENIZERS.get(digest.hexdigest()):
-        return f"tokenizer  Ollama reads this tokenizer as {known}"
-    return (
-        "warning    Ollama does not know this tokenizer and will split text differently than in training;\n"
-        "           make a GGUF file with llama.cpp's convert_hf_to_gguf.py and name it after FROM in the Modelfile"
-    )
+    known = OLLAMA_TOKENIZERS.get(digest.hexdigest())
+    return f"this tokenizer as {known}" if known else None
 
 
 def stop_texts(chat_format: dict[str, Any]) -> list[str]:

@@ -637,14 +637,22 @@ def test_the_shared_system_turn_is_in_the_modelfile(copy, tmp_path, capsys, syst
 def test_how_ollama_will_split_text(llama31_tokenizer, smollm2, tmp_path):
     """Llama 3.1's patterns are known; SmolLM2's are not, nor Llama's with one letter changed."""
     llama = llama31_tokenizer.backend_tokenizer.to_str().replace("<|eot_id|>", "<|im_end|>")
-    for text, line in (
-        (llama, "tokenizer  Ollama reads this tokenizer as llama-bpe"),
-        ((smollm2 / "tokenizer.json").read_text(), "warning    Ollama does not know this tokenizer"),
-        (llama.replace("{1,3}", "{1,2}"), "warning    Ollama does not know this tokenizer"),
+    for text, read_as in (
+        (llama, "this tokenizer as llama-bpe"),
+        ((smollm2 / "tokenizer.json").read_text(), None),
+        (llama.replace("{1,3}", "{1,2}"), None),
     ):
         (tmp_path / "tokenizer.json").write_text(text)
         pre_tokenizer = merge_lora.read_tokenizer(tmp_path / "tokenizer.json", "<|im_end|>").pre_tokenizer
-        assert merge_lora.ollama_tokenizer(tmp_path, pre_tokenizer).startswith(line)
+        assert merge_lora.ollama_tokenizer(tmp_path, pre_tokenizer) == read_as
+
+
+def test_a_tokenizer_that_ollama_does_not_know(short_smollm2, tmp_path, capsys):
+    """Ollama is warned of, and not proposed as the next step."""
+    merge(random_adapter(short_smollm2, tmp_path / "adapter"), tmp_path / "merged")
+    shown = capsys.readouterr().out
+    assert "warning    Ollama does not know this tokenizer" in shown and "ollama create" not in shown
+    assert shown.endswith(f"next       talk to it with merge_lora.py --chat {tmp_path}/merged\n")
 
 
 def test_one_bos_whatever_the_route(adapter, tiny_llama31, llama31_tokenizer, tmp_path):
