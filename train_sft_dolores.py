@@ -2845,7 +2845,7 @@ def shard_base(model, device: torch.device) -> None:
 # ---- Speed ---------------------------------------------------------------------------------------
 #
 # What this section gains. For a layer of Llama-3.1-8B, traced: 95 kB kept of each token instead of 257; for a batch: 4,996
-# kernels instead of 8,678. On two CPU cores with SmolLM2, measured once: 3.1 times the tokens per second of TRL 1.16.
+# kernels instead of 8,678. On two CPU cores with SmolLM2, measured once: 2.0 times the tokens per second of TRL 1.16.
 
 
 def lean_decoder(decoder) -> None:
