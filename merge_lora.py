@@ -252,8 +252,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"tokenizer  Ollama reads {read_as}" if read_as else UNKNOWN_TO_OLLAMA)
     for note in notes:
         print(note)
-    create = shlex.join(["ollama", "create", name, "-f", f"{args.output}/Modelfile"])
-    print(f"next       {create if read_as else f'talk to it with merge_lora.py --chat {args.output}'}")
+    create = ["ollama", "create", name, "-f", f"{args.output}/Modelfile"]
+    print("next      ", shlex.join(create if read_as else [sys.executable, sys.argv[0], "--chat", str(args.output)]))
 
 
 def run(argv: list[str] | None = None) -> int:
@@ -1134,16 +1134,19 @@ def chat(folder: Path, base: str | None) -> None:
     system = re.search(r'^SYSTEM """(.*?)"""$', settings, re.MULTILINE | re.DOTALL)
 
     class Streamer(TextStreamer):
-        """Prints word by word, without the stop text: a stop has no space, so it arrives in one piece."""
+        """Prints and keeps an answer word by word, without the stop text: that has no space, so it comes in one piece."""
+
+        answer = ""
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.answer += before_stop(text, stops)
             super().on_finalized_text(before_stop(text, stops), stream_end)
 
     opening = [{"role": "system", "content": system[1]}] if system else []
     messages = [*opening]
     terminal = sys.stdin.isatty()
     if terminal:
-        print(f"{folder}: type a message; an empty line or Ctrl-D ends the chat")
+        print(f"{folder}: type a message; Ctrl-C ends an answer, an empty line or Ctrl-D the chat")
     for question in typed_questions() if terminal else filter(None, map(str.strip, sys.stdin)):
         if not terminal:
             print(f"\n> {question}")
@@ -1153,10 +1156,14 @@ def chat(folder: Path, base: str | None) -> None:
             messages, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True
         ).to(model.device)
         streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        output = model.generate(**inputs, **SAMPLING, do_sample=True, max_new_tokens=CHAT_TOKENS, streamer=streamer,
-                                stop_strings=stops, tokenizer=tokenizer)  # fmt: skip
-        answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        messages.append({"role": "assistant", "content": before_stop(answer, stops).strip()})
+        try:
+            model.generate(**inputs, **SAMPLING, do_sample=True, max_new_tokens=CHAT_TOKENS, streamer=streamer,
+                           stop_strings=stops, tokenizer=tokenizer)  # fmt: skip
+        except Stopped as stopped:
+            if not terminal or stopped.args != (signal.SIGINT,):
+                raise
+            streamer.end()  # the next question may refer to what was read
+        messages.append({"role": "assistant", "content": streamer.answer.strip()})
 
 
 def before_stop(text: str, stops: list[str]) -> str:

@@ -414,9 +414,13 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
             print_field("device", "no NVIDIA GPU here: the GPU figures below are for the machine that will train")
         plan = print_memory_plan(args, world, config, data.counts, capacity=24, device="a 24 GiB GPU")
         minutes = print_time_plan(args, world, config, data.counts)
-        report = data.counts | {"memory_gib": plan, "minutes": minutes, "advice": advise(args, world, data.counts)}
+        advice, flags = advise(args, world, data.counts)
+        report = data.counts | {"memory_gib": plan, "minutes": minutes, "advice": advice}
         found = data.warnings
         print_rows(data.train_rows, args.preview, base.encode.tokenizer)
+        if world.size == 1:  # a launcher's command is not known here
+            advised = parse_args([*training_flags(args), *flags])
+            print_next(sys.argv[0], *training_flags(advised))
     else:
         report, found, _ = read_data(inputs.train_files | inputs.eval_files, args)
         print_survey(report)
@@ -551,6 +555,7 @@ def fit(args, world: World, trainer, data: Data, record: dict, checkpoint: str |
         if data.eval_rows:
             print_field("before", f"the loss of {plural(data.counts['held_out'], 'held-out conversation')}")
             results["eval_loss_before"] = trainer.evaluate()["eval_loss"]
+            print_field("before", f"held-out loss {results['eval_loss_before']:.4f}")
         results["samples"] = {"before": trainer.answer("before")}
         trainer.evaluation_seconds = time.monotonic() - began
         if not world.rank:
@@ -597,9 +602,7 @@ def finish(args: argparse.Namespace, record: dict, trainer, base_folder: str) ->
         before, after = results["eval_loss_before"], results["eval_loss_after"]
         change = f"loss {before:.4f} -> {after:.4f}, perplexity {np.exp(before):.2f} -> {np.exp(after):.2f}"
         print_field("held out", f"{change} (step {results['best_step']})")
-    script = str(Path(sys.argv[0]).with_name("merge_lora.py"))
-    # On one line, however long: it is there to be pasted.
-    print(f"{'next':<10} {merge_command(this_python(), script, args.output, args.name)}", flush=True)
+    print_next(str(Path(sys.argv[0]).with_name("merge_lora.py")), *merge_flags(args.output, args.name))
 
 
 # ---- Chat format ---------------------------------------------------------------------------------
@@ -1966,7 +1969,7 @@ def print_data(args: argparse.Namespace, world: World, data: Data) -> None:
     passes = f"{args.epochs:g} {'epoch' if args.epochs == 1 else 'epochs'}"
     each = f"{passes}, {plural(counts['rows_per_step'], 'row')} each"
     print_field("steps", f"{plural(counts['steps'], 'optimizer step')} ({each})")
-    for advice in advise(args, world, counts):
+    for advice in advise(args, world, counts)[0]:
         print_field("advice", advice)
     print_warnings(data.warnings)
 
@@ -1996,52 +1999,76 @@ ENOUGH_STEPS = 30
 MOST_EPOCHS = 3
 
 
-def advise(args: argparse.Namespace, world: World, counts: dict[str, Any]) -> list[str]:
-    """What small data needs: more steps, but not so many passes that it is learned by heart; more held-out data."""
-    advice = []
-    flags, steps = step_flags(args, world, counts)
-    # Not at once below ENOUGH_STEPS: a larger --eval-fraction, advised below, takes up to a quarter of the rows.
-    too_few = f"{plural(counts['steps'], 'step')} will teach little" if counts["steps"] < 0.75 * ENOUGH_STEPS else ""
-    if too_few and steps > counts["steps"]:
-        advice.append(f"{too_few}: {flags} would make {steps}")
-    if args.epochs > MOST_EPOCHS and counts["held_out"] and not args.early_stopping:
-        passes = f"{args.epochs:g} passes may learn the data by heart"
-        advice.append(f"{passes}: --early-stopping 2 stops when the held-out loss rises")
+def advise(args: argparse.Namespace, world: World, counts: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What small data needs, as sentences and as flags.
+
+    More steps, but not so many passes that it is learned by heart; more held-out data.
+    """
+    advice, flags = [], []
     own = counts["trained_on"] + counts["held_out"]  # all in the training files, unless there are --eval-files
     five = np.ceil(500 / own) / 100  # the --eval-fraction that holds out five
-    noisy = f"the loss of {plural(counts['held_out'], 'held-out conversation')} is too noisy to trust"
-    if five > 0.25 and not args.eval_files:  # no flag helps
-        few = f"only {plural(own, 'conversation')}{f', and {noisy}' if counts['held_out'] else ''}"
-        advice.append(f"{few}: write more, fifty are a good start")
+    few = five > 0.25 and not args.eval_files  # no flag helps
+    noisy = 0 < counts["held_out"] < 5 and (args.eval_files or args.eval_fraction < five)
+    hold_out_more = noisy and not few and not args.eval_files
+
+    kept = (1 - five) * own / counts["trained_on"] if hold_out_more else 1
+    step_flags, steps = more_steps(args, world, counts, kept)
+    too_few = too_few_rows(args, counts)
+    if not too_few and counts["steps"] < 0.75 * ENOUGH_STEPS:  # close to it is good enough
+        too_few = f"{plural(counts['steps'], 'step')} will teach little"
+    if too_few and steps > counts["steps"]:
+        advice.append(f"{too_few}: {' '.join(step_flags)} would make about {steps:,}")
+        flags += step_flags
+    elif args.epochs > MOST_EPOCHS and counts["held_out"] and not args.early_stopping:
+        flags += ["--early-stopping", "2"]
+        passes = f"{args.epochs:g} passes may learn the data by heart"
+        advice.append(f"{passes}: {' '.join(flags)} stops when the held-out loss rises")
+
+    loss = f"the loss of {plural(counts['held_out'], 'held-out conversation')} is too noisy to trust"
+    if few:
+        only = f"only {plural(own, 'conversation')}{f', and {loss}' if counts['held_out'] else ''}"
+        advice.append(f"{only}: write more, fifty are a good start")
     elif too_few and steps <= counts["steps"]:
         advice.append(f"{too_few}, and more passes would learn the data by heart: write more conversations")
-    elif 0 < counts["held_out"] < 5 and (args.eval_files or args.eval_fraction < five):
-        more = "give more --eval-files" if args.eval_files else f"--eval-fraction {five:g} holds out more"
-        advice.append(f"{noisy}: {more}")
-    return advice
+    elif hold_out_more:
+        flags += ["--eval-fraction", f"{five:g}"]
+        advice.append(f"{loss}: {' '.join(flags[-2:])} holds out more")
+    elif noisy:
+        advice.append(f"{loss}: give more --eval-files")
+    return advice, flags
 
 
-def step_flags(args: argparse.Namespace, world: World, counts: dict[str, Any]) -> tuple[str, int]:
-    """Flags for MOST_EPOCHS passes in at least ENOUGH_STEPS optimizer steps, if the data allow so many; and the steps."""
-    rows, batch, flags = counts["rows"], args.train_batch_size * world.size, ""
-    if args.packing and rows * MOST_EPOCHS < ENOUGH_STEPS * batch and counts["trained_on"] > rows:
-        rows, flags = counts["trained_on"], "--no-packing "  # a row for each conversation makes more steps
-    batches, epochs = -(-rows // batch), max(args.epochs, MOST_EPOCHS)
+def more_steps(args, world: World, counts: dict[str, Any], kept: float = 1) -> tuple[list[str], int]:
+    """Flags for MOST_EPOCHS passes in at least ENOUGH_STEPS optimizer steps, if the data allow so many; and the steps.
+
+    kept: share of the rows that are still trained on when more is held out.
+    """
+    rows, batch, flags = kept * counts["rows"], args.train_batch_size * world.size, []
+    if args.packing and rows * MOST_EPOCHS < ENOUGH_STEPS * batch and counts["trained_on"] > counts["rows"]:
+        rows, flags = kept * counts["trained_on"], ["--no-packing"]  # a row for each conversation makes more steps
+    batches, epochs = int(np.ceil(rows / batch)), max(args.epochs, MOST_EPOCHS)
     accum = min(args.grad_accum, max(1, int(batches * epochs) // ENOUGH_STEPS))
     per_epoch = -(-batches // accum)
-    flags += f"--grad-accum {accum} --epochs {epochs:g}"
+    flags += ["--grad-accum", f"{accum}", "--epochs", f"{epochs:g}"]
     if counts["held_out"]:
         if per_epoch < args.eval_steps:  # an evaluation after each pass
-            flags += f" --eval-steps {per_epoch}"
-        flags += f" --early-stopping {args.early_stopping or 2}"
+            flags += ["--eval-steps", f"{per_epoch}"]
+        flags += ["--early-stopping", f"{args.early_stopping or 2}"]
     return flags, int(np.ceil(epochs * per_epoch))
+
+
+def too_few_rows(args: argparse.Namespace, counts: dict[str, Any]) -> str:
+    """Says that the rows do not even fill one optimizer step; else ""."""
+    if counts["rows"] * max(1, args.epochs) >= counts["rows_per_step"]:  # less than a pass is meant to be short
+        return ""
+    return f"{plural(counts['rows'], 'row')} of data, too few for one step of {counts['rows_per_step']}"
 
 
 def check_steps(args: argparse.Namespace, world: World, counts: dict[str, Any]) -> None:
     """Refuse a run whose rows do not even fill one optimizer step."""
-    if counts["rows"] * max(1, args.epochs) < counts["rows_per_step"]:  # less than a pass is meant to be short
-        rows = f"{plural(counts['rows'], 'row')} of data, too few for one step of {counts['rows_per_step']}"
-        raise InputError(f"--grad-accum {args.grad_accum}: {rows}; use {step_flags(args, world, counts)[0]}")
+    if too_few := too_few_rows(args, counts):
+        flags = " ".join(more_steps(args, world, counts)[0])
+        raise InputError(f"--grad-accum {args.grad_accum}: {too_few}; use {flags}")
 
 
 def print_rows(rows: Rows, count: int, tokenizer) -> None:
@@ -2233,13 +2260,13 @@ def print_time_plan(args: argparse.Namespace, world: World, config: dict, counts
     minutes = {card: flop / (UTILIZATION * peak * 1e12) / world.size / 60 for card, peak in CARDS.items()}
     shown = ", ".join(f"{card} {rough_time(amount)}" for card, amount in minutes.items())
     source = f"calculated at {UTILIZATION:.0%} of the card's peak, not measured"
-    print_field("time", f"{shown} ({source}), and the evaluations")
+    print_field("time", f"{shown} ({source}), without evaluations and answers")
     if not sees_gpu():
         minutes["CPU"] = flop / (CPU_UTILIZATION * product_speed()) / 60
         source = "an estimate from its speed at a matrix product"
         if slow := args.bf16 and not has_bf16():
             minutes["CPU"] *= 10
-        print_field("time", f"this CPU {rough_time(minutes['CPU'])} ({source}), and the evaluations")
+        print_field("time", f"this CPU {rough_time(minutes['CPU'])} ({source}), without evaluations and answers")
         if slow:
             print_field("time", NO_BF16)
     return {device: round(amount, 2) for device, amount in minutes.items()}
@@ -3494,11 +3521,12 @@ def trainer_class(shard_base: bool) -> type[transformers.Trainer]:
             return self.lr_scheduler
 
         def answer(self, when: str) -> dict[str, str]:
-            """The model's answers by their questions; each is announced, because on a CPU it takes a while."""
+            """The model's answers by their questions; a terminal shows each as it is written: on a CPU it takes a while."""
             answers = {}
+            streamer = answer_streamer(self.processing_class) if show_progress() else None
             for number, prompt in enumerate(self.prompts, 1):
-                print_field(when, f"the answer to question {number} of {len(self.prompts)}")
-                answers |= generate_answers(self.model, self.processing_class, [prompt])
+                print_field(when, f"question {number} of {len(self.prompts)}: {one_line(prompt.text, 200)}")
+                answers |= generate_answers(self.model, self.processing_class, [prompt], streamer=streamer)
             return answers
 
         def floating_point_ops(self, inputs):
@@ -3930,7 +3958,7 @@ def before_answer(input_ids: np.ndarray, labels: np.ndarray) -> list[int]:
     return input_ids[: int(np.argmax(labels != IGNORE))].tolist()
 
 
-def generate_answers(model, tokenizer, prompts: list[Prompt], max_new_tokens: int = 80) -> dict[str, str]:
+def generate_answers(model, tokenizer, prompts: list[Prompt], max_new_tokens=80, streamer=None) -> dict[str, str]:
     """Greedy answers by their questions, one at a time: no padding, so the packed attention serves here too."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
@@ -3953,9 +3981,19 @@ def generate_answers(model, tokenizer, prompts: list[Prompt], max_new_tokens: in
     answers = {}
     for prompt in prompts:
         ids = torch.tensor([prompt.input_ids], device=model.device)
-        output = model.generate(ids, generation_config=greedy, synced_gpus=synced)
+        output = model.generate(ids, generation_config=greedy, synced_gpus=synced, streamer=streamer)
         answers[prompt.text] = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
     return answers
+
+
+def answer_streamer(tokenizer) -> transformers.TextStreamer:
+    """Prints an answer word by word."""
+
+    class Streamer(transformers.TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False):
+            super().on_finalized_text(escape_controls(text, keep="\n\t"), stream_end)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def write_samples(file: Path, name: str, heading: str, answers: dict[str, str]) -> None:
@@ -4051,10 +4089,12 @@ def write_card(output: Path, args: argparse.Namespace, record: dict[str, Any]) -
     question = json.dumps(one_line(next(iter(after), "Hello!")), ensure_ascii=False)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     folder = Path(output.name) if output.is_absolute() else output
-    lines += ["", "## Merge and run", "", "```bash", merge_command("python3", "merge_lora.py", folder, args.name),
+    merge = shlex.join(["python3", "merge_lora.py", *merge_flags(folder, args.name)])
+    train = shlex.join(["python3", "train_sft_dolores.py", *map(without_folder, training_flags(args))])
+    lines += ["", "## Merge and run", "", "```bash", merge,
               f"ollama create {args.name} -f {merged_folder(args.name)}/Modelfile", f"ollama run {args.name}", "```", "",
               "## Use it in Python", "", "```python", SNIPPET.replace("@question@", question), "```", "",
-              "## Reproduce", "", "```bash", training_command(args), "```", "", f"Versions: {versions}", "",
+              "## Reproduce", "", "```bash", train, "```", "", f"Versions: {versions}", "",
               "The license of the base model applies to this adapter and to what is merged from it."]  # fmt: skip
     (output / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -4064,22 +4104,22 @@ def without_folder(name: str, on_hub: Any = None) -> str:
     return os.path.basename(name.rstrip("/")) if os.path.isabs(name) and not on_hub else name
 
 
-def training_command(args: argparse.Namespace) -> str:
-    """The command of a run: all flags that are not the default."""
+def training_flags(args: argparse.Namespace) -> list[str]:
+    """All flags of a run that are not the default, as they are typed."""
     once = {"resume", "force_resume", "overwrite", "dry_run", "preview", "json"}
-    command, defaults = ["python3", "train_sft_dolores.py"], vars(parse_args([]))
+    flags, defaults = [], vars(parse_args([])) | {"save_steps": args.eval_steps}
     for name, value in vars(args).items():
         flag = "--" + name.replace("_", "-")
         if name in once or value == defaults[name]:
             continue
         if isinstance(value, bool):
-            command.append(flag if value else flag.replace("--", "--no-", 1))
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
         elif name == "lora_target_modules":
-            command += [flag, ",".join(value)]
+            flags += [flag, ",".join(value)]
         else:
-            command += [flag, *(without_folder(f"{v:g}" if isinstance(v, float) else str(v))
-                                for v in (value if isinstance(value, list) else [value]))]  # fmt: skip
-    return shlex.join(command)
+            values = value if isinstance(value, list) else [value]
+            flags += [flag, *(f"{v:.12g}" if isinstance(v, float) else str(v) for v in values)]
+    return flags
 
 
 def card_rows(record: dict[str, Any]) -> dict[str, str]:
@@ -4101,16 +4141,20 @@ def card_rows(record: dict[str, Any]) -> dict[str, str]:
     return rows | {f"`{without_folder(name)}`": f"sha256 `{value[:16]}…`" for name, value in data["sha256"].items()}
 
 
-def merge_command(python: str, script: str, output: Path, name: str) -> str:
-    """What to type after training."""
+def merge_flags(output: Path, name: str) -> list[str]:
+    """What merge_lora.py needs to be told about this run."""
     documented = (output, name) == (DEFAULT_OUTPUT, "dolores-v5")
-    folders = [] if documented else ["--adapter", str(output), "--output", merged_folder(name)]
-    return shlex.join([python, script, *folders])
+    return [] if documented else ["--adapter", str(output), "--output", merged_folder(name)]
 
 
 def merged_folder(name: str) -> str:
     """Where the merged model of this name goes: dolores_v5_full for dolores-v5."""
     return name.split("/")[-1].replace("-", "_") + "_full"
+
+
+def print_next(script: str, *flags: str) -> None:
+    """Print what to type next, on one line, however long: it is there to be pasted."""
+    print(f"{'next':<10} {shlex.join([this_python(), script, *flags])}", flush=True)
 
 
 def this_python() -> str:

@@ -4,6 +4,9 @@ import errno
 import hashlib
 import io
 import json
+import os
+import pty
+import select
 import shlex
 import shutil
 import signal
@@ -647,12 +650,13 @@ def test_how_ollama_will_split_text(llama31_tokenizer, smollm2, tmp_path):
         assert merge_lora.ollama_tokenizer(tmp_path, pre_tokenizer) == read_as
 
 
-def test_a_tokenizer_that_ollama_does_not_know(short_smollm2, tmp_path, capsys):
+def test_a_tokenizer_that_ollama_does_not_know(short_smollm2, tmp_path, capsys, monkeypatch):
     """Ollama is warned of, and not proposed as the next step."""
+    monkeypatch.setattr(sys, "argv", ["merge_lora.py"])
     merge(random_adapter(short_smollm2, tmp_path / "adapter"), tmp_path / "merged")
     shown = capsys.readouterr().out
     assert "warning    Ollama does not know this tokenizer" in shown and "ollama create" not in shown
-    assert shown.endswith(f"next       talk to it with merge_lora.py --chat {tmp_path}/merged\n")
+    assert shown.endswith(f"next       {sys.executable} merge_lora.py --chat {tmp_path}/merged\n")
 
 
 def test_one_bos_whatever_the_route(adapter, tiny_llama31, llama31_tokenizer, tmp_path):
@@ -733,6 +737,37 @@ def test_chat_streams_answers_in_the_models_format(short_smollm2, tmp_path, monk
         assert tokenizer.decode(second).endswith("Et moi ?\n<|assistant|>\n")
     else:  # each question is a conversation of its own
         assert tokenizer.decode(second) == prompt.replace("Qui es-tu ?", "Et moi ?")
+
+
+def test_ctrl_c_ends_an_answer(short_smollm2, tmp_path):
+    """The chat goes on, with what was written of the answer in its history; SIGTERM and Ctrl-C at the prompt end it."""
+    folder = random_adapter(short_smollm2, tmp_path / "adapter")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, "merge_lora.py", "--chat", str(folder)], stdin=theirs, stdout=theirs,
+                               stderr=theirs, cwd=ROOT, start_new_session=True)  # fmt: skip
+    os.close(theirs)
+
+    def read_until(wanted: str) -> str:
+        shown = ""
+        while wanted not in shown:
+            assert select.select([ours], [], [], 60)[0], shown
+            shown += os.read(ours, 1 << 12).decode(errors="replace")
+        return shown
+
+    try:
+        read_until("> ")
+        for question in ("Qui es-tu ?", "Et moi ?"):  # random weights answer with all of CHAT_TOKENS
+            os.write(ours, f"{question}\n".encode())
+            read_until(f"{question}\r\n")
+            assert select.select([ours], [], [], 60)[0]  # the answer has begun
+            process.send_signal(signal.SIGINT)
+            read_until("\n> ")
+        process.send_signal(signal.SIGINT)
+        read_until("stopped")
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+        os.close(ours)
 
 
 def test_chat_stops_at_a_role_tag():

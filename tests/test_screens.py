@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -43,14 +44,19 @@ def screen(folder: Path, *options, **environment) -> str:
     env = {**os.environ, "COLUMNS": "80", **NO_GPU, **environment}
     done = subprocess.run(command(*options), capture_output=True, text=True, cwd=folder, env=env, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
+    return here(done.stdout)
+
+
+def here(shown: str) -> str:
+    """With the command that a dry run ends with as it is typed in the script's own folder."""
+    return re.sub(rf"^(next +)\S*python\S* {SCRIPT} ", rf"\1python3 {SCRIPT.name} ", shown, flags=re.MULTILINE)
 
 
 def terminal(folder: Path, *options, **environment) -> str:
-    """What it prints to a terminal."""
+    """What it prints to a terminal, progress bars and all."""
     ours, theirs = pty.openpty()
     env = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | NO_GPU | environment
-    process = subprocess.Popen(command(*options), stdout=theirs, cwd=folder, env=env)
+    process = subprocess.Popen(command(*options), stdout=theirs, stderr=theirs, cwd=folder, env=env)
     os.close(theirs)
     shown = b""
     while True:
@@ -63,7 +69,7 @@ def terminal(folder: Path, *options, **environment) -> str:
         shown += block
     os.close(ours)
     assert process.wait(60) == 0
-    return shown.decode().replace("\r\n", "\n")
+    return here(shown.decode().replace("\r\n", "\n"))
 
 
 @pytest.fixture
@@ -131,10 +137,15 @@ def test_dry_run(folder):
     """With the tokenizer: lengths, rows, steps and the memory plan; the advice about steps is right when followed."""
     options = ("--dry-run", "--model", "base", "--max-length", 128, "--no-bf16")  # a CPU without bfloat16 says so
     shown = screen(folder, *options, "--grad-accum", 4)
-    check("dry_run", re.sub(r"this CPU \d+ min", "this CPU # min", shown))
-    advice, steps = re.search(r"teach little: (.+) would make (\d+)", " ".join(shown.split())).groups()
-    followed = screen(folder, *options, *advice.split(), "--json", "r.json")
-    assert "teach little" not in followed and json.loads((folder / "r.json").read_text())["steps"] == int(steps)
+    check("dry_run", re.sub(r"this CPU \d+ min", "this CPU # min", shown), wide=["next "])
+    steps = re.search(r"would make about (\d+)", " ".join(shown.split()))[1]
+    followed = screen(folder, *next_flags(shown), "--json", "r.json")
+    assert "advice" not in followed and json.loads((folder / "r.json").read_text())["steps"] == int(steps)
+
+
+def next_flags(shown: str) -> list[str]:
+    """The flags of the training command that a dry run ends with."""
+    return shlex.split(shown.splitlines()[-1].removeprefix(f"next       python3 {SCRIPT.name}"))
 
 
 @pytest.mark.parametrize("count", [8, 12, 20, 28, 60])
@@ -142,13 +153,13 @@ def test_advice_comes_at_once(count, folder):
     """When all flags of the first advice are added, the second has nothing new to say."""
     (folder / "train.chatml").write_text(dialogues(count))
 
-    def advice(*options) -> list[str]:
-        screen(folder, "--json", "r.json", "--model", "base", "--max-length", 128, *options)
-        return json.loads((folder / "r.json").read_text())["advice"]
+    def shown(*options) -> tuple[list[str], list[str]]:
+        flags = next_flags(screen(folder, "--json", "r.json", "--model", "base", "--max-length", 128, *options))
+        return json.loads((folder / "r.json").read_text())["advice"], flags
 
-    first = advice()
-    flags = " ".join(re.findall(r"--[a-z-]+(?: [\d.]+)?", " ".join(first)))
-    assert flags and advice(*flags.split()) == [line for line in first if "--" not in line]
+    first, flags = shown()
+    assert any("--" in line for line in first) and "--epochs" in flags
+    assert shown(*flags) == ([line for line in first if "--" not in line], flags)
 
 
 def test_a_plan_that_does_not_fit(folder, llama31_tokenizer):
@@ -169,8 +180,8 @@ def test_preview(folder):
     options = ("--preview", 2, "--model", "base", "--eval-fraction", 0)
     preview = lambda shown: shown[shown.index("=== row") :]  # noqa: E731
     plain, coloured = preview(screen(folder, *options)), preview(terminal(folder, *map(str, options)))
-    check("preview", plain)
-    check("preview_colour", coloured)
+    check("preview", plain, wide=["next "])
+    check("preview_colour", coloured, wide=["next "])
     assert COLOUR.sub("", coloured) == re.sub("[⟦⟧]", "", plain)
     assert preview(terminal(folder, *map(str, options), NO_COLOR="1")) == plain
 
@@ -186,6 +197,17 @@ def test_a_run(folder, short_smollm2):
     shown = shown.replace(sys.executable, "python3").replace(str(short_smollm2), "base")
     shown = shown.replace(f"{SCRIPT.parent}/", "")
     check("run", re.sub(r"\d+\.\d+(e[+-]\d+)?|[\d,]+ tok/s|\d+m\d\d", "#", shown), wide=[""])
+
+
+def test_answers_on_a_terminal(folder, short_smollm2):
+    """A terminal shows each answer before and after training below its question."""
+    (folder / "questions.txt").write_text("Qui es-tu ?\n")
+    options = (*TINY, "--epochs", "0.1", "--eval-fraction", "0", "--sample-prompts", "questions.txt")
+    shown = " ".join(terminal(folder, "--model", short_smollm2, "--output", "out", *options).split())
+    samples = json.loads((folder / "out/training_args.json").read_text())["results"]["samples"]
+    for when in ("before", "after"):
+        answer = " ".join(samples[when]["Qui es-tu ?"].split())
+        assert len(answer) > 20 and f"{when} question 1 of 1: Qui es-tu ? {answer}" in shown
 
 
 def test_json(folder):
