@@ -78,6 +78,7 @@ print("LOSS" + str(total / count))
 
 
 def loss_of_llama_cpp(gguf: Path, samples, vocabulary: int) -> float:
+    """Mean loss in nats over the trained tokens, as llama.cpp computes it from this GGUF file in a process of its own."""
     question = json.dumps([str(gguf), [(s.input_ids.tolist(), s.labels.tolist(), vocabulary) for s in samples], ROWS])
     done = subprocess.run([sys.executable, "-c", LLAMA_CPP_LOSS], input=question, capture_output=True, text=True)
     assert "LOSS" in done.stdout, done.stderr[-3000:]
@@ -117,6 +118,7 @@ def quantise(f16: Path, gguf: Path) -> Path:
 
 
 def tensor_types(gguf: Path) -> str:
+    """As `210 BF16, 61 F32`."""
     from gguf import GGUFReader
 
     count = collections.Counter(tensor.tensor_type.name for tensor in GGUFReader(gguf).tensors)

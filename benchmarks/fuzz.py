@@ -55,6 +55,7 @@ VALUES = ["user", "assistant", "system", "human", "gpt", "tool", "", "q", "text"
 
 
 def any_json(data, depth=0):
+    """A random JSON value, sometimes nested."""
     kind = data.ConsumeIntInRange(0, 5 if depth < 5 else 3)
     if kind < 2:
         return data.PickValueInList(VALUES)
@@ -69,6 +70,7 @@ def any_json(data, depth=0):
 
 
 def text(data) -> str:
+    """A random text of ordinary, hostile and control pieces."""
     return "".join(data.PickValueInList(ATOMS) for _ in range(data.ConsumeIntInRange(0, 40)))
 
 
@@ -121,6 +123,7 @@ def parquet(data) -> bytes:
 
 
 def encoders():
+    """One for each chat format, with SmolLM2's vocabulary."""
     folder = str(parts.smollm2())
     for name in ("dolores", "chatml"):
         yield sft.load_encoder(folder, folder, name)
@@ -153,6 +156,7 @@ def check_reading():
 
 
 def check_encoding(encode: sft.Encoder, conversations: list):
+    """Control tokens only where the format puts them, trained only what the assistant says, and the text comes back."""
     chat, control = encode.chat, encode.special_ids
     for turns, (ids, labels) in zip(conversations, encode(conversations), strict=True):
         rendered = [(chat.before[turn.role], turn.content, chat.after[turn.role]) for turn in turns]
@@ -169,6 +173,7 @@ def check_encoding(encode: sft.Encoder, conversations: list):
 
 
 def one_input(raw: bytes):
+    """Read and encode one file; an exception is a finding."""
     Path(FILE).write_bytes(file_content(raw))
     conversations = check_reading()
     for encode in ENCODERS:

@@ -152,6 +152,7 @@ def run(task, name: str, folder: Path, options, timeout: float) -> dict:
 
 
 def line(name: str, result: dict, layers: int, peak: float | None, baseline: float | None) -> str:
+    """A row of the printed table."""
     if "error" in result:
         return f"{name:<31}  {result['error']}"
     speed = result["tokens_per_second"]

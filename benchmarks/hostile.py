@@ -47,6 +47,7 @@ DATA = {
 
 
 def seconds(work) -> float:
+    """CPU seconds of a call."""
     began = time.process_time()
     work()
     return time.process_time() - began

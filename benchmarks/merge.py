@@ -40,6 +40,7 @@ PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out
 
 
 def skeleton(base: Path):
+    """The model without memory for its weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -84,6 +85,7 @@ def make_base(base: Path, layers: int) -> None:
 
 
 def make_adapter(base: Path, folder: Path) -> None:
+    """A random LoRA adapter of rank 32 on all projections, as the trainer writes it."""
     import torch
     from engine import complete_adapter
     from peft import LoraConfig, inject_adapter_in_model
@@ -118,6 +120,7 @@ def measured(command: list[str], log: Path, read: list[Path], cached: bool) -> t
 
 
 def available() -> int:
+    """Bytes of main memory that can still be had."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 

@@ -55,6 +55,7 @@ def lines_of(text: str) -> list[list[tuple[str, bool]]]:
 
 
 def draw_preview(text: str, file: Path) -> None:
+    """Draw `preview_text` as a terminal shows it: trained text on green."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -77,6 +77,7 @@ def bare(folder: Path) -> dict:
 
 
 def ours(folder: Path, input_format: str) -> dict:
+    """Seconds and rows of the trainer's preparation."""
     import datasets  # noqa: F401 - not timed, as TRL's imports are not
     import parts
     import pyarrow.parquet  # noqa: F401
@@ -94,6 +95,7 @@ def ours(folder: Path, input_format: str) -> dict:
 
 
 def trl(folder: Path) -> dict:
+    """Seconds and rows of TRL's."""
     import parts
     from datasets import load_dataset
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -139,6 +141,7 @@ SIDES = {
 
 
 def run(side: str, folder: Path) -> dict:
+    """One side in a process of its own, with an empty cache unless it is to be found."""
     cache = folder / "cache"
     if side != "ours, second start":
         shutil.rmtree(cache, ignore_errors=True)

@@ -89,6 +89,7 @@ def lose_on_all_tokens(model):
 
 
 def lora_config(args):
+    """PEFT's configuration with the same values as ours."""
     from peft import LoraConfig
 
     return LoraConfig(task_type="CAUSAL_LM", r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
@@ -105,6 +106,7 @@ def peer_arguments(args, kind, **more):
 
 
 def trl(args, model, rows, tokenizer, checkpointing: bool):
+    """TRL's trainer on our rows in our order."""
     from trl import SFTConfig, SFTTrainer
 
     config = peer_arguments(args, SFTConfig, max_length=args.max_length, packing=True, packing_strategy="bfd",

@@ -65,6 +65,7 @@ def train(side: str, folder: Path, base: Path, steps: int, length: int) -> dict:
 
 
 def run(side: str, folder: Path, args) -> dict:
+    """One side in a process of its own."""
     command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--base", str(args.base)]
     command += ["--steps", str(args.steps), "--length", str(args.length)]
     return llama.answer_of(command, folder, HF_DATASETS_CACHE=str(folder / "cache"))
