@@ -1113,35 +1113,9 @@ def chat(folder: Path, base: str | None) -> None:
     In a terminal the questions are one conversation; those of a file are asked one by one.
     """
     import_libraries()
-    import torch
-    from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    if (folder / "adapter_config.json").is_file() or not folder.is_dir():
-        adapter = read_adapter(folder)
-        weights = find_base(base, adapter)
-        settings, _ = modelfile_of(adapter, AutoConfig.from_pretrained(weights))
-        model = AutoModelForCausalLM.from_pretrained(weights, dtype="auto")
-        model = PeftModel.from_pretrained(model, folder)
-    else:
-        settings = read_text(folder / "Modelfile")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model, tokenizer, settings = load_chat(folder, base)
     stops = re.findall(r'^PARAMETER stop "(.*)"$', settings, re.MULTILINE)
     system = re.search(r'^SYSTEM """(.*?)"""$', settings, re.MULTILINE | re.DOTALL)
-
-    class Streamer(TextStreamer):
-        """Prints and keeps an answer word by word, without the stop text: that has no space, so it comes in one piece."""
-
-        answer = ""
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            self.answer += before_stop(text, stops)
-            super().on_finalized_text(before_stop(text, stops), stream_end)
-
     opening = [{"role": "system", "content": system[1]}] if system else []
     messages = [*opening]
     terminal = sys.stdin.isatty()
@@ -1155,7 +1129,7 @@ def chat(folder: Path, base: str | None) -> None:
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True
         ).to(model.device)
-        streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = answer_streamer(tokenizer, stops)
         try:
             model.generate(**inputs, **SAMPLING, do_sample=True, max_new_tokens=CHAT_TOKENS, streamer=streamer,
                            stop_strings=stops, tokenizer=tokenizer)  # fmt: skip
@@ -1164,6 +1138,44 @@ def chat(folder: Path, base: str | None) -> None:
                 raise
             streamer.end()  # the next question may refer to what was read
         messages.append({"role": "assistant", "content": streamer.answer.strip()})
+
+
+def load_chat(folder: Path, base: str | None) -> tuple[PreTrainedModel, Any, str]:
+    """The model of an adapter or a merged folder, on the GPU if there is one, its tokenizer and its Modelfile."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if (folder / "adapter_config.json").is_file() or not folder.is_dir():
+        adapter = read_adapter(folder)
+        weights = find_base(base, adapter)
+        settings, _ = modelfile_of(adapter, AutoConfig.from_pretrained(weights))
+        model = AutoModelForCausalLM.from_pretrained(weights, dtype="auto")
+        model = PeftModel.from_pretrained(model, folder)
+    else:
+        settings = read_text(folder / "Modelfile")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model, AutoTokenizer.from_pretrained(folder), settings
+
+
+def answer_streamer(tokenizer: Any, stops: list[str]) -> Any:
+    """A TextStreamer that prints an answer word by word and keeps it, without the stop text.
+
+    A stop has no space in it, so it comes in one piece.
+    """
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        answer = ""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.answer += before_stop(text, stops)
+            super().on_finalized_text(before_stop(text, stops), stream_end)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def before_stop(text: str, stops: list[str]) -> str:

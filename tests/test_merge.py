@@ -5,8 +5,6 @@ import hashlib
 import io
 import json
 import os
-import pty
-import select
 import shlex
 import shutil
 import signal
@@ -739,35 +737,43 @@ def test_chat_streams_answers_in_the_models_format(short_smollm2, tmp_path, monk
         assert tokenizer.decode(second) == prompt.replace("Qui es-tu ?", "Et moi ?")
 
 
-def test_ctrl_c_ends_an_answer(short_smollm2, tmp_path):
-    """The chat goes on, with what was written of the answer in its history; SIGTERM and Ctrl-C at the prompt end it."""
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+def test_ctrl_c_ends_an_answer(short_smollm2, tmp_path, monkeypatch, capsys, number, status):
+    """The chat goes on, and what was written of the answer is in its history; SIGTERM ends the chat."""
+    from transformers import GenerationMixin, TextStreamer
+
     folder = random_adapter(short_smollm2, tmp_path / "adapter")
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "merge_lora.py", "--chat", str(folder)], stdin=theirs, stdout=theirs,
-                               stderr=theirs, cwd=ROOT, start_new_session=True)  # fmt: skip
-    os.close(theirs)
+    lines, seen = iter(["Qui es-tu ?", "Et moi ?", ""]), []
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr("sys.stdin", typed := io.StringIO())
+    typed.isatty = lambda: True
+    put, generate = TextStreamer.put, GenerationMixin.generate
 
-    def read_until(wanted: str) -> str:
-        shown = ""
-        while wanted not in shown:
-            assert select.select([ours], [], [], 60)[0], shown
-            shown += os.read(ours, 1 << 12).decode(errors="replace")
-        return shown
+    def interrupted(self, value):
+        put(self, value)
+        if len(seen) == 1 and len(self.token_cache) == 5:
+            os.kill(os.getpid(), number)
 
+    def watched(self, *inputs, **settings):
+        seen.append(settings["input_ids"][0])
+        return generate(self, *inputs, **{**settings, "max_new_tokens": 8})
+
+    monkeypatch.setattr(TextStreamer, "put", interrupted)
+    monkeypatch.setattr(GenerationMixin, "generate", watched)
+    torch.manual_seed(0)
+    handlers = [(each, signal.getsignal(each)) for each in (signal.SIGINT, signal.SIGTERM)]
+    capsys.readouterr()
     try:
-        read_until("> ")
-        for question in ("Qui es-tu ?", "Et moi ?"):  # random weights answer with all of CHAT_TOKENS
-            os.write(ours, f"{question}\n".encode())
-            read_until(f"{question}\r\n")
-            assert select.select([ours], [], [], 60)[0]  # the answer has begun
-            process.send_signal(signal.SIGINT)
-            read_until("\n> ")
-        process.send_signal(signal.SIGINT)
-        read_until("stopped")
-        assert process.wait(60) == 130
+        assert merge_lora.run(["--chat", str(folder)]) == status
     finally:
-        process.kill()
-        os.close(ours)
+        for each, handler in handlers:
+            signal.signal(each, handler)
+    answer = capsys.readouterr().out.split("\n", 1)[1].split("\n")[0].strip()
+    assert len(seen) == (1 if status else 2)
+    if not status:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert answer and len(tokenizer(answer).input_ids) <= 6
+        assert f"Qui es-tu ?\n<|assistant|>\n{answer}<|im_end|>" in tokenizer.decode(seen[1])
 
 
 def test_chat_stops_at_a_role_tag():
