@@ -45,6 +45,14 @@ def test_size(conversations, llama31_tokenizer):
     assert abs(int(claim[2].replace(" ", "")) - tokens) < 0.01 * tokens
 
 
+def test_the_readme_trains_her_as_the_dry_run_advises(llama31_tokenizer):
+    encode = sft.Encoder(llama31_tokenizer, sft.chat_format("dolores", llama31_tokenizer))
+    counts = sft.prepare_data(arguments(), sft.World(), sft.find_files([CORPUS]), {}, encode).counts
+    _, flags = sft.advise(arguments(), sft.World(), counts)
+    (shown,) = re.findall(r"^python3 train_sft_dolores.py (--epochs .+)\n", (ROOT / "README.md").read_text(), re.M)
+    assert arguments(*shown.split()) == arguments(*flags)
+
+
 def test_lengths_are_spread(answers):
     lengths = sorted(len(answer.split()) for answer in answers)
     assert lengths[0] <= 5 and lengths[len(lengths) // 5] <= 30 and 350 <= lengths[-1] <= 600
