@@ -411,14 +411,14 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
         print_data(args, world, data)
         config = plan_config(base.config, base.headers)
         if not sees_gpu():
-            print_field("device", "no NVIDIA GPU here: the GPU figures below are for the machine that will train")
+            print_field("device", "no NVIDIA GPU here: the figures for GPUs are for a machine that has one")
         plan = print_memory_plan(args, world, config, data.counts, capacity=24, device="a 24 GiB GPU")
         minutes = print_time_plan(args, world, config, data.counts)
         advice, flags = advise(args, world, data.counts)
         report = data.counts | {"memory_gib": plan, "minutes": minutes, "advice": advice}
         found = data.warnings
         print_rows(data.train_rows, args.preview, base.encode.tokenizer)
-        if world.size == 1:  # a launcher's command is not known here
+        if not args.preview and world.size == 1:  # a launcher's command is not known here
             advised = parse_args([*training_flags(args), *flags])
             print_next(sys.argv[0], *training_flags(advised))
     else:
@@ -455,11 +455,8 @@ def train(args: argparse.Namespace, world: World) -> None:
         check_steps(args, world, data.counts)
         record = run_record(args, base, inputs, data.counts)
         checkpoint = None
-        if not world.rank:
-            if args.resume:
-                checkpoint = resume_point(args.output, record, args.force_resume)
-            else:
-                clear_output(args.output)
+        if args.resume and not world.rank:
+            checkpoint = resume_point(args.output, record, args.force_resume)
         model, batches = load_model(args, base, data.train_rows, device)
         prompts = find_prompts(inputs.prompts, data, base.encode)
         trainer = make_trainer(args, world, batches, model, tokenizer, data.train_rows, data.eval_rows, prompts, stop)
@@ -559,6 +556,7 @@ def fit(args, world: World, trainer, data: Data, record: dict, checkpoint: str |
         results["samples"] = {"before": trainer.answer("before")}
         trainer.evaluation_seconds = time.monotonic() - began
         if not world.rank:
+            clear_output(args.output)
             write_json(args.output / RECORD, record)
             write_samples(args.output / "samples.md", args.name, "Before training", results["samples"]["before"])
 
@@ -1816,7 +1814,9 @@ LONG_TURN = 20_000  # characters
 # Ten million spaces in a row make Llama 3.1's tokenizer panic; the limit leaves a margin. The pattern is tried only where
 # a run of spaces begins, so in linear time.
 SPACES = re.compile(r"(?<![^\S\r\n])[^\S\r\n]{1000000}")
-MANY_EXCHANGES = 30  # in one conversation: rather several that nothing separates
+# Dialogues that nothing separates are read as one conversation. It is named if it has so many exchanges, or if it is one
+# of a few that have more than one.
+MANY_EXCHANGES, FEW_EXCEPTIONS = 30, 5
 
 
 def survey(files: Iterable[str], input_format: str, skip_bad: bool, found: dict[str, Any]) -> Iterator[Conversation]:
@@ -1827,7 +1827,8 @@ def survey(files: Iterable[str], input_format: str, skip_bad: bool, found: dict[
     found |= {"files": list(files), "conversations": 0, "skipped": 0, "turns": Counter(), "exchanges": Counter()}
     found |= {"characters": 0, "system": None, "warnings": [], "errors": [], "unreadable": [], "too_long": []}
     seen = {}  # the first place of each conversation, by its content
-    last_with: dict[Any, tuple[str, int]] = {}  # the last place of a number of exchanges, and of a system turn
+    several: list[tuple[str, int, int]] = []  # file, line and exchanges of conversations with more than one
+    with_system = ("", 0)  # the last place of a system turn
 
     def warn(*warning) -> None:
         found["warnings"].append(DataWarning(*warning))
@@ -1847,7 +1848,11 @@ def survey(files: Iterable[str], input_format: str, skip_bad: bool, found: dict[
                     refuse(name, [(line, "a million spaces or tabs in a row; delete them") for line in lines])
                     continue
                 said, file, line = conversation
-                last_with[count_turns(said, found)] = last_with[said[0].role] = file, line
+                exchanges = count_turns(said, found)
+                if 1 < exchanges < MANY_EXCHANGES and len(several) <= FEW_EXCEPTIONS:
+                    several.append((file, line, exchanges))
+                if said[0].role == "system":
+                    with_system = file, line
                 place = f"{file}:{line}"
                 if (first := seen.setdefault(digest(said), place)) != place:
                     warn(file, line, "duplicate", f"the same conversation as {first}")
@@ -1857,16 +1862,14 @@ def survey(files: Iterable[str], input_format: str, skip_bad: bool, found: dict[
                     yield conversation
         except InputError as error:
             found["unreadable"].append(str(error))
-    exchanges, others = found["exchanges"], found["conversations"] - 1
-    longest = max(exchanges, default=1)
-    if (
-        1 < longest < MANY_EXCHANGES and exchanges[1] == others and others not in (1, 2, 3)
-    ):  # none, or several short ones
-        warn(*last_with[longest], "one conversation", separation_hint(last_with[longest][0], longest))
-    if found["turns"]["system"] == 1 and others > 1:
+    single = found["exchanges"][1]
+    if found["conversations"] == 1 or (len(several) <= FEW_EXCEPTIONS and single > 3 * len(several)):
+        for file, line, exchanges in several:
+            warn(file, line, "several exchanges", separation_hint(file, exchanges))
+    if found["turns"]["system"] == 1 and found["conversations"] > 2:
         text = "the only conversation with a system turn; it does not carry over to the next: repeat it or delete it"
-        warn(*last_with["system"], "system", text)
-    found["exchanges"] = dict(sorted(exchanges.items()))
+        warn(*with_system, "system", text)
+    found["exchanges"] = dict(sorted(found["exchanges"].items()))
 
 
 def count_turns(turns: list[Turn], found: dict[str, Any]) -> int:
@@ -1887,7 +1890,7 @@ def unusual(conversation: Conversation) -> Iterator[tuple[int, str, str]]:
     """Yield (line, kind, text) of what is legal in a conversation but probably a mistake."""
     answers = sum(turn.role == "assistant" for turn in conversation.turns)
     if answers >= MANY_EXCHANGES:
-        yield conversation.line, "one conversation", separation_hint(conversation.file, answers)
+        yield conversation.line, "several exchanges", separation_hint(conversation.file, answers)
     for _, content, line, _ in conversation.turns:
         if wrong := MOJIBAKE.search(content):
             yield line, "encoding", f"{wrong[0]!r} looks like text decoded with a wrong encoding"
@@ -1909,9 +1912,9 @@ def raise_errors(found: dict[str, Any], shown: int = 20) -> None:
 
 
 def separation_hint(file: str, exchanges: int) -> str:
-    """What to do about dialogues that were read as one conversation."""
+    """What to do about dialogues that may have been read as one conversation."""
     fix = "put a line <|endoftext|> between them" if detect_format(file) == "chatml" else "give each a row of its own"
-    return f"all {exchanges} exchanges are one conversation; if they are {exchanges} separate dialogues, {fix}"
+    return f"{exchanges} exchanges are one conversation; if they are separate dialogues, {fix}"
 
 
 def print_survey(found: dict[str, Any], shown: int = 5) -> None:
@@ -1967,7 +1970,7 @@ def print_data(args: argparse.Namespace, world: World, data: Data) -> None:
     print_lengths(data.lengths, args.max_length)
     print_field("rows", f"{counts['rows']:,} of at most {args.max_length:,} tokens, {counts['fill']:.1%} full")
     passes = f"{args.epochs:g} {'epoch' if args.epochs == 1 else 'epochs'}"
-    each = f"{passes}, {plural(counts['rows_per_step'], 'row')} each"
+    each = f"{passes}, up to {plural(counts['rows_per_step'], 'row')} each"
     print_field("steps", f"{plural(counts['steps'], 'optimizer step')} ({each})")
     for advice in advise(args, world, counts)[0]:
         print_field("advice", advice)
@@ -2017,7 +2020,7 @@ def advise(args: argparse.Namespace, world: World, counts: dict[str, Any]) -> tu
     if not too_few and counts["steps"] < 0.75 * ENOUGH_STEPS:  # close to it is good enough
         too_few = f"{plural(counts['steps'], 'step')} will teach little"
     if too_few and steps > counts["steps"]:
-        advice.append(f"{too_few}: {' '.join(step_flags)} would make about {steps:,}")
+        advice.append(f"{too_few}: {' '.join(step_flags)} would make about {steps:,} steps")
         flags += step_flags
     elif args.epochs > MOST_EPOCHS and counts["held_out"] and not args.early_stopping:
         flags += ["--early-stopping", "2"]
@@ -2263,7 +2266,7 @@ def print_time_plan(args: argparse.Namespace, world: World, config: dict, counts
     print_field("time", f"{shown} ({source}), without evaluations and answers")
     if not sees_gpu():
         minutes["CPU"] = flop / (CPU_UTILIZATION * product_speed()) / 60
-        source = "an estimate from its speed at a matrix product"
+        source = "if nothing else runs: an estimate from its speed at a matrix product"
         if slow := args.bf16 and not has_bf16():
             minutes["CPU"] *= 10
         print_field("time", f"this CPU {rough_time(minutes['CPU'])} ({source}), without evaluations and answers")
@@ -3324,9 +3327,7 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
         if args.bf16 and not has_bf16():
             print_field("device", NO_BF16)
         if args.optim.startswith("paged_"):
-            print_field(
-                "device", f"{args.optim} needs CUDA: {optimizer_on(args.optim, 'cpu')} keeps its state in 32 bits"
-            )
+            print_field("device", f"no GPU, so {optimizer_on(args.optim, 'cpu')} takes the place of {args.optim}")
         return torch.device("cpu")
     if world.local_rank >= torch.cuda.device_count():
         problem = (
@@ -3377,17 +3378,25 @@ def optimizer_on(optim: str, device_type: str) -> str:
 
 
 class Stop:
-    """SIGINT and SIGTERM: exit at once before training; during training finish the step and save a checkpoint."""
+    """Signals to stop: exit at once before training; during training finish the step and save a checkpoint.
+
+    SIGHUP is one of them: the terminal's window or connection was closed. `nohup` makes a process ignore it.
+    """
 
     def __init__(self, world: World):
         self.signal: int | None = None  # received by this process
         self.agreed: int | None = None  # received by any process
         self.finish_step_first, self.world = False, world
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self)
+        self.terminals = [stream for stream in (1, 2) if os.isatty(stream)]
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self)
 
     def __call__(self, signum: int, frame) -> None:
-        if self.signal:
+        if signum == signal.SIGHUP:
+            for stream in self.terminals:  # writing to a closed terminal is an error
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        elif self.signal:
             os._exit(128 + signum)
         if not self.finish_step_first:
             self.tell("stopped before the first step: nothing to save; the same command starts again")
@@ -3558,7 +3567,9 @@ def progress_callback(trainer) -> transformers.TrainerCallback:
 
         def on_train_begin(self, args, state, control, **kwargs):
             total, done = state.max_steps, state.global_step
-            self.bar = tqdm(total=total, initial=done, unit="step", disable=not show_progress(), leave=False)
+            # Without tqdm's own estimate, which knows nothing of evaluations.
+            shape = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}]"
+            self.bar = tqdm(total=total, initial=done, bar_format=shape, disable=not show_progress(), leave=False)
             self.began, self.first, self.tokens = time.monotonic(), done, trainer.tokens
             self.spent, self.evaluations = 0.0, 0  # seconds in steps alone
 
@@ -3580,9 +3591,9 @@ def progress_callback(trainer) -> transformers.TrainerCallback:
             self.evaluations += 1
 
         def left(self, state) -> float:
-            """Seconds until the end: steps, and evaluations with their answers and checkpoints."""
+            """Seconds until the end: steps, evaluations with answers and checkpoints, and the answers after training."""
             every = state.eval_steps if trainer.eval_dataset else state.max_steps
-            evaluations = -(-state.max_steps // every) - state.global_step // every
+            evaluations = -(-state.max_steps // every) - (state.global_step - 1) // every + 1
             each = trainer.evaluation_seconds
             if self.evaluations:
                 each = (time.monotonic() - self.began - self.spent) / self.evaluations
@@ -3774,7 +3785,7 @@ def claim_output(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
 
 
 def clear_output(folder: Path) -> None:
-    """Delete the contents of the output folder, once nothing can stop the new run from starting."""
+    """Delete the contents of the output folder, once the new run's first step can begin."""
     for entry in folder.iterdir():
         if entry.name != ".lock":
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()

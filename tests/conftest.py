@@ -50,8 +50,8 @@ def end_processes():
 
 @pytest.fixture(autouse=True)
 def restore_signals():
-    """`main` installs handlers for SIGINT and SIGTERM: they go with the test."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """`main` installs handlers for signals: they go with the test."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

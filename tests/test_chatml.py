@@ -447,11 +447,11 @@ def surveyed(*files: str) -> list[tuple]:
 def test_dialogues_that_nothing_separates():
     write("d", OK * 12)
     ((_, _, _, text),) = survey("d", input_format="auto")[1]
-    assert "12 separate dialogues" in text and "<|endoftext|>" in text
-    assert surveyed("d") == [("d", 1, "one conversation")]
-    assert surveyed(write("e", "\n" + OK * 2)) == [("e", 2, "one conversation")]
+    assert text.startswith("12 exchanges are one conversation") and "<|endoftext|>" in text
+    assert surveyed("d") == [("d", 1, "several exchanges")]
+    assert surveyed(write("e", "\n" + OK * 2)) == [("e", 2, "several exchanges")]
     assert surveyed("d", "e") == [], "a file for each dialogue is a usual layout"
-    assert surveyed(write("f", OK + "<|endoftext|>\n" + OK * 30)) == [("f", 6, "one conversation")]
+    assert surveyed(write("f", OK + "<|endoftext|>\n" + OK * 30)) == [("f", 6, "several exchanges")]
     assert surveyed(write("g", OK)) == surveyed(write("h", "<|endoftext|>\n".join([OK] * 40))) == []
 
 
@@ -845,13 +845,19 @@ def test_a_misspelled_tag_inside_a_turn_is_named(line):
     )
 
 
-def test_one_missing_separator_is_noticed():
-    """Five short dialogues and one with two exchanges: probably two that nothing separates."""
+def test_a_missing_separator_is_noticed():
+    """Among short dialogues, a few with more exchanges may each be two that nothing separates; many are not named."""
     dialogue = "<|user|>\nq{0}\n<|assistant|>\na{0}\n"
-    texts = [dialogue.format(i) for i in range(7)]
-    write("d.chatml", "<|endoftext|>\n".join([texts[0] + texts[1], *texts[2:]]))
-    _, warned = survey("d.chatml")
-    assert [(warning.line, warning.kind) for warning in warned] == [(1, "one conversation")]
+    texts = [dialogue.format(i) for i in range(40)]
+    pairs = [one + other for one, other in zip(texts[::2], texts[1::2], strict=True)]
+
+    def named(*conversations: str) -> list[int]:
+        write("d.chatml", "<|endoftext|>\n".join(conversations))
+        return [line for _, line, _ in surveyed("d.chatml")]
+
+    assert named(pairs[0], *texts[2:7]) == [1]
+    assert named(pairs[0], *texts[2:9], pairs[10]) == [1, 10 + 7 * 5]
+    assert named(*pairs[:2], *texts[4:8]) == named(*pairs[:6], *texts[12:]) == []
 
 
 def test_a_system_turn_does_not_carry_over():

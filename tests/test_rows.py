@@ -263,7 +263,7 @@ def test_one_conversation_leaves_nothing_to_hold_out(cache, encode):
     Path("d").write_text(dialogue("q", "a", "r", "b"))
     data = prepare(arguments(), encode)
     assert data.eval_rows is None and [warning[:3] for warning in data.warnings] == [
-        ("d", 2, "one conversation"),
+        ("d", 2, "several exchanges"),
         ("d", 1, "held out"),
     ]
     assert prepare(arguments("--eval-fraction", "0"), encode).warnings == data.warnings[:1]

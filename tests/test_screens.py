@@ -138,7 +138,7 @@ def test_dry_run(folder):
     options = ("--dry-run", "--model", "base", "--max-length", 128, "--no-bf16")  # a CPU without bfloat16 says so
     shown = screen(folder, *options, "--grad-accum", 4)
     check("dry_run", re.sub(r"this CPU \d+ min", "this CPU # min", shown), wide=["next "])
-    steps = re.search(r"would make about (\d+)", " ".join(shown.split()))[1]
+    steps = re.search(r"would make about (\d+) steps", " ".join(shown.split()))[1]
     followed = screen(folder, *next_flags(shown), "--json", "r.json")
     assert "advice" not in followed and json.loads((folder / "r.json").read_text())["steps"] == int(steps)
 

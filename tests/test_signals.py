@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM at every stage of a real run: exit status, no partial files, and --resume ends with the same adapter."""
+"""SIGINT, SIGTERM and SIGHUP at every stage of a real run: exit status, no partial files, and --resume ends with the same adapter."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from runs import SCRIPT, TINY, assert_same_adapter, dialogues, launch, run, star
 
 import train_sft_dolores as sft
 
-STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 LAST_WORD = "\nstopped before the first step: nothing to save; the same command starts again\n"
 
 
@@ -53,7 +53,7 @@ def interrupted(folder: Path, number, moment, *options) -> tuple[int, str]:
 IN_TRAINING = {
     "evaluation": (signal.SIGTERM, ("evaluation_loop", 2)),
     "sampling": (signal.SIGINT, ("generate_answers", 2)),
-    "saving": (signal.SIGTERM, ("on_save", 1)),
+    "saving": (signal.SIGHUP, ("on_save", 1)),
 }
 
 
@@ -84,17 +84,29 @@ BEFORE_TRAINING = {
 @pytest.mark.slow
 @pytest.mark.parametrize("number, moment", BEFORE_TRAINING.values(), ids=BEFORE_TRAINING)
 def test_before_training(number, moment, options, tmp_path):
-    """There is nothing to save yet: it stops at once, and the same command can start over."""
+    """There is nothing to save yet: it stops at once, and the same command can start over.
+
+    What --overwrite would delete is still there.
+    """
     write_data(tmp_path)
+    old = [tmp_path / "out" / name for name in ("training_args.json", "adapter_model.safetensors")]
+    if moment[0] == "evaluation_loop":
+        old[0].parent.mkdir()
+        for file in old:
+            file.write_text("{}")
+        options += ("--overwrite",)
     options += ("--sample-prompts", "prompts.txt") if moment[0] == "generate_answers" else ()
     if moment[0] == "write_arrow":
         (tmp_path / "train.chatml").write_text(dialogues(3_000))
     code, out = interrupted(tmp_path, number, moment, *options)
     assert code == STATUS[number] and "Traceback" not in out, out
-    assert out.endswith(LAST_WORD) and not (tmp_path / "out").exists()
+    assert out.endswith(LAST_WORD)
     if moment[0] == "evaluation_loop":
+        assert [file.read_text() for file in old] == ["{}", "{}"]
         code, out = run(tmp_path, *options)
-        assert code == 0, out
+        assert code == 0 and all(file.stat().st_size > 2 for file in old), out
+    else:
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("number", STATUS)

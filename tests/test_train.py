@@ -398,7 +398,7 @@ def test_nf4_trains_on_a_cpu(data_folder, short_smollm2):
     (data_folder / "train.chatml").write_text(dialogues(6))  # takes minutes where a CPU has no bfloat16
     code, out = run(data_folder, "--model", short_smollm2, "--output", "out", *options)
     assert code == 0, out
-    assert "paged_adamw_8bit needs CUDA: adamw_torch" in out
+    assert "no GPU, so adamw_torch takes the place of paged_adamw_8bit" in out
     results = record(data_folder)["results"]
     assert results["eval_loss_after"] < results["eval_loss_before"]
 
