@@ -148,7 +148,7 @@ class VerificationFailed(Exception):
 
 
 class Stopped(BaseException):
-    """SIGINT or SIGTERM arrived; the argument is the signal's number."""
+    """SIGTERM or SIGHUP arrived; the argument is the signal's number. SIGINT is a KeyboardInterrupt."""
 
 
 # ---- The flags -----------------------------------------------------------------------------------
@@ -262,8 +262,10 @@ def run(argv: list[str] | None = None) -> int:
     def stop(number: int, _frame: object) -> NoReturn:
         raise Stopped(number)
 
-    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # KeyboardInterrupt, also if a shell had it ignored
     signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, stop)
     try:
         main(argv)
     except InputError as problem:
@@ -282,9 +284,9 @@ def run(argv: list[str] | None = None) -> int:
         install = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt"
         print(f"{error.name}: not installed; run `{install}`", file=sys.stderr)
         return 2
-    except Stopped as stopped:
+    except (Stopped, KeyboardInterrupt) as stopped:
         print("stopped; nothing was changed", file=sys.stderr)
-        return 128 + stopped.args[0]
+        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
     return 0
 
 
@@ -1121,11 +1123,14 @@ def chat(folder: Path, base: str | None) -> None:
     terminal = sys.stdin.isatty()
     if terminal:
         print(f"{folder}: type a message; Ctrl-C ends an answer, an empty line or Ctrl-D the chat")
+        print(f"system     {system[1] if system else 'none: the training data has none, or more than one'}")
+        print(f"answers    differ each time (temperature {SAMPLING['temperature']}); those of training do not")
     for question in typed_questions() if terminal else filter(None, map(str.strip, sys.stdin)):
         if not terminal:
             print(f"\n> {question}")
             messages = [*opening]
-        messages.append({"role": "user", "content": question})
+        # A terminal or a file in another encoding leaves bytes that are no text.
+        messages.append({"role": "user", "content": question.encode(errors="replace").decode()})
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True
         ).to(model.device)
@@ -1133,8 +1138,8 @@ def chat(folder: Path, base: str | None) -> None:
         try:
             model.generate(**inputs, **SAMPLING, do_sample=True, max_new_tokens=CHAT_TOKENS, streamer=streamer,
                            stop_strings=stops, tokenizer=tokenizer)  # fmt: skip
-        except Stopped as stopped:
-            if not terminal or stopped.args != (signal.SIGINT,):
+        except KeyboardInterrupt:
+            if not terminal:
                 raise
             streamer.end()  # the next question may refer to what was read
         messages.append({"role": "assistant", "content": streamer.answer.strip()})
@@ -1184,8 +1189,10 @@ def before_stop(text: str, stops: list[str]) -> str:
 
 
 def typed_questions() -> Iterator[str]:
-    """What is typed in the terminal, up to an empty line or Ctrl-D."""
-    with contextlib.suppress(EOFError):
+    """What is typed in the terminal, up to an empty line, Ctrl-D or Ctrl-C."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - lets input() edit a line and remember the last ones
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
         while question := input("> ").strip():
             yield question
 
@@ -1240,7 +1247,7 @@ def written_beside(output: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        for number in (signal.SIGINT, signal.SIGTERM):  # too late to stop
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # too late to stop
             with contextlib.suppress(ValueError):  # not the main thread
                 signal.signal(number, signal.SIG_IGN)
         if output.exists():

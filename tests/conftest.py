@@ -39,6 +39,7 @@ def pytest_configure():
     """SIGTERM ends pytest as Ctrl-C does, so that fixtures are torn down and no process is left behind."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started pytest in the background
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and this one under nohup
 
 
 @pytest.fixture(autouse=True)

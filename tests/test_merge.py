@@ -761,19 +761,29 @@ def test_ctrl_c_ends_an_answer(short_smollm2, tmp_path, monkeypatch, capsys, num
     monkeypatch.setattr(TextStreamer, "put", interrupted)
     monkeypatch.setattr(GenerationMixin, "generate", watched)
     torch.manual_seed(0)
-    handlers = [(each, signal.getsignal(each)) for each in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [(each, signal.getsignal(each)) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     capsys.readouterr()
     try:
         assert merge_lora.run(["--chat", str(folder)]) == status
     finally:
         for each, handler in handlers:
             signal.signal(each, handler)
-    answer = capsys.readouterr().out.split("\n", 1)[1].split("\n")[0].strip()
+    opening, system, answers, answer, *_ = capsys.readouterr().out.split("\n")
+    assert "Ctrl-C ends an answer" in opening and system.startswith("system     none") and "0.7" in answers
+    answer = answer.strip()
     assert len(seen) == (1 if status else 2)
     if not status:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert answer and len(tokenizer(answer).input_ids) <= 6
         assert f"Qui es-tu ?\n<|assistant|>\n{answer}<|im_end|>" in tokenizer.decode(seen[1])
+
+
+def test_chat_reads_bytes_that_are_no_text(short_smollm2, tmp_path):
+    """Half a character, as Backspace leaves it in some terminals, or another encoding."""
+    folder = random_adapter(short_smollm2, tmp_path / "adapter")
+    command = [sys.executable, "merge_lora.py", "--chat", str(folder)]
+    done = subprocess.run(command, input=b"mon ch\xe9ri ?\n", capture_output=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, b"") and b"ch" in done.stdout
 
 
 def test_chat_stops_at_a_role_tag():
@@ -1124,7 +1134,9 @@ SLOW = """if True:
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)], ids=str
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)],
+    ids=str,
 )
 @pytest.mark.slow
 def test_an_interrupted_merge(adapter, tmp_path, number, status):
