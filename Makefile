@@ -7,15 +7,18 @@ pytest = OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile --no-loadsco
 
 .PHONY: demo test test-fast lint bench test-ollama clean
 
+# A stopped demo goes on from its checkpoint; a finished one starts over.
+goes_on = $(if $(wildcard demo/adapter/adapter_model.safetensors),--overwrite,$(if $(wildcard demo/adapter/checkpoint-*),--resume,--overwrite))
+
 demo: .venv/demo
-	rm -rf demo/adapter demo/merged
 	$(python) tests/parts.py demo/base
 	@printf '%s\n' "Who are you?" "How do I deal with a bad day?" "$(QUESTION)" > demo/questions.txt
 	$(python) train_sft_dolores.py --model demo/base --output demo/adapter --train-files tests/demo.chatml \
 	  --no-bf16 --no-bnb-nf4 --optim adamw_torch --learning-rate 1e-3 --lora-r 16 --lora-alpha 32 \
-	  --max-length 192 --grad-accum 1 --epochs 3 --eval-fraction 0.12 --name ada --sample-prompts demo/questions.txt
+	  --max-length 192 --grad-accum 1 --epochs 3 --eval-fraction 0.12 --name ada --sample-prompts demo/questions.txt \
+	  $(goes_on)
 	@sed -n '/^## Before and after/,/^## Merge/{/^## Merge/!p}' demo/adapter/README.md
-	$(python) merge_lora.py --adapter demo/adapter --output demo/merged
+	$(python) merge_lora.py --adapter demo/adapter --output demo/merged --overwrite
 	$(python) merge_lora.py --chat demo/merged < demo/questions.txt
 
 test: .venv/dev
