@@ -39,7 +39,6 @@ def pytest_configure():
     """SIGTERM ends pytest as Ctrl-C does, so that fixtures are torn down and no process is left behind."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started pytest in the background
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and this one under nohup
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +50,11 @@ def end_processes():
 
 @pytest.fixture(autouse=True)
 def restore_signals():
-    """`main` installs handlers for signals: they go with the test."""
+    """`main` installs handlers for signals: they go with the test.
+
+    SIGHUP is not ignored, as it is under nohup and after a merge: a child would inherit that.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in handlers.items():

@@ -1141,8 +1141,8 @@ SLOW = """if True:
 @pytest.mark.slow
 def test_an_interrupted_merge(adapter, tmp_path, number, status):
     output = merge(adapter, tmp_path / "merged")
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # that merge ignores it at its end
     before = digests(output)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored since the end of that merge, and a child would inherit this
     command = [sys.executable, "-c", SLOW, "--adapter", str(adapter), "--output", str(output), "--overwrite"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout.readline().startswith("merging") and process.stdout.readline() == "writing\n"
