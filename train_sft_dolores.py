@@ -1583,13 +1583,13 @@ def map_in_order(work: Callable, items: Iterable, workers: int) -> Iterator:
     from concurrent.futures.process import BrokenProcessPool
 
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_worker, (work,))
-    # The workers inherit this mask: signals are for their parent. They are forked by the first `submit`, and an
-    # exception that a signal's handler raises within a fork would be lost.
-    usual = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    pool.submit(int)
-    signal.pthread_sigmask(signal.SIG_SETMASK, usual)
     pending = deque()
     try:
+        # The workers inherit this mask: signals are for their parent. They are forked by the first `submit`, and an
+        # exception that a signal's handler raises within a fork would be lost.
+        usual = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        pool.submit(int)
+        signal.pthread_sigmask(signal.SIG_SETMASK, usual)
         for item in items:
             pending.append(pool.submit(run_work, item))
             if len(pending) > 2 * workers:
@@ -3377,6 +3377,9 @@ def optimizer_on(optim: str, device_type: str) -> str:
     return "adamw_torch" if optim.startswith("paged_") and device_type != "cuda" else optim
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class Stop:
     """Signals to stop: exit at once before training; during training finish the step and save a checkpoint.
 
@@ -3388,7 +3391,7 @@ class Stop:
         self.agreed: int | None = None  # received by any process
         self.finish_step_first, self.world = False, world
         self.terminals = [stream for stream in (1, 2) if os.isatty(stream)]
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for signum in STOP_SIGNALS:
             if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, self)
 
