@@ -84,9 +84,9 @@ def variations() -> list[Settings]:
         5000: [c5000._replace(rows=8)],
     }
     epochs = [c._replace(epochs=n) for c in (c50, c200) for n in (1, 6)] + [c1000._replace(epochs=1)]
-    ranks = [c._replace(r=r) for c in (c50, c200, c1000) for r in (8, 64)]
-    cheap = [c50, c200, *rates[200], *rows[200], c1000, *rates[50], *rows[50], *epochs, *ranks[:4]]
-    dear = [c5000, *rates[1000], *rates[5000], *rows[5000], *rows[1000], *ranks[4:]]
+    ranks = {c.size: [c._replace(r=r) for r in (8, 64)] for c in (c50, c200, c1000)}
+    cheap = [c50, c200, *rates[200], *rows[200], c1000, *rates[50], *rows[50], *epochs, *ranks[50], *ranks[200]]
+    dear = [c5000, *rates[1000], *rates[5000], *rows[5000], *rows[1000], *ranks[1000]]
     return [*cheap, *dear, c1000._replace(epochs=6), c5000._replace(epochs=3)]
 
 

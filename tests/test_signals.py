@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import signal
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import SCRIPT, TINY, assert_same_adapter, dialogues, launch, run, start, wait_until
+from runs import NO_GPU, SCRIPT, TINY, assert_same_adapter, dialogues, launch, run, start, wait_until
 
 import train_sft_dolores as sft
 
@@ -53,7 +54,7 @@ def interrupted(folder: Path, number, moment, *options) -> tuple[int, str]:
 IN_TRAINING = {
     "evaluation": (signal.SIGTERM, ("evaluation_loop", 2)),
     "sampling": (signal.SIGINT, ("generate_answers", 2)),
-    "saving": (signal.SIGHUP, ("on_save", 1)),
+    "saving": (signal.SIGTERM, ("on_save", 1)),
 }
 
 
@@ -71,6 +72,29 @@ def test_in_training(number, moment, undisturbed, options, tmp_path):
         assert all(sft.sha256(str(folder / name)) == digest for name, digest in files.items())
     code, out = run(tmp_path, *options, "--resume")
     assert code == 0 and "out/checkpoint-3" in out and "out/checkpoint-2" not in out, out
+    assert_same_adapter(tmp_path / "out", undisturbed / "out")
+
+
+@pytest.mark.slow
+def test_a_closed_terminal(options, undisturbed, tmp_path):
+    """The run saves a checkpoint, although it can no longer print; --resume ends like a whole run."""
+    write_data(tmp_path)
+    pid, terminal = pty.fork()
+    if not pid:
+        os.chdir(tmp_path)
+        os.execve(
+            sys.executable,
+            [sys.executable, *map(str, (SCRIPT, *options))],
+            {**os.environ, **NO_GPU, "OMP_NUM_THREADS": "1"},
+        )
+    shown = b""
+    while b"step 1/4" not in shown:
+        shown += os.read(terminal, 1 << 12)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == STATUS[signal.SIGHUP]
+    assert sft.newest_checkpoint(tmp_path / "out")
+    code, out = run(tmp_path, *options, "--resume")
+    assert code == 0, out
     assert_same_adapter(tmp_path / "out", undisturbed / "out")
 
 
