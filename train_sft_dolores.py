@@ -165,7 +165,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--grad-accum", metavar="N", type=count, default=32, help="batches in an optimizer step")
     add("--learning-rate", metavar="N", type=above_zero, default=1.5e-4, help="peak learning rate")
     add("--max-length", metavar="N", type=bounded(int, 16), default=2048, help="tokens in a row")
-    add("--dry-run", action="store_true", help="show the data and the memory plan, then exit")
+    add("--dry-run", action="store_true", help="show data, memory, time and the command, then exit")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output")
     add("--overwrite", action="store_true", help="delete the contents of --output first")
 
