@@ -2,7 +2,7 @@
 """Merge a trained LoRA adapter into its base model: one folder for transformers, llama.cpp and Ollama.
 
     python3 merge_lora.py                       # runs_dolores_v5/llama31_clean → dolores_v5_full
-    python3 merge_lora.py --adapter A --base B --output C --overwrite --verify
+    python3 merge_lora.py --adapter A --base B --output C --overwrite
     python3 merge_lora.py --chat                # talk to the adapter or the merged model in the terminal
     ollama create dolores-v5 -f dolores_v5_full/Modelfile
 
@@ -21,6 +21,7 @@ import gc
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -30,13 +31,10 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
 if TYPE_CHECKING:  # these imports take seconds, and neither --help nor a wrong flag should wait for them
-    import torch
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -47,8 +45,6 @@ CHAT_FORMAT = ("before", "after", "eos_token", "answer_start", "no_system", "fol
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "USE_POLICY.md", "NOTICE")  # must travel with the weights
 VOCABULARY_FILES = ("tokenizer.model",)  # SentencePiece, which llama.cpp and Ollama prefer for Gemma, Phi-3, Mistral
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names and torch's
-PIECE = 8 << 20  # bytes that are read and written at once
-MERGE_BLOCK = 1 << 18  # weights merged at once
 NUM_CTX = 8192  # Ollama's context window, unless the base has a smaller one
 CHAT_TOKENS = 1024  # tokens at most in an answer of --chat
 SAMPLING = {"temperature": 0.7, "top_k": 40, "top_p": 0.9}  # the Modelfile's temperature, and Ollama's defaults
@@ -63,12 +59,13 @@ OLLAMA_TOKENIZERS = {
     "b92c0824a58e1d8dc3221cf3e12c433c3a86f57e46d57229993489f0798e7702": "laguna",
 }
 
-# The settings in adapter_config.json that this script handles. Anything else that is switched on (modules_to_save,
-# biases, trained tokens, replicated layers …) changes the result in a way that merging tensor by tensor would lose.
-SUPPORTED = {"alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out",
-             "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
-             "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
-             "target_modules", "task_type", "use_dora", "use_rslora"}  # fmt: skip
+
+# What training sets in adapter_config.json. Anything else that is switched on (DoRA, biases, modules_to_save, ranks by
+# pattern …) changes the result in a way that W + s B A would lose.
+PLAIN_LORA = {"auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_alpha",
+              "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
+              "target_modules", "task_type"}  # fmt: skip
+BLOCK = 1 << 18  # weights merged at once: what fits into a processor's cache is faster
 
 # What `ollama create` reads. The TEMPLATE says in Go what chat_template.jinja says in Jinja; @…@ are filled in.
 # With `.Prompt` alone, Ollama would omit the end token from earlier answers, hence `.Messages`. If the assistant
@@ -127,24 +124,9 @@ LICENSE_NOTE = "The license of the base model applies to these weights too."
 BUILT_WITH_LLAMA = """**Built with Llama.** The Llama Community License applies to these weights too: keep its notice and its use
 policy with them, and begin the name of a published model with "Llama"."""
 
-# Held-out text for --verify, written for this file; it is in no training corpus.
-VERIFY_TEXT = """Le train de nuit entra en gare avec vingt minutes de retard. Sur le quai, une femme tenait un parapluie
-rouge et regardait sa montre sans impatience ; elle avait appris depuis longtemps que les horaires sont des promesses.
-
-Pour faire une bonne soupe à l'oignon, il faut surtout du temps. On coupe les oignons finement, on les laisse fondre
-dans le beurre pendant quarante minutes, puis on ajoute le bouillon, une feuille de laurier et un peu de vin blanc.
-
-– Pourquoi le ciel est-il bleu ? demanda l'enfant.
-– Parce que l'air disperse mieux la lumière bleue que la rouge, répondit sa grand-mère. Le soir, la lumière traverse
-plus d'air, le bleu s'est perdu en route, et il ne reste que l'orange et le rouge."""
-
 
 class InputError(Exception):
     """An error the user can fix: `place: problem; how to fix it` on one line, exit status 2."""
-
-
-class VerificationFailed(Exception):
-    """The merged folder does not answer like base + adapter: exit status 1, the output folder stays as it was."""
 
 
 class Stopped(BaseException):
@@ -194,12 +176,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                              "dolores-v5)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge in the output folder")
     parser.add_argument("--force", action="store_true", help="merge into a base with other weights than in training")
-    parser.add_argument("--base-weights", choices=("original", "nf4"), default="original", metavar="NAME",
-                        help="original: merge into the base as published; nf4: into the weights that training on "
-                             "NF4 used, quantized and restored (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--verify", nargs="?", const="", metavar="FILE",
-                        help="compare the result with PEFT's own merge, and with base + adapter on a text (by "
-                             "default one of our own); needs memory for the whole model")  # fmt: skip
     parser.add_argument("--chat", nargs="?", const="", metavar="DIR",
                         help="do not merge; talk to this adapter or merged folder (default: --output if it exists, "
                              "else --adapter); questions can come from a file: --chat DIR < FILE")  # fmt: skip
@@ -217,7 +193,7 @@ def model_name(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Merge as the command line says; InputError, VerificationFailed and Stopped say how else it can end."""
+    """Merge as the command line says; InputError and Stopped say how else it can end."""
     args = parse_args(argv)
     start, output = time.monotonic(), args.output.resolve()
     if args.chat is not None:
@@ -227,23 +203,20 @@ def main(argv: list[str] | None = None) -> None:
     base = find_base(args.base, adapter)
     recover_replaced(output)
     check_output(output, adapter.folder, base, args.overwrite)
-    text = read_text(Path(args.verify)) if args.verify else VERIFY_TEXT
 
-    plan = plan_merge(adapter, base, args.base_weights)
+    plan = plan_merge(adapter, base)
     if not args.force:
         check_fingerprint(adapter, base, plan.tensors)
     output.parent.mkdir(parents=True, exist_ok=True)
     check_disk(plan, output.parent)
     size = gigabytes(sum(tensor.end - tensor.start for tensor in plan.tensors.values()))
-    print(f"merging    {adapter.folder} into {base} ({size}, {args.base_weights} weights)", flush=True)
+    print(f"merging    {adapter.folder} into {base} ({size})", flush=True)
 
     with written_beside(output) as folder:
-        merged = merge_shards(plan, folder)
+        merge_shards(plan, folder)
         notes = write_small_files(adapter, base, plan, folder)
         write_card(adapter, plan, folder, name, args.output.name)
-        checks = check_result(adapter, base, plan, merged, folder)
-        if args.verify is not None:
-            checks.append(verify(adapter, base, plan, folder, text))
+        checks = check_result(adapter, plan, folder)
 
     print(f"written    {args.output} ({size}) in {time.monotonic() - start:.0f} s")
     for check in checks:
@@ -257,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Run main and return its exit status: 0 done, 1 verification failed, 2 user error, 130 or 143 signal."""
+    """Run main and return its exit status: 0 done, 2 user error, 130 or 143 signal."""
 
     def stop(number: int, _frame: object) -> NoReturn:
         raise Stopped(number)
@@ -277,9 +250,6 @@ def run(argv: list[str] | None = None) -> int:
         place = error.filename or "output"
         print(f"{place}: {error.strerror}; {FIXES[error.errno]}; an earlier merge is unchanged", file=sys.stderr)
         return 2
-    except VerificationFailed as failed:
-        print(failed, file=sys.stderr)
-        return 1
     except ModuleNotFoundError as error:
         install = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt"
         print(f"{error.name}: not installed; run `{install}`", file=sys.stderr)
@@ -379,13 +349,12 @@ def read_tokenizer(file: Path, end_token: str) -> TokenizerFacts:
 def check_mergeable(place: Path, config: dict[str, Any]) -> None:
     """Refuse an adapter_config.json with a setting that merging tensor by tensor would lose."""
     if config.get("peft_type") != "LORA":
-        raise InputError(f"{place}: {config.get('peft_type')} adapter; only LoRA, rsLoRA and DoRA can be merged here")
+        raise InputError(f"{place}: {config.get('peft_type')} adapter; only a plain LoRA can be merged here")
     # PiSSA, OLoRA, LoftQ and the like change the base when training starts: the published base no longer fits.
-    if (init := config.get("init_lora_weights", True)) not in (True, False, "gaussian"):
-        raise InputError(f"{place}: init_lora_weights {init!r} has changed the base; use PEFT's own merge_and_unload")
-    for key in sorted(config.keys() - SUPPORTED - {"init_lora_weights"}):
-        if config[key] and config[key] != "none":
-            raise InputError(f"{place}: {key} is set, which this merge would lose; use PEFT's own merge_and_unload")
+    unusual = [key for key in sorted(config.keys() - PLAIN_LORA) if config[key] and config[key] != "none"]
+    unusual += ["init_lora_weights"] if config.get("init_lora_weights", True) not in (True, False, "gaussian") else []
+    if unusual:
+        raise InputError(f"{place}: {unusual[0]} is set, which this merge would lose; use PEFT's own merge_and_unload")
 
 
 def find_base(named: str | None, adapter: Adapter) -> Path:
@@ -496,56 +465,15 @@ def read_base_headers(base: Path) -> dict[str, Stored]:
     return tensors
 
 
-def read_bytes(stream: FileIO, start: int, buffer: Tensor) -> Tensor:
-    """Fill a uint8 tensor from a file. Plain reads: pages of a memory map would count as our own memory."""
-    view = memoryview(buffer.numpy())
-    stream.seek(start)
-    while view:
-        count = stream.readinto(view)
-        if not count:
-            raise InputError(f"{stream.name}: became shorter while it was read; is another program writing to it?")
-        view = view[count:]
-    return buffer
-
-
-def write_bytes(stream: FileIO, data: Tensor) -> None:
-    """Write a uint8 tensor to a file."""
-    view = memoryview(data.numpy())
-    while view:
-        view = view[stream.write(view) :]
-
-
-def read_tensor(stored: Stored) -> Tensor:
-    """One tensor from its file."""
-    import torch
-
-    data = torch.empty(stored.end - stored.start, dtype=torch.uint8)
-    with open(stored.file, "rb", buffering=0) as stream:
-        return typed(read_bytes(stream, stored.start, data), stored.dtype).view(stored.shape)
-
-
-def typed(data: Tensor, dtype: str) -> Tensor:
-    """A uint8 tensor of a stored tensor's bytes → the same memory as numbers."""
-    import torch
-
-    return data.view(getattr(torch, DTYPES[dtype]))
-
-
 # ---- The plan: which tensor gets which adapter, and every check that needs no weights ------------
 
 
 class Layer(NamedTuple):
-    """The adapter of one weight: A, B and with DoRA the lengths of the rows; and the scale of B A."""
+    """The adapter of one weight: A, B and the scale of B A."""
 
-    adapter: list[Stored]
+    a: Stored
+    b: Stored
     scale: float
-
-
-class NF4(NamedTuple):
-    """How training quantized a weight: the dtype it was restored to, and whether the scales were quantized too."""
-
-    dtype: torch.dtype
-    double_quant: bool
 
 
 class Plan(NamedTuple):
@@ -554,30 +482,37 @@ class Plan(NamedTuple):
     config: PreTrainedConfig  # of the base
     tensors: dict[str, Stored]  # of the base
     layers: dict[str, Layer]  # by name of the base's weight
-    quantized: dict[str, NF4]  # by name of the base's weight, with --base-weights nf4
 
 
-def plan_merge(adapter: Adapter, base: Path, base_weights: str) -> Plan:
+def plan_merge(adapter: Adapter, base: Path) -> Plan:
     """Match adapter and base by their headers; InputError if they do not fit each other."""
     check_same_architecture(adapter, base)
     tensors = read_base_headers(base)
     import_libraries()
-    config, model = build_skeleton(base)
-    quantized = quantized_weights(adapter, model) if base_weights == "nf4" else {}
-    layers = match_layers(adapter, model)
-    tied = set(model.all_tied_weights_keys)
-    for name, parameter in model.named_parameters():
-        if name in tied and name not in tensors:
-            continue
-        if name not in tensors:
-            raise InputError(
-                f"{base}: no tensor {name} in it; it is incomplete, or its files use other names than transformers "
-                "(as with mixtures of experts and image models): then use PEFT's own merge_and_unload"
-            )
-        if list(parameter.shape) != tensors[name].shape:
-            raise InputError(f"{base}: {name} is {tensors[name].shape}, but config.json says {list(parameter.shape)}")
+    from transformers import AutoConfig
+
+    with explain(
+        base / "config.json", "{error}; name a causal language model with --base", ValueError, OSError, KeyError
+    ):
+        config = AutoConfig.from_pretrained(base)
     check_tokenizer(adapter, config.vocab_size)
-    return Plan(config, tensors, layers, quantized)
+    return Plan(config, tensors, match_layers(adapter, tensors))
+
+
+def match_layers(adapter: Adapter, tensors: dict[str, Stored]) -> dict[str, Layer]:
+    """Give each adapted weight of the base its adapter; every tensor must be used, and every target adapted."""
+    file, config, layers = adapter.folder / "adapter_model.safetensors", adapter.config, {}
+    stored, prefix = read_header(file), "base_model.model."
+    for module in {key.removeprefix(prefix).partition(".lora_")[0] for key in stored}:
+        a, b = (stored.get(f"{prefix}{module}.lora_{kind}.weight") for kind in "AB")
+        base = tensors.get(f"{module}.weight")
+        if not (a and b and base) or [b.shape[0], a.shape[1]] != base.shape or a.shape[0] != b.shape[1]:
+            raise InputError(f"{file}: {module} fits no layer of the base, or is not complete; name the right --base")
+        layers[f"{module}.weight"] = Layer(a, b, config["lora_alpha"] / a.shape[0])
+    for name in tensors.keys() - layers.keys():
+        if name.split(".")[-2] in config["target_modules"] and name.endswith(".weight"):
+            raise InputError(f"{file}: no adapter of {name} in it; is it complete, and does it belong to this base?")
+    return layers
 
 
 def check_same_architecture(adapter: Adapter, base: Path) -> None:
@@ -600,220 +535,58 @@ def check_tokenizer(adapter: Adapter, vocab_size: int) -> None:
         )
 
 
-def build_skeleton(base: Path) -> tuple[PreTrainedConfig, PreTrainedModel]:
-    """The base's config, and its modules on the meta device: shapes and names, no memory."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    hint = "{error}; name a causal language model with --base"
-    with explain(base / "config.json", hint, ValueError, OSError, KeyError):
-        config = AutoConfig.from_pretrained(base)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    config.architectures = config.architectures or [type(model).__name__]
-    return config, model
-
-
-def match_layers(adapter: Adapter, model: PreTrainedModel) -> dict[str, Layer]:
-    """Give each weight that adapter_config.json targets its adapter tensors; every tensor must be used once."""
-    import torch
-
-    file, config, layers = adapter.folder / "adapter_model.safetensors", adapter.config, {}
-    unused = read_header(file)
-    for name, module in model.named_modules():
-        if not is_target(name, config):
-            continue
-        if isinstance(module, torch.nn.Embedding) or module is model.get_output_embeddings():
-            raise InputError(f"{file}: adapts {name}, not a layer between embedding and head; use PEFT's own merge")
-        if not isinstance(module, torch.nn.Linear):  # GPT-2's Conv1D has its weight transposed
-            kind = type(module).__name__
-            raise InputError(f"{file}: adapts {name}, a {kind} and not a torch.nn.Linear; use PEFT's own merge")
-        (height, width), rank = module.weight.shape, of_module(name, config["r"], config.get("rank_pattern"))
-        prefix = f"base_model.model.{name}.lora"
-        needed = {f"{prefix}_A.weight": [rank, width], f"{prefix}_B.weight": [height, rank]}
-        if config.get("use_dora"):
-            needed[f"{prefix}_magnitude_vector"] = [height]
-        for key, shape in needed.items():
-            if key not in unused:
-                raise InputError(f"{file}: no {key} in it; is it complete, and does it belong to this base?")
-            if unused[key].shape != shape:
-                raise InputError(f"{file}: {key} is {unused[key].shape}, the base needs {shape}; name the right --base")
-        alpha = of_module(name, config["lora_alpha"], config.get("alpha_pattern"))
-        scale = alpha / rank ** (0.5 if config.get("use_rslora") else 1)
-        layers[f"{name}.weight"] = Layer([unused.pop(key) for key in needed], scale)
-    if unused:
-        raise InputError(f"{file}: {min(unused)} fits no layer of the base; name the right --base")
-    return layers
-
-
-def is_target(name: str, config: dict[str, Any]) -> bool:
-    """Whether PEFT adapts the module of this name, by its adapter_config.json."""
-
-    def named_in(setting: str | list[str]) -> bool:  # a regular expression, or ends of names
-        regex = setting if isinstance(setting, str) else rf"(.*\.)?({'|'.join(map(re.escape, setting))})"
-        return bool(re.fullmatch(regex, name))
-
-    targets, layers = config.get("target_modules") or [], config.get("layers_to_transform")
-    if not named_in(targets) or named_in(config.get("exclude_modules") or []):
-        return False
-    if isinstance(targets, str) or name in targets or layers in (None, []):
-        return True
-    lists = config.get("layers_pattern") or r"[^.]*"
-    found = re.match(rf"(?:.*?\.)?(?:{lists if isinstance(lists, str) else '|'.join(lists)})\.(\d+)\.", name)
-    return found is not None and int(found[1]) in (layers if isinstance(layers, list) else [layers])
-
-
-def of_module(name: str, general: int, patterns: dict[str, int] | None) -> int:
-    """A module's rank or alpha: that of the first pattern that fits its name, or the general one."""
-    fitting = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", name))
-    return next(fitting, general)
-
-
-def quantized_weights(adapter: Adapter, model: PreTrainedModel) -> dict[str, NF4]:
-    """The weights that transformers turns into Linear4bit: all linear layers but the output head."""
-    import torch
-    from transformers.quantizers.base import get_keys_to_not_convert
-
-    trained = adapter.training.get("quantization") or {}
-    if not trained.get("bnb_nf4"):
-        raise InputError(f"{adapter.folder}: not trained on NF4 weights; leave out --base-weights nf4")
-    nf4 = NF4(getattr(torch, trained["bnb_dtype"]), trained["bnb_double_quant"])
-    excluded = set(get_keys_to_not_convert(model))
-    return {
-        f"{name}.weight": nf4
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name not in excluded
-    }
-
-
 # ---- Merging -------------------------------------------------------------------------------------
 
 
-class Piece(NamedTuple):
-    """Bytes of a shard that are handled at once, of whole rows if a weight is merged; a file's header has no name."""
-
-    file: Path
-    name: str
-    start: int
-    end: int
-
-
-def merge_shards(plan: Plan, folder: Path) -> int:
-    """Write every shard of the base into `folder`, with the adapted tensors merged. Returns their number.
+def merge_shards(plan: Plan, folder: Path) -> None:
+    """Write every shard of the base into `folder`, a few rows at a time, with the adapted tensors merged.
 
     A merged tensor has the shape and dtype of the base's, so the header and every offset stay as they are.
-    Reading, arithmetic and writing overlap: one thread reads the next piece, one writes the previous one.
     """
     import torch
 
-    pieces = [piece for shard in shards(plan) for piece in shard_pieces(shard, plan)]
-    largest = max(piece.end - piece.start for piece in pieces)
-    buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(3)]  # read, merged, written
-    merged = set()
-    adapter: list[Tensor] = []
-    with contextlib.ExitStack() as stack, torch.no_grad():
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)  # the blocks are small: threads that wait for each other take several times as long
-        sources = {s: stack.enter_context(open(s, "rb", buffering=0)) for s in shards(plan)}
-        targets = {s: stack.enter_context(open(folder / s.name, "wb", buffering=0)) for s in shards(plan)}
-        for shard, target in targets.items():
-            target.truncate(shard.stat().st_size)  # to append large pieces costs ext4 several times as much
-        reader, writer = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
-        reads = (
-            reader.submit(read_bytes, sources[piece.file], piece.start, buffers[number % 3][: piece.end - piece.start])
-            for number, piece in enumerate(pieces)
-        )
-        reading = next(reads)
-        writing: Future[Any] = writer.submit(int)  # nothing is written yet
-        for piece in pieces:
-            data = reading.result()
-            reading = next(reads, reading)  # the next piece, if there is one
-            if piece.name in plan.layers and piece.name not in merged:
-                adapter = [read_tensor(stored).float() for stored in plan.layers[piece.name].adapter]  # as PEFT does
-                merged.add(piece.name)
-            if piece.name in plan.layers or piece.name in plan.quantized:
-                data = new_weight(data, piece, plan, adapter).flatten().view(torch.uint8)
-            if piece.name and not finite(typed(data, plan.tensors[piece.name].dtype)):
-                raise InputError(
-                    f"{piece.file}: NaN or infinity in {piece.name}, from the base or the adapter; "
-                    "download the base or train the adapter again"
-                )
-            writing.result()
-            writing = writer.submit(write_bytes, targets[piece.file], data)
-        writing.result()
-    assert merged == plan.layers.keys(), f"adapters not used: {sorted(plan.layers.keys() - merged)}"
-    return len(merged)
+    torch.set_num_threads(1)  # the blocks are small: threads that wait for each other take longer
+    for shard in shards(plan.tensors):
+        tensors = sorted((t.start, name) for name, t in plan.tensors.items() if t.file == shard)
+        with open(shard, "rb") as source, open(folder / shard.name, "wb") as target, torch.no_grad():
+            target.write(source.read(tensors[0][0]))  # the header
+            for _, name in tensors:
+                for rows in merged_rows(source, plan.tensors[name], plan.layers.get(name)):
+                    if not finite(rows):
+                        fix = "download the base or train the adapter again"
+                        raise InputError(f"{shard}: NaN or infinity in {name}, from the base or the adapter; {fix}")
+                    target.write(rows.view(torch.uint8).numpy())
 
 
-def shards(plan: Plan) -> list[Path]:
-    """The base's weight files, in order."""
-    return sorted({tensor.file for tensor in plan.tensors.values()})
+def merged_rows(source: BinaryIO, stored: Stored, layer: Layer | None) -> Iterator[Tensor]:
+    """Yield the tensor, which begins where `source` is, in blocks of rows: W, or W + s B A in PEFT's steps.
 
-
-def shard_pieces(shard: Path, plan: Plan) -> list[Piece]:
-    """The header, then the tensors in the file's order, each in pieces of about PIECE bytes."""
-    tensors = sorted((t.start, name, t.end) for name, t in plan.tensors.items() if t.file == shard)
-    pieces = [Piece(shard, "", 0, tensors[0][0])]
-    for start, name, end in tensors:
-        step = PIECE
-        if name in plan.quantized:  # its scales are quantized together, so it stays whole
-            step = end - start
-        elif name in plan.layers:
-            height, width = plan.tensors[name].shape
-            block = block_height(width) * (end - start) // height
-            step = max(1, PIECE // block) * block
-        pieces += [Piece(shard, name, at, min(at + step, end)) for at in range(start, end, step)]
-    return pieces
-
-
-def new_weight(data: Tensor, piece: Piece, plan: Plan, adapter: list[Tensor]) -> Tensor:
-    """The merged model's rows for a piece of the base's weight (uint8), in the base's dtype; its adapter in fp32."""
-    stored = plan.tensors[piece.name]
-    weight = typed(data, stored.dtype).view(-1, *stored.shape[1:])
-    if piece.name in plan.quantized:
-        weight = quantize_and_restore(weight, plan.quantized[piece.name])
-    if piece.name in plan.layers:
-        first_row = (piece.start - stored.start) * len(weight) // len(data)
-        weight = add_adapter(weight, adapter, plan.layers[piece.name].scale, first_row)
-    return weight
-
-
-def quantize_and_restore(weight: Tensor, nf4: NF4) -> Tensor:
-    """The weight as a Linear4bit uses it: NF4 in blocks of 64, bitsandbytes' default."""
-    from bitsandbytes import functional
-
-    packed, state = functional.quantize_4bit(
-        weight.to(nf4.dtype), blocksize=64, quant_type="nf4", compress_statistics=nf4.double_quant
-    )
-    return functional.dequantize_4bit(packed, state).to(weight.dtype)
-
-
-def add_adapter(weight: Tensor, adapter: list[Tensor], scale: float, first_row: int) -> Tensor:
-    """Make of W, the base's rows from `first_row` on, W + s B A: in PEFT's steps, so that each is rounded as there.
-
-    Rows, and their lengths with DoRA, do not depend on each other. They are merged in blocks, because what stays in
-    the processor's cache is faster.
+    A block has a multiple of 16 rows: a matrix product of an odd number may round differently than that of all.
     """
     import torch
 
-    a, b, *lengths = adapter
-    result = torch.empty(block_height(weight.shape[1]), weight.shape[1])
-    for block in weight.split(len(result)):
-        rows = slice(first_row, first_row + len(block))
-        merged = torch.mm(b[rows], a, out=result[: len(block)]).mul_(scale).add_(block)
-        for length in lengths:
-            merged *= (length[rows] / torch.linalg.norm(merged, dim=1)).view(-1, 1)
-        block.copy_(merged)
-        first_row += len(block)
-    return weight
+    dtype, width = getattr(torch, DTYPES[stored.dtype]), math.prod(stored.shape[1:])
+    a, b = (read_tensor(layer.a).float(), read_tensor(layer.b).float()) if layer else (None, None)
+    height = max(16, BLOCK // width // 16 * 16)
+    for first in range(0, stored.shape[0], height):
+        count = min(height, stored.shape[0] - first) * width
+        rows = torch.frombuffer(bytearray(source.read(count * dtype.itemsize)), dtype=dtype).view(-1, width)
+        yield torch.mm(b[first : first + height], a).mul_(layer.scale).add_(rows).to(dtype) if layer else rows
 
 
-def block_height(width: int) -> int:
-    """How many rows of this width are merged at once.
+def read_tensor(stored: Stored) -> Tensor:
+    """One tensor from its file."""
+    import torch
 
-    A multiple of 16, because a matrix product of an odd number of rows may round differently than that of all rows.
-    """
-    return max(16, MERGE_BLOCK // width // 16 * 16)
+    with open(stored.file, "rb") as stream:
+        stream.seek(stored.start)
+        data = bytearray(stream.read(stored.end - stored.start))
+    return torch.frombuffer(data, dtype=getattr(torch, DTYPES[stored.dtype])).view(stored.shape)
+
+
+def shards(tensors: dict[str, Stored]) -> list[Path]:
+    """The files of these tensors, in order."""
+    return sorted({tensor.file for tensor in tensors.values()})
 
 
 def finite(numbers: Tensor) -> bool:
@@ -1004,11 +777,11 @@ def is_metas_llama(model: str, folder: Path) -> bool:
 # ---- Checks of the result ------------------------------------------------------------------------
 
 
-def check_result(adapter: Adapter, base: Path, plan: Plan, merged: int, folder: Path) -> list[str]:
+def check_result(adapter: Adapter, plan: Plan, folder: Path) -> list[str]:
     """Check the folder that was written. Returns one line per check; one that fails is a bug of ours."""
     from transformers import AutoConfig
 
-    for shard in shards(plan):
+    for shard in shards(plan.tensors):
         ours, theirs = read_header(folder / shard.name), read_header(shard)
         assert {n: t[1:] for n, t in ours.items()} == {n: t[1:] for n, t in theirs.items()}, shard.name
     config = read_json(folder / "config.json")
@@ -1020,10 +793,9 @@ def check_result(adapter: Adapter, base: Path, plan: Plan, merged: int, folder: 
     assert adapter.tokenizer.end_token_id in (eos if isinstance(eos, list) else [eos]), eos
     assert "chat_template" not in read_json(folder / "tokenizer_config.json")
     assert all(path.is_file() and not path.is_symlink() for path in folder.iterdir())
-    used = sum(len(layer.adapter) for layer in plan.layers.values())
     return [
         f"{len(plan.tensors)} tensors with the base's names, shapes and dtypes, no NaN or infinity",
-        f"{used} adapter tensors used once each, in {merged} layers",
+        f"{2 * len(plan.layers)} adapter tensors used once each, in {len(plan.layers)} layers",
         f"RoPE in both layouts, {rope_thetas(rope)}, as in the base; end of answer {eos}",
     ]
 
@@ -1033,77 +805,6 @@ def rope_thetas(rope: dict[str, Any] | None) -> str:
     if not rope or "rope_theta" in rope:
         return f"theta {rope['rope_theta']:g}" if rope else "none"
     return ", ".join(f"{kind} theta {inner['rope_theta']:g}" for kind, inner in rope.items())
-
-
-def verify(adapter: Adapter, base: Path, plan: Plan, folder: Path, text: str) -> str:
-    """Compare the merged folder with PEFT's own merge, then with base + adapter on a text. Returns a report."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[:, :1024]
-    size = sum(tensor.end - tensor.start for tensor in plan.tensors.values())
-    device = "cuda" if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * size else "cpu"
-
-    def log_probs(model: PreTrainedModel) -> Tensor:  # (tokens, vocabulary), fp32
-        with torch.inference_mode():
-            return model.to(device).eval()(input_ids=ids.to(device)).logits[0].float().log_softmax(-1).cpu()
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    with torch.no_grad():
-        for name, nf4 in plan.quantized.items():
-            parameter = model.get_parameter(name)
-            parameter.copy_(quantize_and_restore(parameter, nf4))
-    plain = log_probs(model)
-    model = PeftModel.from_pretrained(model, adapter.folder)
-    live = log_probs(model)
-    model = model.to("cpu").merge_and_unload()
-    compare_weights(model, plan, folder)
-    by_peft = log_probs(model)
-    del model
-    return compare_log_probs(
-        plain, live, by_peft, log_probs(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"))
-    )
-
-
-def compare_weights(by_peft: PreTrainedModel, plan: Plan, folder: Path) -> None:
-    """Each merged weight must be PEFT's; what differs may be a hundredth of what the adapter changed in it."""
-    for name in plan.layers.keys() | plan.quantized.keys():
-        stored = plan.tensors[name]
-        before, ours = read_tensor(stored).float(), read_tensor(stored._replace(file=folder / stored.file.name)).float()
-        theirs = by_peft.get_parameter(name).float()
-        error, change = (ours - theirs).norm().item(), (theirs - before).norm().item()
-        if not error <= 0.01 * change:  # also when it is NaN
-            raise VerificationFailed(
-                f"the merged model is not base + adapter: {name} differs from PEFT's merge by {error:.2g}, "
-                f"where the adapter changed {change:.2g} (norms)"
-            )
-
-
-def compare_log_probs(plain: Tensor, live: Tensor, by_peft: Tensor, merged: Tensor) -> str:
-    """Log-probabilities (tokens, vocabulary) of base, base + adapter, PEFT's merge and our folder → a report.
-
-    Medians over the tokens, so that no single one decides. PEFT's merge and ours must agree. What rounding the
-    merged weights costs is reported and not judged: it is the price of the dtype, in PEFT's merge too.
-    """
-
-    def kl(p: Tensor, q: Tensor) -> float:  # nats per token
-        return (p.exp() * (p - q)).sum(-1).median().item()
-
-    wrong, lost, changed = kl(by_peft, merged), kl(live, merged), kl(live, plain)
-    if not wrong <= max(0.01 * changed, 1e-5):  # also when it is NaN
-        raise VerificationFailed(
-            f"the merged model is not base + adapter: KL {wrong:.2g} nats/token from PEFT's merge, "
-            f"where the adapter changed {changed:.2g} (medians)"
-        )
-    agreement = (live.argmax(-1) == merged.argmax(-1)).float().mean().item()
-    share = f"{lost / changed:.1%} of what the adapter changed" if changed > 1e-6 else "and the adapter changed nothing"
-    return (
-        f"equal to PEFT's merge (KL {wrong:.2g}); rounding the weights costs {share} "
-        f"(median KL {lost:.2g} of {changed:.2g} nats/token), top-1 agreement {agreement:.1%} of {len(live)}"
-    )
 
 
 # ---- Chat in the terminal ------------------------------------------------------------------------
@@ -1218,7 +919,7 @@ def check_output(output: Path, adapter: Path, base: Path, overwrite: bool) -> No
 
 def check_disk(plan: Plan, folder: Path) -> None:
     """Refuse to start if the merged folder, which is as large as the base, will not fit."""
-    need = sum(shard.stat().st_size for shard in shards(plan)) + (64 << 20)  # tokenizer and the like
+    need = sum(shard.stat().st_size for shard in shards(plan.tensors)) + (64 << 20)  # tokenizer and the like
     free = shutil.disk_usage(folder).free
     if free < need:
         raise InputError(

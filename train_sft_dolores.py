@@ -10,7 +10,7 @@ Then `python3 merge_lora.py` merges base and adapter into a folder that Ollama r
 
 The file reads from top to bottom: the flags, the story (`main`, `dry_run`, `train` and its four steps), then
 what they call: chat format, text to turns, turns to tokens, tokens to rows, looking at the data, memory,
-model, speed, training, checkpoints, report.
+model, attention, training, checkpoints, report.
 """
 
 from __future__ import annotations
@@ -31,10 +31,8 @@ import gc
 import glob
 import hashlib
 import importlib.util
-import inspect
 import json
 import logging
-import multiprocessing
 import os
 import platform
 import re
@@ -42,7 +40,6 @@ import shlex
 import shutil
 import signal
 import textwrap
-import threading
 import time
 import warnings
 from collections import Counter, deque
@@ -61,7 +58,6 @@ except ModuleNotFoundError:
 if TYPE_CHECKING:  # load_libraries imports these
     import accelerate
     import peft
-    import pyarrow
     import torch
     import transformers
 
@@ -76,7 +72,6 @@ TRACKERS = {"tensorboard": ("tensorboard", None), "wandb": ("wandb", "WANDB_DIR"
             "neptune": ("neptune", None), "dagshub": ("dagshub", None), "azure_ml": ("azureml", None), "flyte": ("flytekit", None)}  # fmt: skip
 DEFAULT_OUTPUT = Path("runs_dolores_v5/llama31_clean")
 TIMEOUT = timedelta(hours=2)  # how long processes wait for each other, for instance while one hashes a checkpoint
-POOL_MEGABYTES = 1  # of data for each process that encodes it: less is not worth a process
 MAX_HELD_OUT = 500  # conversations: an evaluation every ten steps must not grow with the data
 RECORD = "training_args.json"  # the run's record, and the contract with merge_lora.py
 TOKENIZER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")  # what a dry run needs of a base
@@ -212,7 +207,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gradient-checkpointing", metavar="auto|all|none|N", type=checkpointing_mode, nargs="?", const="auto",
         default="auto", help="layers that recompute activations in backward; auto: as many as the GPU needs")  # fmt: skip
     add("--shard-base", action=switch, default=False, help="spread the base model over several GPUs")
-    add("--compile", action=switch, default=False, help="compile the layers with torch.compile")
     add("--torch-memory-fraction", metavar="N", type=bounded(float, 0, 1, low_open=True), default=0.95,
         help="share of the GPU's memory that may be used")  # fmt: skip
     add("--cuda-alloc-expandable", action=switch, default=True, help="CUDA memory segments that can grow")
@@ -238,8 +232,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.report_to = [name for names in args.report_to for name in comma_separated(names)]
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
-    if args.shard_base and args.compile:
-        parser.error("--shard-base and --compile exclude each other")
     return args
 
 
@@ -325,13 +317,6 @@ class Data(NamedTuple):
     warnings: list[DataWarning]
 
 
-class Batches(NamedTuple):
-    """How an optimizer step runs on one process; the product is always --train-batch-size x --grad-accum."""
-
-    rows: int  # in a batch
-    accumulated: int
-
-
 def main() -> None:
     """Look at the data, or train. An error that the user can fix ends in one line and exit status 2."""
     if np is None:
@@ -350,7 +335,7 @@ def main() -> None:
         else:
             train(args, world)
     except (InputError, ModuleNotFoundError, OSError, RuntimeError, MemoryError) as error:
-        line = describe_error(error, memory_advice(args, world) if isinstance(error, RuntimeError) else "")
+        line = describe_error(error, less_memory(args) if isinstance(error, RuntimeError) else "")
         if line is None:
             raise
         if not (isinstance(error, InputError) and world.local_rank):  # the same in all processes of a machine
@@ -409,13 +394,9 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
         base = find_base(args, folder)
         data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
         print_data(args, world, data)
-        config = plan_config(base.config, base.headers)
-        if not sees_gpu():
-            print_field("device", "no NVIDIA GPU here: the figures for GPUs are for a machine that has one")
-        plan = print_memory_plan(args, world, config, data.counts, capacity=24, device="a 24 GiB GPU")
-        minutes = print_time_plan(args, world, config, data.counts)
+        plan = print_plan(args, base.config, data.counts, capacity=24, device="a 24 GiB GPU")
         advice, flags = advise(args, world, data.counts)
-        report = data.counts | {"memory_gib": plan, "minutes": minutes, "advice": advice}
+        report = data.counts | {"memory_gib": plan, "advice": advice}
         found = data.warnings
         print_rows(data.train_rows, args.preview, base.encode.tokenizer)
         if not args.preview and world.size == 1:  # a launcher's command is not known here
@@ -449,17 +430,17 @@ def train(args: argparse.Namespace, world: World) -> None:
         check_weights(args.model, base)
         tokenizer = load_tokenizer(args.model, base.folder, base.encode)
         if device.type == "cuda":
-            card, config = torch.cuda.get_device_properties(device), plan_config(base.config, base.headers)
-            print_memory_plan(args, world, config, data.counts, card.total_memory / 2**30, card.name)
+            card = torch.cuda.get_device_properties(device)
+            print_plan(args, base.config, data.counts, card.total_memory / 2**30, card.name)
 
         check_steps(args, world, data.counts)
         record = run_record(args, base, inputs, data.counts)
         checkpoint = None
         if args.resume and not world.rank:
             checkpoint = resume_point(args.output, record, args.force_resume)
-        model, batches = load_model(args, base, data.train_rows, device)
+        model = load_model(args, base, data.train_rows, device)
         prompts = find_prompts(inputs.prompts, data, base.encode)
-        trainer = make_trainer(args, world, batches, model, tokenizer, data.train_rows, data.eval_rows, prompts, stop)
+        trainer = make_trainer(args, world, model, tokenizer, data.train_rows, data.eval_rows, prompts, stop)
         fit(args, world, trainer, data, record, checkpoint)
         if not world.rank:
             finish(args, record, trainer, base.folder)
@@ -528,18 +509,19 @@ def check_evaluation(args: argparse.Namespace, held_out: int) -> None:
 
 
 def load_model(args: argparse.Namespace, base: Base, train_rows: Rows, device: torch.device):
-    """(the frozen base with trainable adapters and a loss on trained tokens, the batches of a step)."""
+    """The frozen base with trainable adapters."""
     transformers.set_seed(args.seed)
     print_field("loading", args.model)
     model = load_base(args, base.folder, device)
-    check_head(model)
-    install_chunked_loss(model)
     model = add_lora(model, args, base.targets, base.revision)
     if args.shard_base:
         shard_base(model, device)
+    # The adapters are float32 and compute in bfloat16.
+    model.forward = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)(model.forward)
     # Without a device PEFT loads the best checkpoint, and the one to resume from, onto cuda:0 in every process.
     model.load_adapter = functools.partial(model.load_adapter, torch_device=str(device))
-    return model, plan_micro_steps(model, train_rows, args)
+    plan_checkpointing(model, train_rows, args)
+    return model
 
 
 def fit(args, world: World, trainer, data: Data, record: dict, checkpoint: str | None) -> None:
@@ -563,7 +545,11 @@ def fit(args, world: World, trainer, data: Data, record: dict, checkpoint: str |
     trainer.stop.finish_step_first = True
     transformers.set_seed(args.seed)  # the same random numbers whether or not an evaluation came first
     began = time.monotonic()
-    train_within_memory(trainer, checkpoint, args.output, world)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except Exception:  # torch, safetensors and tokenizers each raise their own error where the disk is full
+        raise_if_disk_full(args.output, trainer.state.global_step)
+        raise
     seconds, device = round(time.monotonic() - began), device_name(trainer.model.device)
     results |= {"seconds": seconds, "resumed": bool(checkpoint), "device": device}
     if trainer.state.global_step < trainer.state.max_steps:
@@ -1406,32 +1392,27 @@ class Encoder:
         return samples
 
 
-class Encoded(NamedTuple):
-    """What becomes of some conversations."""
+def encode_conversations(
+    conversations: list[Conversation], encode: Encoder, max_length: int, overlong: str, found: dict[str, Any]
+) -> list[Sample]:
+    """The samples of these conversations, none longer than max_length (`overlong` is --overlong).
 
-    samples: list[Sample]
-    warnings: list[DataWarning]
-    lost: dict[str, int]  # conversations split and dropped, exchanges dropped, trained tokens lost with them
-    errors: list[str]  # `place: what is wrong; fix`, with --overlong error
-
-
-def encode_conversations(conversations: list[Conversation], encode: Encoder, max_length: int, overlong: str) -> Encoded:
-    """The samples of these conversations, none longer than max_length; `overlong` is --overlong."""
-    samples, warned, errors = [], [], []
-    lost = Counter(split=0, dropped=0, dropped_exchanges=0, lost_trained_tokens=0)
+    What is split or lost is added to `found`.
+    """
+    samples, warned = [], found["warnings"]
     for (turns, file, line), tokens in zip(conversations, encode([c.turns for c in conversations]), strict=True):
         parts, size = [tokens], len(tokens.input_ids)
         if size > max_length and overlong == "error":
             problem = f"{size} tokens, above --max-length {max_length}"
-            errors.append(f"{file}:{line}: {problem}; shorten it or use --overlong split")
+            found["too_long"].append(f"{file}:{line}: {problem}; shorten it or use --overlong split")
         elif size > max_length:
             parts, unfit = split_conversation(turns, encode, max_length) if overlong == "split" else ([], [])
             parts = [part for part in parts if count_trained(part.labels)]  # the others hold only context
             kept = sum(count_trained(part.labels) for part in parts)
-            lost["dropped"] += not parts
-            lost["split"] += len(parts) > 1
-            lost["dropped_exchanges"] += len(unfit) if parts else 0
-            lost["lost_trained_tokens"] += count_trained(tokens.labels) - kept
+            found["dropped"] += not parts
+            found["split"] += len(parts) > 1
+            found["dropped_exchanges"] += len(unfit) if parts else 0
+            found["lost_trained_tokens"] += count_trained(tokens.labels) - kept
             if overlong == "drop":
                 warned.append(DataWarning(file, line, "dropped", f"a conversation of {size:,} tokens"))
             if len(parts) > 1:
@@ -1441,7 +1422,7 @@ def encode_conversations(conversations: list[Conversation], encode: Encoder, max
         key = digest(turns)
         for part, (ids, labels) in enumerate(parts):
             samples.append(Sample(ids, labels, count_trained(labels), key, file, line, part))
-    return Encoded(samples, warned, lost, errors)
+    return samples
 
 
 def count_trained(labels: np.ndarray) -> int:
@@ -1503,182 +1484,56 @@ def read_data(
     """Read and check files {name: sha256} and, given an encoder, encode them in the same pass.
 
     Returns counts, warnings and the samples: a memory-mapped datasets.Dataset whose columns are the fields of Sample,
-    or None. A second start with the same files and settings finds them in the cache. InputError lists all errors.
+    or None. A second start with the same files and settings finds them in its cache. InputError lists all errors.
     """
-    depends_on = [args.input_format, args.skip_bad, *files.items()]
-    if encode:
-        tokenizer = hashlib.sha256(encode.tokenizer.to_str().encode()).hexdigest()
-        depends_on += [tokenizer, encode.chat, args.max_length, args.overlong]
+    found: dict[str, Any] = {"split": 0, "dropped": 0, "dropped_exchanges": 0, "lost_trained_tokens": 0}
+    conversations = survey(files, args.input_format, args.skip_bad, found)
 
-    def make(folder: Path) -> None:
-        found: dict[str, Any] = {}
-        conversations = survey(files, args.input_format, args.skip_bad, found)
-        if encode:
-            work = functools.partial(encode_batch, encode=encode, max_length=args.max_length, overlong=args.overlong)
-            size = sum(map(os.path.getsize, files)) / 1e6
-            workers = min(len(os.sched_getaffinity(0)), int(size / POOL_MEGABYTES))
-            if workers > 1:
-                print_field("preparing", f"{size:,.0f} MB of data on {workers} cores")
-            batches = batch_conversations(conversations)
-            write_arrow(collect(map_in_order(work, batches, workers), found), folder / "samples.arrow")
-        else:
-            deque(conversations, maxlen=0)  # only counted
+    def samples() -> Iterator[dict[str, Any]]:
+        some = False
+        while batch := list(islice(conversations, 256)):
+            for sample in encode_conversations(batch, encode, args.max_length, args.overlong, found):
+                some = True
+                yield sample._asdict()
         raise_errors(found)
-        write_json(folder / "found.json", found)
+        if not some:
+            raise InputError(f"{', '.join(files)}: no answer fits into --max-length {args.max_length}; raise it")
 
-    folder = cached_folder("samples" if encode else "survey", depends_on, make)
-    found = read_json(folder / "found.json")
-    warned = [DataWarning(*warning) for warning in found.pop("warnings")]
     if not encode:
-        return found, warned, None
+        deque(conversations, maxlen=0)  # only counted
+        raise_errors(found)
+        return found, found.pop("warnings"), None
     import datasets
-
-    return found, warned, datasets.Dataset.from_file(str(folder / "samples.arrow"))
-
-
-def batch_conversations(conversations: Iterable[Conversation], characters=1 << 19) -> Iterator[list[Conversation]]:
-    """Yield lists of conversations of about so many characters."""
-    batch, size = [], 0
-    for conversation in conversations:
-        batch.append(conversation)
-        size += sum(len(turn.content) for turn in conversation.turns)
-        if size >= characters:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def encode_batch(batch: list[Conversation], encode: Encoder, max_length: int, overlong: str) -> Encoded:
-    """encode_conversations, its samples as an Arrow record batch: small to send to another process, ready to write."""
-    import pyarrow as pa
-
-    encoded, schema = encode_conversations(batch, encode, max_length, overlong), sample_schema()
-    columns = [pa.array([sample[i] for sample in encoded.samples], kind) for i, kind in enumerate(schema.types)]
-    return encoded._replace(samples=pa.record_batch(columns, schema))
-
-
-def collect(encoded: Iterable[Encoded], found: dict[str, Any]) -> Iterator[pyarrow.RecordBatch]:
-    """Yield the samples and add what else is in these to `found`."""
-    warned = []
-    for samples, more, lost, errors in encoded:
-        warned += more
-        found["too_long"] += errors
-        for name, count in lost.items():
-            found[name] = found.get(name, 0) + count
-        yield samples
-    found["warnings"] += warned  # at the end, so that their order does not depend on the number of processes
-
-
-def map_in_order(work: Callable, items: Iterable, workers: int) -> Iterator:
-    """work(item) of each item, in order, by several processes; with fewer than two workers by this one.
-
-    Few items are under way at a time, so that memory does not grow with their number. The processes are forked, so
-    that they share the tokenizer and start at once; this process has neither torch nor a tokenizer's threads yet.
-    """
-    if workers < 2:
-        yield from map(work, items)
-        return
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_worker, (work,))
-    pending = deque()
-    try:
-        # The workers inherit this mask: signals are for their parent. They are forked by the first `submit`, and an
-        # exception that a signal's handler raises within a fork would be lost.
-        usual = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        pool.submit(int)
-        signal.pthread_sigmask(signal.SIG_SETMASK, usual)
-        for item in items:
-            pending.append(pool.submit(run_work, item))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        problem = "a process that encodes was killed, perhaps because main memory ran out"
-        raise InputError(f"data: {problem}; free some memory and start again") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-worker_task: Callable  # in a worker process: what it does with each item
-
-
-def start_worker(work: Callable) -> None:
-    """Prepare a worker process: it ends with its parent, and keeps to one core."""
-    global worker_task
-    worker_task = work
-    # One thread of the tokenizer's own: in the main thread, whose memory is handed back after each batch, it is slower.
-    os.environ |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "1"}
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    """End this process when its parent has ended, whatever ended it."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
-
-
-def run_work(item: Any) -> Any:
-    """What a worker process does."""
-    return worker_task(item)
-
-
-def cached_folder(name: str, depends_on: list, make: Callable[[Path], None]) -> Path:
-    """A folder in datasets' cache, made once for these dependencies, by one process at a time.
-
-    `make(folder)` fills a temporary folder, which gets its name only when complete. The next process
-    deletes what a killed one has left behind.
-    """
-    import fcntl
-
     from huggingface_hub.constants import HF_HOME
 
-    cache = Path(os.environ.get("HF_DATASETS_CACHE") or f"{HF_HOME}/datasets") / "dolores_sft"
-    key = repr([Path(__file__).read_text(encoding="utf-8"), *depends_on])
-    folder = cache / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
-    if not folder.exists():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            lock = open(folder.with_suffix(".lock"), "w")  # noqa: SIM115 - closed below
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise
-            problem = f"the cache cannot be written ({str(error.strerror).lower()})"
-            raise InputError(f"{cache}: {problem}; set HF_HOME to a folder that can be") from None
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not folder.exists():
-                partial = folder.with_suffix(".partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
-                try:
-                    make(partial)
-                    partial.rename(folder)
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-def sample_schema() -> pyarrow.Schema:
-    """The columns on disk: the fields of Sample."""
-    import pyarrow as pa
-
-    ids = pa.large_list(pa.int32())
-    types = (ids, ids, pa.int32(), pa.int64(), pa.string(), pa.int32(), pa.int32())
-    return pa.schema(zip(Sample._fields, types, strict=True))
-
-
-def write_arrow(batches: Iterable[pyarrow.RecordBatch], file: Path) -> None:
-    """Write record batches of samples as an Arrow stream, which is read back memory-mapped."""
-    import pyarrow as pa
-
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, sample_schema()) as stream:
-        for batch in batches:
-            stream.write_batch(batch)
+    tokenizer = hashlib.sha256(encode.tokenizer.to_str().encode()).hexdigest()
+    depends_on = [
+        args.input_format,
+        args.skip_bad,
+        *files.items(),
+        tokenizer,
+        encode.chat,
+        args.max_length,
+        args.overlong,
+    ]
+    key = hashlib.sha256(repr([Path(__file__).read_text(encoding="utf-8"), *depends_on]).encode()).hexdigest()
+    ids = datasets.List(datasets.Value("int32"))
+    types = (ids, ids, *(datasets.Value(name) for name in ("int32", "int64", "string", "int32", "int32")))
+    features = datasets.Features(dict(zip(Sample._fields, types, strict=True)))
+    datasets.disable_progress_bars()
+    cache = os.environ.get("HF_DATASETS_CACHE") or f"{HF_HOME}/datasets"
+    try:
+        made = datasets.Dataset.from_generator(samples, features, cache, fingerprint=key[:32])
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise (error.__cause__ or error) from None
+    except OSError as error:
+        problem = f"the cache cannot be written ({str(error.strerror).lower()})"
+        raise InputError(f"{error.filename}: {problem}; set HF_HOME to a folder that can be") from None
+    report = Path(made.cache_files[0]["filename"]).with_name("found.json")
+    if "conversations" in found:  # it was not in the cache
+        write_json(report, found)
+    found = read_json(report)
+    return found, [DataWarning(*warning) for warning in found.pop("warnings")], made
 
 
 def measure(samples, eval_files: Iterable[str] = ()) -> tuple[np.ndarray, ...]:
@@ -2091,326 +1946,109 @@ def print_rows(rows: Rows, count: int, tokenizer) -> None:
             print()
 
 
-# ---- Memory --------------------------------------------------------------------------------------
+# ---- Memory and time -----------------------------------------------------------------------------
 
 
-def memory_plan(
-    args: argparse.Namespace, world: World, config: dict, tokens: int, trained_share: float, uncheckpointed: int = 0
-) -> dict[str, float]:
-    """GiB that one step of `tokens` tokens needs on a GPU, from config.json alone.
-
-    uncheckpointed: how many layers, the last ones, keep their activations instead of recomputing them.
-    """
-    h, f, layers, vocabulary = (
-        config[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
-    )
-    heads = config["num_attention_heads"]
-    width = config.get("head_dim") or h // heads
-    q, kv = heads * width, config.get("num_key_value_heads", heads) * width
-    shapes = linear_shapes(config)
-    projections = layers * sum(rows * columns for rows, columns in shapes.values())
-    wanted = [*args.lora_target_modules, *map(FUSED.get, args.lora_target_modules)]
-    adapted = {name: shape for name, shape in shapes.items() if name in wanted or "all-linear" in wanted}
-    size = 2 if args.bf16 else 4  # bytes of a weight or activation
-    # NF4: 4 bits, and for each block of 64 an 8-bit scale, whose own blocks of 256 have a float32 scale.
-    weight_bytes = 0.5 + (1 + 4 / 256) / 64 if args.bnb_nf4 else size
-    share = 1 / world.size + 2 / layers if args.shard_base else 1  # with --shard-base two layers are gathered
-    lora = layers * args.lora_r * sum(rows + columns for rows, columns in adapted.values())
-
-    # For its backward an uncheckpointed layer keeps the inputs of two norms, q, k, v and output of the attention with
-    # its float32 log-sum, gate, up, and A x of each adapter.
-    kept = size * (2 * h + 2 * q + 2 * kv + 2 * f + args.lora_r * len(adapted)) + 4 * heads
-    # In the backward of down_proj its input, silu(gate) and the gradients of all four are there; before the last two
-    # the weight is restored from NF4, with its scales in float32.
-    dequantized = f * h * (size + 2 * 4 / 64) if args.bnb_nf4 else 0
-    backward = max(5 * size * f * tokens, 3 * size * f * tokens + dequantized)
-    trained = trained_share * tokens
-    loss = 12 * min(trained, logit_rows(vocabulary)) * vocabulary + 2 * trained * h * size
-    inputs = layers - uncheckpointed + (uncheckpointed > 0)  # of checkpointed layers and, in the end, of the last norm
-    activations = max(uncheckpointed, 1) * tokens * kept  # one layer at least, when it is recomputed
-    worst = max(loss, backward) if uncheckpointed else max(loss - activations, backward)
-    parts = {
-        "base weights": projections * weight_bytes * share,
-        "embedding and head": vocabulary * h * size * (1 if config.get("tie_word_embeddings") else 2),
-        "LoRA, float32": lora * 4,
-        "LoRA, as computed": lora * size,
-        "LoRA gradients": lora * 4 * (2 if world.size > 1 else 1),  # DDP's buckets are a second copy
-        "optimizer state": lora * optimizer_bytes(args.optim),
-        "checkpoints": tokens * size * (inputs * h + 2 * width),  # RoPE's cosines and sines too
-        "activations": activations,
-        "loss or backward": worst,
-        "CUDA context": 0.7 * 2**30,
-    }
-    return {name: amount / 2**30 for name, amount in parts.items()}
-
-
-def linear_shapes(config: dict) -> dict[str, tuple[int, int]]:
-    """{name: (inputs, outputs)} of a layer's projections: those in the files, or Llama's by config.json."""
+def base_weights(config: dict) -> int:
+    """Weights in the linear layers of a Llama-like model, by its config.json."""
     h, f, heads = (config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
     width = config.get("head_dim") or h // heads
-    q, kv = heads * width, config.get("num_key_value_heads", heads) * width
-    return config.get("layer_shapes") or {
-        "q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h),
-        "gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}  # fmt: skip
+    kv = config.get("num_key_value_heads", heads) * width
+    return config["num_hidden_layers"] * h * (2 * heads * width + 2 * kv + 3 * f)
 
 
-def plan_config(config: dict[str, Any], headers: dict[str, StoredTensor]) -> dict[str, Any]:
-    """The config with the sizes that the weights have: config.json may leave some out. Unchanged without headers."""
-    if not headers:
-        return config
-    shapes = layer_shapes(headers)
-    vocabulary, h = headers["model.embed_tokens.weight"].shape
-    q = shapes["o_proj"][0] if "o_proj" in shapes else h
-    kv = shapes["k_proj"][1] if "k_proj" in shapes else (shapes["qkv_proj"][1] - q) // 2 if "qkv_proj" in shapes else q
-    f = shapes["down_proj"][0] if "down_proj" in shapes else config.get("intermediate_size", 4 * h)
-    heads = config.get("num_attention_heads") or q // (config.get("head_dim") or 64)
-    return {
-        **config,
-        "vocab_size": vocabulary,
-        "hidden_size": h,
-        "intermediate_size": f,
-        "num_hidden_layers": len({found[1] for found in map(LAYER_WEIGHT.fullmatch, headers) if found}),
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv * heads // q,
-        "head_dim": q // heads,
-        "tie_word_embeddings": "lm_head.weight" not in headers,
-        "layer_shapes": shapes,
+def print_plan(args: argparse.Namespace, config: dict, counts: dict, capacity: float, device: str) -> dict[str, float]:
+    """Print the GiB that a step needs with every layer checkpointed, and the minutes of a run. Calculated, not measured."""
+    if not all(config.get(key) for key in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")):
+        return {}  # a base that leaves its sizes to transformers
+    h, f, layers = (config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    size, tokens = 2 if args.bf16 else 4, args.max_length * args.train_batch_size
+    share, heads = counts["trained_tokens"] / counts["tokens"], 1 if config.get("tie_word_embeddings") else 2
+    # All seven projections of a layer read and write about 10 h + 3 f numbers.
+    adapters = layers * args.lora_r * (10 * h + 3 * f)
+    parts = {
+        "base": base_weights(config) * (0.52 if args.bnb_nf4 else size) + heads * config["vocab_size"] * h * size,
+        "adapters and optimizer": adapters * (4 + 4 + (2 if "8bit" in args.optim else 8)),
+        "activations": tokens * size * (layers * h + 9 * h + 9 * f),
+        "loss": 12 * share * tokens * config["vocab_size"],
+        "CUDA": 0.7 * 2**30,
     }
-
-
-def optimizer_bytes(optim: str) -> int:
-    """Bytes of optimizer state for each trained parameter: two moments, in 8 or 32 bits."""
-    return 2 if "8bit" in optim else 8
-
-
-def uncheckpointed_layers(mode: str | int, layers: int, auto: int) -> int:
-    """How many layers keep their activations with this --gradient-checkpointing; `auto` is the answer for auto."""
-    return max(0, layers - mode) if isinstance(mode, int) else {"all": 0, "none": layers, "auto": auto}[mode]
-
-
-def memory_advice(args: argparse.Namespace, world: World, fits: Callable[[argparse.Namespace], bool] | None = None):
-    """The flags that save enough memory, cheapest first: all that `fits` needs, or only the first saving.
-
-    Returns "" where nothing helps.
-    """
-    # auto checkpoints all layers by itself where it must, but only a single process can restart itself.
-    checkpointing_done = args.gradient_checkpointing == "all" or (
-        args.gradient_checkpointing == "auto" and world.size == 1
-    )
-    savings: list[tuple[str, Any]] = [] if args.train_batch_size == 1 else [("train_batch_size", 1)]
-    savings += [] if checkpointing_done else [("gradient_checkpointing", "all")]
-    savings += [(name, True) for name in ("bnb_nf4", "bf16") if not getattr(args, name)]
-    savings += [("max_length", 2**k) for k in range(16, 8, -1) if 2**k < args.max_length]
-    tried, flags = argparse.Namespace(**vars(args)), {}
-    for name, value in savings:
-        setattr(tried, name, value)
-        flags[name] = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
-        if name == "train_batch_size":  # the same optimizer step
-            flags["grad_accum"] = f"--grad-accum {args.grad_accum * args.train_batch_size}"
-        if fits is None or fits(tried):
-            return " ".join(flags.values())
-    return ""
-
-
-def print_memory_plan(
-    args: argparse.Namespace, world: World, config: dict, counts: dict, capacity: float, device: str
-) -> dict[str, float]:
-    """Print what a device of `capacity` GiB needs; if it does not fit, as a table, and what to change."""
-    share, layers = counts["trained_tokens"] / counts["tokens"], config["num_hidden_layers"]
-    limit = capacity * args.torch_memory_fraction
-
-    def plan(args: argparse.Namespace) -> tuple[int, dict[str, float]]:
-        """(uncheckpointed layers, GiB by part); auto leaves as many as fit, and a twentieth for fragmentation."""
-        auto, tokens = args.gradient_checkpointing == "auto", args.max_length * args.train_batch_size
-        uncheckpointed = uncheckpointed_layers(args.gradient_checkpointing, layers, auto=layers)
-        parts = memory_plan(args, world, config, tokens, share, uncheckpointed)
-        while auto and uncheckpointed and sum(parts.values()) > 0.95 * limit:
-            uncheckpointed -= 1
-            parts = memory_plan(args, world, config, tokens, share, uncheckpointed)
-        return uncheckpointed, parts
-
-    uncheckpointed, parts = plan(args)
-    need = sum(parts.values())
-    rows = f"rows of {args.max_length:,} x {args.train_batch_size}"
-    rows += f", {layers - uncheckpointed} of {layers} layers checkpointed"
+    need, limit = sum(parts.values()) / 2**30, capacity * args.torch_memory_fraction
+    verdict = f"enough for rows of {args.max_length:,} x {args.train_batch_size}"
     if need > limit:
-        print_field("memory", f"GiB for {rows}")
-        for name, amount in parts.items():
-            print(f"  {name:<20} {amount:6.2f}")
-    verdict = f"enough for {rows}"
-    if need > limit:
-        advice = memory_advice(args, world, lambda tried: sum(plan(tried)[1].values()) <= limit)
-        verdict = f"does not fit: {advice or 'no flag makes it fit; take a smaller model or a larger GPU'}"
-        verdict += " would" if advice else ""
+        verdict = f"too little for rows of {args.max_length:,} x {args.train_batch_size}; try {less_memory(args)}"
     print_field("memory", f"{need:.1f} of {limit:.1f} GiB ({args.torch_memory_fraction:.0%} of {device}): {verdict}")
-    return {**parts, "total": need, "limit": limit}
+    # 2 FLOP a weight and token in forward, 2 in backward: its own gradient is not needed.
+    flop = 4.5 * base_weights(config) * counts["tokens"] * args.epochs
+    cards = {"RTX 4090": 165e12, "A100": 312e12, "H100": 989e12}  # bfloat16, from NVIDIA's data sheets
+    shown = ", ".join(f"{card} {max(1, flop / (peak / 2) / 60):,.0f} min" for card, peak in cards.items())
+    print_field(
+        "time", f"{shown} (calculated at half of the card's peak, not measured), without evaluations and answers"
+    )
+    return {**{name: amount / 2**30 for name, amount in parts.items()}, "total": need, "limit": limit}
 
 
-# Dense bfloat16 TFLOP/s with float32 sums, from NVIDIA's data sheets, and the share of it that we expect to reach.
-CARDS = {"RTX 4090": 165, "A100": 312, "H100": 989}
-UTILIZATION = 0.5
-# FLOP/s of training over those of numpy's float32 matrix product: 0.36 to 0.87 with SmolLM2 (benchmarks/README.md).
-CPU_UTILIZATION = 0.5
+def less_memory(args: argparse.Namespace) -> str:
+    """The first setting that needs less memory than these."""
+    if args.train_batch_size > 1:
+        return f"--train-batch-size 1 --grad-accum {args.grad_accum * args.train_batch_size}"
+    if not args.bnb_nf4:
+        return "--bnb-nf4"
+    if args.gradient_checkpointing not in ("all", "auto"):
+        return "--gradient-checkpointing all"
+    return f"--max-length {args.max_length // 2}"
 
 
-def print_time_plan(args: argparse.Namespace, world: World, config: dict, counts: dict) -> dict[str, float]:
-    """Print and return {device: minutes} of the optimizer steps alone.
+def plan_checkpointing(model, rows: Rows, args: argparse.Namespace) -> None:
+    """Choose which layers recompute their activations, as --gradient-checkpointing says.
 
-    For cards it is arithmetic, because none has been measured. For this CPU it is an estimate, within a factor of two
-    with SmolLM2; it is shown only where no GPU is seen.
+    Each layer that need not saves about 1 % of a step, so auto spares as many as the GPU has room for.
     """
-    flop = training_flop(args, config, counts)
-    minutes = {card: flop / (UTILIZATION * peak * 1e12) / world.size / 60 for card, peak in CARDS.items()}
-    shown = ", ".join(f"{card} {rough_time(amount)}" for card, amount in minutes.items())
-    source = f"calculated at {UTILIZATION:.0%} of the card's peak, not measured"
-    print_field("time", f"{shown} ({source}), without evaluations and answers")
-    if not sees_gpu():
-        minutes["CPU"] = flop / (CPU_UTILIZATION * product_speed()) / 60
-        source = "if nothing else runs: an estimate from its speed at a matrix product"
-        if slow := args.bf16 and not has_bf16():
-            minutes["CPU"] *= 10
-        print_field("time", f"this CPU {rough_time(minutes['CPU'])} ({source}), without evaluations and answers")
-        if slow:
-            print_field("time", NO_BF16)
-    return {device: round(amount, 2) for device, amount in minutes.items()}
-
-
-def training_flop(args: argparse.Namespace, config: dict, counts: dict) -> float:
-    """FLOP of all optimizer steps.
-
-    A weight costs 2 a token in forward, 2 in backward (its own gradient is not needed) and 2 where it recomputes.
-    """
-    layers, shapes = config["num_hidden_layers"], linear_shapes(config).values()
-    recomputed = 1 - uncheckpointed_layers(args.gradient_checkpointing, layers, auto=layers) / layers
-    linear = layers * sum(rows * columns for rows, columns in shapes)
-    adapters = layers * args.lora_r * sum(rows + columns for rows, columns in shapes)
-    head = config["hidden_size"] * config["vocab_size"] * counts["trained_tokens"] / counts["tokens"]
-    return ((4 + 2 * recomputed) * linear + 6 * adapters + 4 * head) * counts["tokens"] * args.epochs
-
-
-NO_BF16 = "this CPU has no bfloat16: --no-bf16 --bnb-dtype float32 is about ten times faster"
-
-
-def has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 itself, as torch.cpu knows too; False where Linux does not say."""
-    info = Path("/proc/cpuinfo")
-    return info.exists() and " avx512_bf16" in info.read_text()
-
-
-def product_speed(clock: Callable[[], float] = time.monotonic) -> float:
-    """FLOP/s of numpy's float32 matrix product on this CPU: the median of a third of a second."""
-    square, seconds, end = np.ones((1024, 1024), np.float32), [], clock() + 0.3
-    while clock() < end:
-        began = clock()
-        square @ square
-        seconds.append(clock() - began)
-    return 2 * len(square) ** 3 / float(np.median(seconds))
-
-
-def rough_time(minutes: float) -> str:
-    """As 1 min, 90 min, 40 h or 5 days."""
-    if minutes < 100:
-        return f"{max(1, round(minutes))} min"
-    hours = minutes / 60
-    return f"{hours:.0f} h" if hours < 48 else f"{hours / 24:,.0f} days"
-
-
-def sees_gpu() -> bool:
-    """Whether there seems to be an NVIDIA GPU that may be used. torch would know, but its import takes seconds."""
-    return not cpu_wanted() and bool(os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi"))
-
-
-def plan_micro_steps(model, rows: Rows, args: argparse.Namespace) -> Batches:
-    """Choose which layers recompute their activations, as --gradient-checkpointing says, and how many rows run at once.
-
-    Each layer left uncheckpointed saves about 1 % of a step, so auto leaves as many as the GPU has room for. Where that
-    is all of them, it also runs several of a step's batches as one, which leaves every step's gradient as it is.
-    """
-    base = model.get_base_model()
-    layers, mode = base.get_decoder().layers, args.gradient_checkpointing
+    base, mode = model.get_base_model(), args.gradient_checkpointing
+    layers = base.get_decoder().layers
     # transformers 5.17 knows it only by its old name.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    uncheckpointed = uncheckpointed_layers(mode, len(layers), auto=0 if args.shard_base else len(layers))
-    together = 1  # batches run as one
-    if mode == "auto" and model.device.type == "cuda" and not args.shard_base:
-        uncheckpointed, together = measure_room(model, rows, args)
-    checkpoint_layers(layers, uncheckpointed)
-    recompute = f"{len(layers) - uncheckpointed} of {len(layers)} layers recompute their activations"
+    if mode == "auto":
+        spared = layers_with_room(model, layers, rows, args) if model.device.type == "cuda" else len(layers)
+    else:
+        spared = {"all": 0, "none": len(layers)}.get(mode, len(layers) - mode if isinstance(mode, int) else 0)
+    checkpoint_layers(layers, spared)
+    recompute = f"{len(layers) - spared} of {len(layers)} layers recompute their activations"
     print_field("memory", f"{recompute} (--gradient-checkpointing {mode})")
-    if args.compile:
-        compile_layers(base)
-    batches = Batches(args.train_batch_size * together, args.grad_accum // together)
-    if together > 1:
-        print_field("memory", f"room for {batches.rows} rows at once: a step is {batches.accumulated} such batches")
-    return batches
 
 
-def checkpoint_layers(layers, uncheckpointed: int) -> None:
+def checkpoint_layers(layers, spared: int) -> None:
     """Checkpoint all layers except the last ones, whose activations are the first that backward frees."""
     for i, layer in enumerate(layers):
-        layer.gradient_checkpointing = i < len(layers) - uncheckpointed
+        layer.gradient_checkpointing = i < len(layers) - spared
 
 
-def measure_room(model, rows: Rows, args: argparse.Namespace) -> tuple[int, int]:
-    """(uncheckpointed layers, batches run as one) that this GPU has room for, from the measured peaks of real steps."""
-    layers, longest = model.get_base_model().get_decoder().layers, rows.longest()
-
-    def peak(uncheckpointed: int, batches: int = 1) -> int:
-        checkpoint_layers(layers, uncheckpointed)
-        batch = collate([longest] * args.train_batch_size * batches)
-        del batch["documents"]
+def layers_with_room(model, layers, rows: Rows, args: argparse.Namespace) -> int:
+    """How many layers need not recompute on this GPU, in eighths, by the measured peak of a step of the longest row."""
+    batch = collate([rows.longest()] * args.train_batch_size)
+    del batch["documents"]
+    inputs = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+    optimizer = sum(p.numel() for p in model.parameters() if p.requires_grad) * (2 if "8bit" in args.optim else 8)
+    # A twentieth is left for fragmentation.
+    limit = 0.95 * args.torch_memory_fraction * torch.cuda.mem_get_info(model.device)[1] - optimizer
+    for eighths in range(8, 0, -1):
+        spared = len(layers) * eighths // 8
+        checkpoint_layers(layers, spared)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         try:
-            inputs = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
             model.train()(**inputs).loss.backward()
+            fits = torch.cuda.max_memory_reserved() < limit
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            return sys.maxsize
-        return torch.cuda.max_memory_reserved()
-
-    peak(0)  # gradients, kernels and workspaces come with the first step
+            fits = False
+        model.zero_grad()
+        if fits:
+            break
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(model.device)
-    # What this process has and what nobody else has, below the cap; a twentieth is left for fragmentation.
-    available = min(torch.cuda.memory_reserved() + free, args.torch_memory_fraction * total)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    buckets = 4 if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0  # DDP's copy of the gradients, not yet there
-    limit = int(0.95 * available) - trained * (optimizer_bytes(args.optim) + buckets)
-    uncheckpointed, batches = most_that_fit(len(layers), peak, limit), 1
-    if uncheckpointed == len(layers):
-        most = most_that_fit(args.grad_accum, functools.partial(peak, len(layers)), limit)
-        batches = max((n for n in range(1, most + 1) if args.grad_accum % n == 0), default=1)
-    if torch.distributed.is_initialized():  # processes must agree
-        batches = min(accelerate.utils.gather_object([batches]))
-    model.zero_grad()
-    torch.cuda.empty_cache()
-    return uncheckpointed, batches
-
-
-def most_that_fit(most: int, peak: Callable[[int], int], limit: int) -> int:
-    """The largest n up to `most` whose step stays below `limit` bytes: uncheckpointed layers, or batches run as one.
-
-    peak(n) does such a step and returns the bytes at its peak, or sys.maxsize where it ran out of memory. From n = 1 on
-    the peak grows linearly. The step from 0 to 1 is smaller: with n = 0 one layer's activations exist too, while it is
-    recomputed. The estimate from two peaks is then measured, and lowered until it fits.
-    """
-    at_one = peak(1)
-    if at_one > limit or most == 1:
-        return int(at_one <= limit)
-    few = min(3, most)
-    while (at_few := peak(few)) > limit:
-        few -= 1
-        if few == 1:
-            return 1
-    each = max(1, (at_few - at_one) // (few - 1))
-    n = max(few, min(most, 1 + (limit - at_one) // each))
-    while n > few and (over := peak(n) - limit) > 0:
-        # A step that ran out of memory does not say by how much.
-        n -= min(-(-over // each), -(-n // 4))
-    return max(n, few)
+    return spared if fits else 0
 
 
 # ---- Model ---------------------------------------------------------------------------------------
@@ -2723,9 +2361,10 @@ def load_base(args: argparse.Namespace, folder: str, device: torch.device):
             dtype=torch.bfloat16 if args.bf16 else torch.float32,
             quantization_config=quantization if args.bnb_nf4 else None,
             device_map={"": "cpu" if args.shard_base else device},
-            attn_implementation=packed_attention(),
+            attn_implementation=choose_attention(folder, device, args.bf16),
         )
     model.requires_grad_(False)
+    model.config.use_cache = False  # with a cache transformers would not look for packed documents
     for module in model.modules():
         # On CPUs with avx512_bf16 a forward without gradients repacks the 4-bit weights, and every gradient
         # after it is wrong while the loss looks right.
@@ -2757,31 +2396,6 @@ def quantized_on(device: torch.device) -> Iterator[None]:
         Params4bit._quantize = quantize
 
 
-def check_head(model) -> None:
-    """Refuse a model that changes its head's logits in a way that head_logits does not: our loss would be wrong."""
-    ids = torch.arange(8, device=model.device)[None]
-    head, logits = model.get_output_embeddings(), head_logits(model)
-    with torch.no_grad():
-        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        # Near zero a softcap changes nothing, so both sides see logits of up to 100.
-        scale = 100 / head(hidden).abs().max().clamp(min=1e-6)
-        hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * scale,))
-        expected, ours = model(input_ids=ids, use_cache=False).logits, logits(hidden)
-        hook.remove()
-    if not torch.allclose(expected.float(), ours.float(), rtol=1e-2, atol=1e-1):
-        raise InputError("--model: its logits are not those of a plain linear head; give a Llama-like model")
-
-
-def head_logits(model) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The model's way from hidden states to logits: its head, and Gemma's softcap."""
-    head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
-
-    def logits(hidden: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(head(hidden) / cap) * cap if cap else head(hidden)
-
-    return logits
-
-
 def add_lora(model, args: argparse.Namespace, targets: list[str], revision: str | None):
     """A PeftModel whose adapters are float32 and compute in the type of the activations."""
     model.name_or_path = args.model if revision else os.path.abspath(args.model)
@@ -2794,13 +2408,11 @@ def add_lora(model, args: argparse.Namespace, targets: list[str], revision: str 
         target_modules=targets,
         revision=revision,
     )
-    lean_decoder(model.get_decoder())
     model = peft.get_peft_model(model, config)
     if args.init_adapter:
         weights = peft.load_peft_weights(str(args.init_adapter), device="cpu")
         with explain(f"--init-adapter {args.init_adapter}", ADAPTER_HINT, RuntimeError):
             peft.set_peft_model_state_dict(model, weights)
-    lean_lora(model.get_base_model().get_decoder())
     return model
 
 
@@ -2872,421 +2484,38 @@ def shard_base(model, device: torch.device) -> None:
     model._is_accelerate_prepared = True
 
 
-# ---- Speed ---------------------------------------------------------------------------------------
-#
-# What this section gains. For a layer of Llama-3.1-8B, traced: 95 kB kept of each token instead of 257; for a batch: 4,996
-# kernels instead of 8,678. On two CPU cores with SmolLM2, measured once: 2.0 times the tokens per second of TRL 1.16.
+# ---- Attention -----------------------------------------------------------------------------------
 
 
-def lean_decoder(decoder) -> None:
-    """Let norms and gated MLPs keep only their inputs for backward.
+def choose_attention(folder: str, device: torch.device, bf16: bool) -> str:
+    """The name of an attention that stays inside the documents of a row.
 
-    By themselves an MLP keeps silu(gate) and silu(gate) * up as well, and a norm its input in float32.
+    transformers' sdpa does so with a T x T mask. On CUDA torch's varlen_attn needs none and skips the work between
+    documents.
     """
-    lean_rope(sys.modules[type(decoder).__module__])
-    agreed: dict[type, bool] = {}
-    for module in decoder.modules():
-        kind, norm = type(module), "RMSNorm" in type(module).__name__
-        if not norm and not hasattr(module, "gate_proj") and not hasattr(module, "gate_up_proj"):
-            continue
-        ours = (fused_norm if norm else gated_mlp).__get__(module)
-        if kind not in agreed:
-            width, like = len(module.weight) if norm else decoder.config.hidden_size, next(decoder.parameters())
-            x = torch.linspace(-2, 2, 4 * width, device=like.device, dtype=like.dtype).view(1, 4, width)
-            agreed[kind] = same_results(module.forward, ours, x)
-        if norm:  # Gemma's multiply by 1 + weight, which torch's does not
-            module.normalize = ours if agreed[kind] else module.forward
-            module.forward = lean_norm.__get__(module)
-        elif agreed[kind]:
-            module.forward = ours
-
-
-@functools.cache  # once for a module
-def lean_rope(modeling) -> None:
-    """Replace apply_rotary_pos_emb in a transformers module: three kernels for a tensor each way, not five and eight.
-
-    It is a global there: no argument or module leads to it.
-    """
-    original = getattr(modeling, "apply_rotary_pos_emb", None)
-    if not original:
-        return
-
-    def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
-        result, half = x * cos, x.shape[-1] // 2
-        result[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
-        result[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
-        return result
-
-    class Rotate(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, cos, sin):
-            ctx.save_for_backward(cos, sin)
-            return rotated(x, cos, sin, 1)
-
-        @staticmethod
-        def backward(ctx, grad):
-            cos, sin = ctx.saved_tensors
-            return rotated(grad, cos, sin, -1), None, None
-
-    @functools.wraps(original)
-    def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
-        # Some models rotate only a part, or in float32.
-        if torch.compiler.is_compiling() or cos.shape[-1] != q.shape[-1] or cos.dtype != q.dtype:
-            return original(q, k, cos, sin, unsqueeze_dim)
-        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-        return Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
-
-    x, angle = torch.linspace(-2, 2, 64).view(2, 1, 1, 4, 8)
-    cos, sin = angle[0].cos(), angle[0].sin()
-    ours = functools.partial(rotated, cos=cos[:, None], sin=sin[:, None], sign=1)
-    if same_results(lambda x: original(x, x, cos, sin)[0], ours, x):
-        modeling.apply_rotary_pos_emb = apply_rotary_pos_emb
-
-
-def lean_norm(self, x: torch.Tensor) -> torch.Tensor:
-    """The forward of an RMSNorm."""
-    return keep_inputs(self.normalize, x)
-
-
-def fused_norm(self, x: torch.Tensor) -> torch.Tensor:
-    """torch's RMSNorm with the weight of this module: one kernel on CUDA."""
-    eps = getattr(self, "variance_epsilon", getattr(self, "eps", None))
-    return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, eps)
-
-
-def gated_mlp(self, x: torch.Tensor) -> torch.Tensor:
-    """The forward of Llama's MLP, and of Phi-3's with gate and up in one projection."""
-    if hasattr(self, "gate_up_proj"):
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
-    else:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-    act = self.act_fn if hasattr(self, "act_fn") else self.activation_fn
-    return self.down_proj(keep_inputs(lambda gate, up: act(gate) * up, gate, up))
-
-
-def same_results(one: Callable, other: Callable, x: torch.Tensor) -> bool:
-    """Whether two functions give the same for x, but for the rounding of bfloat16."""
-    with torch.no_grad(), contextlib.suppress(AssertionError):
-        torch.testing.assert_close(one(x), other(x), rtol=2e-2, atol=2e-2)
-        return True
-    return False
-
-
-def keep_inputs(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """function(*inputs), element-wise work that backward does again: only its inputs are kept.
-
-    The result carries its origin, (function, inputs), so that LoraProducts can keep that in its place.
-    """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler chooses by itself what to keep
-        return function(*inputs)
-    result = torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-    result.origin = function, inputs
-    return result
-
-
-# The layers that read the same input, where a model has them.
-SAME_INPUT = {"q_proj": "q, k, v", "k_proj": "q, k, v", "v_proj": "q, k, v", "gate_proj": "mlp", "up_proj": "mlp"}
-
-
-class LoraGroup:
-    """Adapted layers that read the same input: all are computed when the first is called, with one dropout.
-
-    PEFT's forward computes in the adapters' float32 and keeps a dropped copy of the input for each layer.
-    """
-
-    def __init__(self, layers: list):
-        self.layers, self.input, self.outputs = layers, None, {}
-        # A of all layers, stacked and times the scaling, and each layer's B: set by cast_adapters.
-        self.a, self.b = torch.empty(0), [torch.empty(0)]
-        for place, layer in enumerate(layers):
-            layer.group, layer.place = self, place
-            layer.forward = lean_lora_forward.__get__(layer)
-
-    def outputs_of(self, layer, x: torch.Tensor) -> torch.Tensor:
-        """W x + B A dropout(x) of one of the layers, for x [..., inputs]."""
-        if self.input is not x:
-            function, inputs = getattr(x, "origin", (lambda x: x, (x,)))
-            outputs = lora_products().apply(self, x.detach(), function, self.a, *self.b, *inputs)
-            self.input, self.outputs = x, dict(zip(self.layers, outputs, strict=True))
-        output = self.outputs.pop(layer)
-        self.input = x if self.outputs else None
-        return output
-
-
-def lean_lora_forward(self, x: torch.Tensor) -> torch.Tensor:
-    """The forward of an adapted layer: W x + s B A dropout(x)."""
-    if self.disable_adapters:
-        return self.base_layer(x)
-    if not torch.compiler.is_compiling():
-        return self.group.outputs_of(self, x)
-    linear, a = torch.nn.functional.linear, self.group.a.chunk(len(self.group.layers))[self.place]
-    return self.base_layer(x) + linear(linear(self.lora_dropout["default"](x), a), self.group.b[self.place])
-
-
-@functools.cache
-def lora_products() -> type[torch.autograd.Function]:
-    """The autograd function of LoraGroup."""
-
-    class LoraProducts(torch.autograd.Function):
-        """W x + B A dropout(x) for each layer of a group, where x = function(*inputs).
-
-        Kept are those inputs and A dropout(x); of the dropout only the generator's state, to draw it again.
-        """
-
-        @staticmethod
-        def forward(ctx, group, x, function, a, *tensors):
-            dropout, members = group.layers[0].lora_dropout["default"], len(group.layers)
-            ctx.p = dropout.p if dropout.training and hasattr(dropout, "p") else 0
-            b, inputs = tensors[:members], tensors[members:]
-            rows, state = x.flatten(0, -2), None
-            if ctx.p:
-                ctx.generator = torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator
-                state = ctx.generator.get_state()
-                rows = torch.native_dropout(rows, ctx.p, True)[0]
-            inner = rows @ a.T
-            outputs = tuple(layer.base_layer(x) for layer in group.layers)
-            for output, part, b_part in zip(outputs, inner.chunk(members, 1), b, strict=True):
-                output.view(-1, output.shape[-1]).addmm_(part, b_part.T)
-            ctx.group, ctx.function = group, function
-            ctx.save_for_backward(state, inner, a, *b, *inputs)  # so a checkpointed layer keeps no state either
-            return outputs
-
-        @staticmethod
-        def backward(ctx, *grads):
-            layers, members = ctx.group.layers, len(grads)
-            state, inner, a, *tensors = ctx.saved_tensors
-            b, inputs = tensors[:members], tensors[members:]
-            needed = ctx.needs_input_grad[4 + members :]
-            with torch.enable_grad():
-                leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
-                x = ctx.function(*leaves)
-            grads = tuple(grad.flatten(0, -2) for grad in grads)
-            inner_grads = [grad @ b_part for grad, b_part in zip(grads, b, strict=True)]
-            inner_grad = torch.cat(inner_grads, 1) if members > 1 else inner_grads[0]
-            b_grads = [grad.T @ part for grad, part in zip(grads, inner.chunk(members, 1), strict=True)]
-            rows = x.detach().flatten(0, -2)
-            if ctx.p:
-                rows, mask = dropout_again(rows, ctx.p, ctx.generator, state)
-            a_grad = inner_grad.T @ rows
-            del rows  # the step's peak is a few lines below
-            if any(needed):
-                x_grad = inner_grad @ a
-                if ctx.p:
-                    x_grad = torch.ops.aten.native_dropout_backward(x_grad, mask, 1 / (1 - ctx.p))
-                    del mask
-                for layer, grad in zip(layers, grads, strict=True):
-                    x_grad.addmm_(grad, base_weight(layer.base_layer).to(grad.dtype))
-                input_grads = torch.autograd.grad(x, leaves, x_grad.view_as(x))
-            else:
-                input_grads = (None,) * len(leaves)
-            return None, None, None, a_grad, *b_grads, *input_grads
-
-    return LoraProducts
-
-
-def dropout_again(x: torch.Tensor, p: float, generator: torch.Generator, state: torch.Tensor) -> tuple:
-    """(dropout(x), its mask) as drawn in this state of the generator, which then goes on from where it was."""
-    now = generator.get_state()
-    try:
-        generator.set_state(state)
-        return torch.native_dropout(x, p, True)
-    finally:
-        generator.set_state(now)
-
-
-def base_weight(layer) -> torch.Tensor:
-    """The weight [outputs, inputs] of a linear layer, restored where it is in 4 bits."""
-    if not hasattr(layer, "quant_state"):
-        return layer.weight
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(layer.weight.data, layer.quant_state)
-
-
-def lean_lora(decoder) -> None:
-    """Group the adapted layers of a decoder, and cast all adapters to the type of its activations in each forward."""
-    from peft.tuners.lora import LoraLayer
-
-    groups: list[LoraGroup] = []
-    for parent in decoder.modules():
-        by_input: dict[str, list] = {}
-        for name, child in parent.named_children():
-            if isinstance(child, LoraLayer):
-                by_input.setdefault(SAME_INPUT.get(name, name), []).append(child)
-        groups += map(LoraGroup, by_input.values())
-    dtype = next(decoder.parameters()).dtype  # the embedding's
-    decoder.register_forward_pre_hook(lambda *_: cast_adapters(groups, dtype))
-
-
-def cast_adapters(groups: list[LoraGroup], dtype: torch.dtype) -> None:
-    """Give each group its A and B in this type, by a few kernels for all of them.
-
-    Each layer casting its own takes 448 kernels for Llama-3.1-8B, and as many for the gradients.
-    """
-    layers = [layer for group in groups for layer in group.layers]
-    weights = [getattr(layer, kind)["default"].weight for kind in ("lora_A", "lora_B") for layer in layers]
-    stacks = [(len(group.layers) * len(weights[0]), group.layers[0].in_features) for group in groups]
-    cast = iter(cast_function().apply(dtype, layers[0].scaling["default"], stacks, *weights))
-    for group in groups:
-        group.a = next(cast)
-    for group in groups:
-        group.b = [next(cast) for _ in group.layers]
-
-
-@functools.cache
-def cast_function() -> type[torch.autograd.Function]:
-    """The autograd function of cast_adapters."""
-
-    class Cast(torch.autograd.Function):
-        """float32 A and B of all layers -> scaling * A, stacked into these shapes, and B, in `dtype`."""
-
-        @staticmethod
-        def forward(ctx, dtype, scaling, shapes, *weights):
-            ctx.scaling, ctx.stacked, ctx.r = scaling, len(shapes), len(weights[0])
-            stacks = [weights[0].new_empty(shape, dtype=dtype) for shape in shapes]
-            copies = [torch.empty_like(weight, dtype=dtype) for weight in weights[len(weights) // 2 :]]
-            torch._foreach_copy_([part for stack in stacks for part in stack.split(ctx.r)] + copies, weights)
-            torch._foreach_mul_(stacks, scaling)
-            return *stacks, *copies
-
-        @staticmethod
-        def backward(ctx, *grads):
-            copies = [torch.empty_like(grad, dtype=torch.float32) for grad in grads]
-            torch._foreach_copy_(copies, grads)
-            stacks = copies[: ctx.stacked]
-            torch._foreach_mul_(stacks, ctx.scaling)
-            return None, None, None, *(part for stack in stacks for part in stack.split(ctx.r)), *copies[ctx.stacked :]
-
-    return Cast
-
-
-def packed_attention() -> str:
-    """Register an attention that stays inside documents; returns its name.
-
-    On CUDA torch's varlen_attn (>= 2.10) skips the work between documents; elsewhere sdpa runs once per document.
-    The usual way builds a boolean T x T mask for each row and does all T x T work.
-    """
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-
-        grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not yet in torch 2.11
-    except ImportError:
-        varlen_attn, grouped = None, False
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if getattr(config, "attn_logit_softcapping", None):
+        return "eager"  # Gemma 2's softcap, which the other two do not know
+    if torch.device(device).type != "cuda" or not bf16:
+        return "sdpa"
+    from torch.nn.attention.varlen import varlen_attn
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def attention(
-        module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None,
-        cu_seq_lens_q=None, max_length_q=None, **kwargs,
+        module, query, key, value, attention_mask, scaling=None, sliding_window=None, cu_seq_lens_q=None,
+        max_length_q=None, **kwargs,
     ):  # fmt: skip
         """query [1, heads, T, d], key and value [1, kv_heads, T, d] -> [1, T, heads, d]"""
-        packed = cu_seq_lens_q is not None  # in generation there is one sequence, without padding
-        half = query.dtype in (torch.bfloat16, torch.float16)
-        varlen = varlen_attn and packed and query.is_cuda and half and not softcap
-        if not (varlen and grouped):
-            key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
-        if varlen:
-            q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-            ends, longest = (cu_seq_lens_q,) * 2, (max_length_q,) * 2
-            more = {"enable_gqa": True} if grouped else {}
-            window = (sliding_window - 1 if sliding_window else -1, 0)
-            return varlen_attn(q, k, v, *ends, *longest, scale=scaling, window_size=window, **more)[None], None
-        attend = functools.partial(causal_attention, scaling=scaling, window=sliding_window, softcap=softcap)
-        if packed and not torch.compiler.is_compiling():
-            lengths = cu_seq_lens_q.diff().tolist()
-            documents = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
-            out = torch.cat([attend(*qkv) for qkv in documents], 2)
-        else:
-            out = attend(query, key, value, ends=cu_seq_lens_q)
-        return out.transpose(1, 2), None
+        if cu_seq_lens_q is None:  # generation: one sequence, without padding
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+        ends, longest = (cu_seq_lens_q,) * 2, (max_length_q,) * 2
+        window = (sliding_window - 1 if sliding_window else -1, 0)
+        return varlen_attn(q, k, v, *ends, *longest, scale=scaling, window_size=window, enable_gqa=True)[None], None
 
-    # transformers finds no mask function of this name, so it builds no mask and does not wait for the GPU.
+    # transformers finds no mask function of this name, so it builds no mask.
     transformers.AttentionInterface.register("packed", attention)
     return "packed"
-
-
-def causal_attention(query, key, value, scaling, window: int | None, softcap: float | None, ends=None) -> torch.Tensor:
-    """Attention [1, heads, queries, d] of the last positions to those up to them.
-
-    window: how many positions each sees, itself included; softcap: Gemma 2's, which sdpa does not know;
-    ends: of packed documents, which a compiler wants as a mask: one graph for all lengths.
-    """
-    sdpa = functools.partial(torch.nn.functional.scaled_dot_product_attention, query, key, value, scale=scaling)
-    queries, keys = query.shape[2], key.shape[2]
-    if ends is None and not softcap and not (window and keys > window):
-        return sdpa(is_causal=True) if queries > 1 else sdpa()  # for a compiler `queries > 1` is no bool
-    place = torch.arange(keys, device=query.device)
-    distance = place[keys - queries :, None] - place
-    mask = (distance >= 0) & (distance < (window or keys))
-    if ends is not None:
-        document = torch.searchsorted(ends, place, right=True, out_int32=True)
-        mask &= document[:, None] == document
-    if not softcap:
-        return sdpa(attn_mask=mask)
-    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scaling / softcap)
-    shares = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
-    return shares.to(value.dtype) @ value
-
-
-def install_chunked_loss(model) -> None:
-    """Make the causal LM's forward, given shift_labels, return the loss of those positions alone.
-
-    Only the hidden states before a trained token go through the head. The loss is their mean, or
-    their sum over num_items_in_batch, as in transformers. Without shift_labels (generation) the
-    forward is the model's own.
-    """
-    from transformers.modeling_outputs import CausalLMOutput
-
-    model_forward, decoder, logits = model.forward, model.get_decoder(), head_logits(model)
-
-    def forward(*args, shift_labels=None, labels=None, logits_to_keep=0, num_items_in_batch=None, **kwargs):
-        if shift_labels is None:
-            return model_forward(*args, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
-        hidden = decoder(*args, use_cache=False, **kwargs).last_hidden_state[0].index_select(0, logits_to_keep)
-        total = chunked_cross_entropy(hidden, logits, shift_labels[0], logit_rows(model.config.vocab_size))
-        return CausalLMOutput(loss=total / (shift_labels.numel() if num_items_in_batch is None else num_items_in_batch))
-
-    model.forward = forward
-
-
-def logit_rows(vocabulary: int) -> int:
-    """Rows of logits computed at once: about 2^25 numbers, 0.5 GiB with all that the loss makes of them."""
-    return max(1, 2**25 // vocabulary)
-
-
-def chunked_cross_entropy(hidden: torch.Tensor, logits: Callable, targets: torch.Tensor, rows: int) -> torch.Tensor:
-    """Sum of the cross-entropies of logits(hidden) and targets: [N, h], [N] -> scalar, float32.
-
-    The head is frozen, so backward only needs the gradient of `hidden`: it is computed chunk by
-    chunk along with the loss, and at most `rows` x vocabulary logits exist at a time.
-    The idea is Liger Kernel's fused linear cross-entropy (arXiv 2410.10989), without a kernel.
-    """
-
-    class SumOfLosses(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, hidden):
-            total, grads = hidden.new_zeros((), dtype=torch.float32), []
-            for chunk, target in zip(hidden.split(rows), targets.split(rows), strict=True):
-                with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                    chunk = chunk.detach().requires_grad_(ctx.needs_input_grad[0])
-                    loss = torch.nn.functional.cross_entropy(logits(chunk).float(), target, reduction="sum")
-                total += loss.detach()
-                if ctx.needs_input_grad[0]:
-                    grads += torch.autograd.grad(loss, chunk)
-            if grads:
-                ctx.save_for_backward(torch.cat(grads))
-            return total
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * ctx.saved_tensors[0]
-
-    return SumOfLosses.apply(hidden)
-
-
-def compile_layers(base, **options) -> None:
-    """torch.compile each layer: one graph for all lengths, and for the first layer too, whose input needs no gradient."""
-    base.enable_input_require_grads()
-    for layer in base.get_decoder().layers:
-        layer.compile(fullgraph=True, dynamic=True, **options)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -3324,8 +2553,8 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
     if not torch.cuda.is_available():
         check_driver()
         print_field("device", "CPU")
-        if args.bf16 and not has_bf16():
-            print_field("device", NO_BF16)
+        if args.bf16 and not torch.cpu._is_avx512_bf16_supported():
+            print_field("device", "this CPU has no bfloat16: --no-bf16 --bnb-dtype float32 is about ten times faster")
         if args.optim.startswith("paged_"):
             print_field("device", f"no GPU, so {optimizer_on(args.optim, 'cpu')} takes the place of {args.optim}")
         return torch.device("cpu")
@@ -3421,7 +2650,7 @@ class Stop:
         return self.agreed is not None
 
 
-def training_arguments(args: argparse.Namespace, batches: Batches, evaluating: bool) -> transformers.TrainingArguments:
+def training_arguments(args: argparse.Namespace, evaluating: bool) -> transformers.TrainingArguments:
     """Our flags under transformers' names."""
     cuda = torch.cuda.is_available()
     for _, variable in (TRACKERS[name] for name in args.report_to if name != "none"):
@@ -3431,9 +2660,9 @@ def training_arguments(args: argparse.Namespace, batches: Batches, evaluating: b
     arguments = transformers.TrainingArguments(
         output_dir=str(args.output),
         num_train_epochs=args.epochs,
-        per_device_train_batch_size=batches.rows,
+        per_device_train_batch_size=args.train_batch_size,
         per_device_eval_batch_size=args.eval_batch_size,
-        gradient_accumulation_steps=batches.accumulated,
+        gradient_accumulation_steps=args.grad_accum,
         learning_rate=args.learning_rate,
         lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=args.warmup_ratio,  # below 1 it is a share
@@ -3462,16 +2691,14 @@ def training_arguments(args: argparse.Namespace, batches: Batches, evaluating: b
     return arguments
 
 
-def make_trainer(
-    args, world: World, batches: Batches, model, tokenizer, train_rows, eval_rows, prompts: list[Prompt], stop: Stop
-):
+def make_trainer(args, world: World, model, tokenizer, train_rows, eval_rows, prompts: list[Prompt], stop: Stop):
     """A Hugging Face Trainer with exact evaluation, complete checkpoints and one line for each step."""
-    arguments = training_arguments(args, batches, evaluating=eval_rows is not None)  # starts the process group
+    arguments = training_arguments(args, evaluating=eval_rows is not None)  # starts the process group
     if not args.output.is_dir():
         problem = "does not exist on this machine"
         raise InputError(f"--output {args.output}: {problem}; name a folder that all machines share")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    check_disk(args.output, args.save_total_limit, trained * (4 + optimizer_bytes(args.optim)))
+    check_disk(args.output, args.save_total_limit, trained * (4 + (2 if "8bit" in args.optim else 8)))
     trainer = trainer_class(args.shard_base)(
         model=model,
         args=arguments,
@@ -3551,7 +2778,7 @@ def trainer_class(shard_base: bool) -> type[transformers.Trainer]:
             total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, tokens
             for inputs in dataloader:
                 del inputs["documents"]
-                with torch.no_grad(), explain_memory(self.args.eval_batch_size):
+                with torch.no_grad():
                     loss = self.model(**self._prepare_inputs(inputs), num_items_in_batch=1).loss  # a sum
                 total += torch.stack([loss.double(), torch.tensor(inputs["labels"].numel(), device=loss.device)])
             loss, count = self.accelerator.reduce(total, "sum").tolist()
@@ -3674,40 +2901,6 @@ def restore_paging(optimizer) -> None:
     for parameter, state in optimizer.state.items():
         for name in state.keys() & {"state1", "state2"}:
             state[name] = optimizer.get_state_buffer(parameter, dtype=state[name].dtype).copy_(state[name])
-
-
-def train_within_memory(trainer, checkpoint: str | None, output: Path, world: World) -> None:
-    """trainer.train; out of memory, restart from the last checkpoint with half as many uncheckpointed layers.
-
-    The program replaces itself with a new one, so that nothing a failed step has allocated is left.
-    """
-    layers = trainer.model.get_base_model().get_decoder().layers
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-        return
-    except Exception as error:  # torch, safetensors and tokenizers each raise their own error where the disk is full
-        checkpointed = sum(layer.gradient_checkpointing for layer in layers)
-        no_memory = isinstance(error, RuntimeError) and out_of_memory(error)
-        if not no_memory:
-            raise_if_disk_full(output, trainer.state.global_step)
-        if not no_memory or checkpointed == len(layers) or world.size > 1:
-            raise
-    more = checkpointed + -(-(len(layers) - checkpointed) // 2)
-    mode = "all" if more == len(layers) else str(more)
-    print_field("memory", f"not enough with {checkpointed} layers checkpointed; continuing with {mode}")
-    os.execv(sys.executable, [sys.executable, *resuming_options(), "--gradient-checkpointing", mode])
-
-
-@contextlib.contextmanager
-def explain_memory(eval_batch_size: int) -> Iterator[None]:
-    """Evaluation keeps no activations: a restart that checkpoints more layers would run out of memory again."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        fix = "use --eval-batch-size 1" if eval_batch_size > 1 else "use a smaller --max-length"
-        raise InputError(f"--eval-batch-size {eval_batch_size}: out of memory in an evaluation; {fix}") from None
 
 
 OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED|DefaultCPUAllocator", re.IGNORECASE)

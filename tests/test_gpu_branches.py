@@ -38,7 +38,7 @@ def two_gpus(monkeypatch):
 def test_one_process_uses_one_gpu(two_gpus, tmp_path):
     """Trainer would wrap the model in DataParallel, halve the steps and add up the losses."""
     assert transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True).n_gpu == 2
-    assert sft.training_arguments(arguments(), sft.Batches(1, 32), evaluating=False).n_gpu == 1
+    assert sft.training_arguments(arguments(), evaluating=False).n_gpu == 1
 
 
 def test_torch_for_cuda_without_a_gpu_is_not_a_cpu_run(monkeypatch):
@@ -87,17 +87,6 @@ def test_other_errors_are_not_out_of_memory():
     assert not sft.out_of_memory(ValueError("out of memory"))
 
 
-def test_out_of_memory_in_an_evaluation_names_the_flag():
-    """A restart that checkpoints more layers would only run out of memory in the same evaluation again."""
-
-    def evaluate(batch_size: int):
-        with sft.explain_memory(batch_size):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    assert_says(error_of(evaluate, 4), "--eval-batch-size 4", "--eval-batch-size 1")
-    assert_says(error_of(evaluate, 1), "--eval-batch-size 1", "--max-length")
-
-
 # ---- the paged optimizer's state ----
 
 
@@ -142,7 +131,7 @@ def test_adapters_are_loaded_onto_the_process_s_own_device(short_smollm2, monkey
     """PEFT would take cuda:0 in every process: forced here by letting it find a GPU that is not there."""
     args = arguments("--model", short_smollm2, "--no-bf16", "--no-bnb-nf4", "--lora-r", 4)
     base = sft.find_base(args, str(short_smollm2))
-    model, _ = sft.load_model(args, base, None, torch.device("cpu"))
+    model = sft.load_model(args, base, None, torch.device("cpu"))
     model.save_pretrained(tmp_path / "adapter")
     monkeypatch.setattr("peft.peft_model.infer_device", lambda: "cuda:0")
     model.load_adapter(str(tmp_path / "adapter"), "default")

@@ -48,7 +48,7 @@ def test_nothing_changes_before_the_first_step(half, monkeypatch):
         def longest(self):
             return row
 
-    model = sft.load_model(args, base, Rows(), torch.device("cpu"))[0].eval()
+    model = sft.load_model(args, base, Rows(), torch.device("cpu")).eval()
     from peft import PeftModel, get_peft_model_state_dict
 
     weights = adapter_weights(half / "out")

@@ -3,20 +3,15 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
-import time
 from itertools import chain
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import SCRIPT, arguments, assert_says, error_of
+from runs import arguments, assert_says, error_of
 
 import train_sft_dolores as sft
 from train_sft_dolores import IGNORE
@@ -328,62 +323,7 @@ def test_prepare_notices_every_change(cache, encode, smollm2_tokenizer):
 def test_an_error_leaves_no_half_cache(cache, encode):
     Path("d").write_text(corpus() + "<|assistant|>\n")
     error_of(sft.read_data, sft.find_files(["d"]), arguments(), encode)
-    assert [path for path in cache.rglob("*") if path.suffix != ".lock"] == [cache / "dolores_sft"]
-
-
-# ---- several processes ----
-
-
-def test_map_in_order():
-    """The results of several processes are those of one, in order; few items are read ahead."""
-    taken = []
-
-    def items():
-        for number in range(40):
-            taken.append(number)
-            yield number
-
-    def work(number: int) -> int:
-        time.sleep(0.02 * (number % 3 == 0))
-        return -number
-
-    results = sft.map_in_order(work, items(), 2)
-    assert next(results) == 0 and len(taken) < 10
-    assert list(results) == [-number for number in range(1, 40)]
-    assert list(sft.map_in_order(work, items(), 1)) == [-number for number in range(40)]
-
-
-def test_an_error_in_a_worker_process():
-    def work(number: int):
-        raise sft.InputError(f"d:{number}: wrong; mend it")
-
-    assert_says(error_of(list, sft.map_in_order(work, range(9), 2)), "d:0")
-
-
-def test_one_core_and_all_cores_prepare_the_same(tmp_path, smollm2):
-    cores = os.sched_getaffinity(0)
-    text = "".join(
-        dialogue(*(f"{who}{i}" + " mot" * (99 * i % 700) for who in "qaqa")) + "<|user|>\nq\n" for i in range(1500)
-    )
-    (tmp_path / "d").write_text(text)
-
-    def prepared(name: str, cores: set[int]) -> tuple[dict, list]:
-        """(the report, the samples) of a run on these cores."""
-        command = [sys.executable, SCRIPT, "--train-files", "d", "--model", smollm2, "--json", name]
-        subprocess.run(
-            command, cwd=tmp_path, check=True, timeout=240, stdout=subprocess.DEVNULL,
-            env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path / f"{name}-cache")},
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
-        )  # fmt: skip
-        (arrow,) = tmp_path.glob(f"{name}-cache/*/*/samples.arrow")
-        report = json.loads((tmp_path / name).read_text())
-        del report["minutes"]  # the CPU's are an estimate from a measurement
-        return report, datasets.Dataset.from_file(str(arrow)).to_list()
-
-    one, every = prepared("one", {min(cores)}), prepared("every", cores)
-    assert one == every and len(one[1]) >= 1500 and one[0]["split"] > 0
-    kinds = [warning["kind"] for warning in one[0]["warnings"]]
-    assert kinds.count("no answer") == 1500 and kinds.count("split") == one[0]["split"]
+    assert [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
 
 
 # ---- one batch ----
@@ -445,9 +385,9 @@ def load(folder, attention):
 def test_packed_logits_are_those_of_each_document_alone(tiny_llama31, documents):
     batch = sft.collate([row_of(*documents[:3]), row_of(*documents[3:])])
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "cu_seq_lens_q", "max_length_q")}
-    packed, alone = load(tiny_llama31, sft.packed_attention()), load(tiny_llama31, "eager")
+    packed, alone = load(tiny_llama31, "sdpa"), load(tiny_llama31, "eager")
     with torch.no_grad():
-        together = packed(**inputs).logits[0]
+        together = packed(**inputs, use_cache=False).logits[0]
         apart = [alone(input_ids=torch.tensor([ids])).logits[0] for ids, _ in documents]
         joined = alone(
             input_ids=inputs["input_ids"],
@@ -463,13 +403,14 @@ def test_packed_logits_are_those_of_each_document_alone(tiny_llama31, documents)
 def test_the_loss_is_that_of_the_plain_model(tiny_llama31, documents, packed, num_items):
     """So are the gradients of all weights below the head."""
     documents = documents if packed else documents[:1]
-    ours, plain = load(tiny_llama31, sft.packed_attention()), load(tiny_llama31, "eager")
+    ours, plain = load(tiny_llama31, "sdpa"), load(tiny_llama31, "eager")
     ours.lm_head.requires_grad_(False)
     plain.lm_head.requires_grad_(False)
-    sft.install_chunked_loss(ours)
     batch = sft.collate([row_of(*documents)])
     del batch["documents"]
-    loss = ours(**batch, num_items_in_batch=None if num_items is None else torch.tensor(num_items)).loss
+    loss = ours(
+        **batch, use_cache=False, num_items_in_batch=None if num_items is None else torch.tensor(num_items)
+    ).loss
     loss.backward()
 
     count = sum(label != IGNORE for _, labels in documents for label in labels)
@@ -490,36 +431,3 @@ def test_the_loss_is_that_of_the_plain_model(tiny_llama31, documents, packed, nu
     for name, weight in ours.named_parameters():
         if name in gradients:
             torch.testing.assert_close(weight.grad, gradients[name], rtol=1e-4, atol=1e-6)
-
-
-def test_without_shift_labels_the_model_is_unchanged(tiny_llama31, documents):
-    ours, plain = load(tiny_llama31, sft.packed_attention()), load(tiny_llama31, "sdpa")
-    sft.install_chunked_loss(ours)
-    ids = torch.tensor([documents[0][0][:8]])
-    with torch.no_grad():
-        torch.testing.assert_close(ours(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
-    answers = [
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
-        for model in (ours, plain)
-    ]
-    assert answers[0].tolist() == answers[1].tolist()
-
-
-@pytest.mark.parametrize("count, rows", [(20, 20), (20, 7), (21, 7), (1, 7), (0, 7)])
-def test_chunked_cross_entropy(count, rows):
-    torch.manual_seed(0)
-    head = torch.nn.Linear(8, 50, bias=False).requires_grad_(False)
-    targets, seen = torch.randint(50, (count,)), []
-    head.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    hidden = torch.randn(count, 8, requires_grad=True)
-    loss = sft.chunked_cross_entropy(hidden, head, targets, rows)
-    (3 * loss).backward()
-    assert sum(seen) == count and max(seen) <= rows and len(seen) == max(1, -(-count // rows))
-    same = hidden.detach().clone().requires_grad_()
-    expected = F.cross_entropy(head(same), targets, reduction="sum")
-    (3 * expected).backward()
-    assert loss.dtype == torch.float32 and loss.shape == ()
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(hidden.grad, same.grad, rtol=1e-6, atol=1e-6)
-    with torch.no_grad():  # evaluation
-        assert torch.equal(sft.chunked_cross_entropy(hidden, head, targets, rows), loss)

@@ -166,7 +166,7 @@ def test_a_plan_that_does_not_fit(folder, llama31_tokenizer):
     (folder / "llama").mkdir()
     llama31_tokenizer.save_pretrained(folder / "llama")
     (folder / "llama/config.json").write_text(json.dumps(LLAMA_8B))
-    options = ("--no-bnb-nf4", "--lora-r", 64, "--gradient-checkpointing", "none", "--grad-accum", 1)
+    options = ("--no-bnb-nf4", "--max-length", 8192, "--lora-r", 64, "--grad-accum", 1)
     shown = screen(folder, "--dry-run", "--model", "llama", *options)
     check("plan_does_not_fit", shown[shown.index("memory ") : shown.index("time ")])
 

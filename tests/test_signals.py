@@ -8,9 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
-from runs import NO_GPU, SCRIPT, TINY, assert_same_adapter, dialogues, launch, run, start, wait_until
+from runs import NO_GPU, SCRIPT, TINY, assert_same_adapter, dialogues, run, start, wait_until
 
 import train_sft_dolores as sft
 
@@ -44,10 +43,10 @@ def interrupted(folder: Path, number, moment, *options) -> tuple[int, str]:
     """(exit status, output) of a run that gets this signal in its nth call of a function."""
     process = start(folder, *options, moment=moment, HF_DATASETS_CACHE=str(folder / "cache"))
     wait_until((folder / "moment").exists, process, folder / "log.txt")
-    assert bool(list(folder.rglob("*.partial"))) == (moment[0] == "write_arrow")
+    assert bool(list(folder.rglob("*.incomplete"))) == (moment[0] == "encode_conversations")
     os.kill(process.pid, number)
     process.join(60)
-    assert not list(folder.rglob("*.partial"))
+    assert not list(folder.rglob("*.incomplete"))
     return process.exitcode, (folder / "log.txt").read_text()
 
 
@@ -99,7 +98,7 @@ def test_a_closed_terminal(options, undisturbed, tmp_path):
 
 
 BEFORE_TRAINING = {
-    "preparing": (signal.SIGTERM, ("write_arrow", 1)),
+    "preparing": (signal.SIGTERM, ("encode_conversations", 1)),
     "evaluation": (signal.SIGINT, ("evaluation_loop", 1)),
     "sampling": (signal.SIGTERM, ("generate_answers", 1)),
 }
@@ -120,7 +119,7 @@ def test_before_training(number, moment, options, tmp_path):
             file.write_text("{}")
         options += ("--overwrite",)
     options += ("--sample-prompts", "prompts.txt") if moment[0] == "generate_answers" else ()
-    if moment[0] == "write_arrow":
+    if moment[0] == "encode_conversations":
         (tmp_path / "train.chatml").write_text(dialogues(3_000))
     code, out = interrupted(tmp_path, number, moment, *options)
     assert code == STATUS[number] and "Traceback" not in out, out
@@ -137,25 +136,5 @@ def test_before_training(number, moment, options, tmp_path):
 def test_in_a_dry_run(number, smollm2, tmp_path):
     write_data(tmp_path)
     (tmp_path / "train.chatml").write_text(dialogues(3_000))
-    code, out = interrupted(tmp_path, number, ("write_arrow", 1), "--dry-run", "--model", smollm2)
+    code, out = interrupted(tmp_path, number, ("encode_conversations", 1), "--dry-run", "--model", smollm2)
     assert (code, out) == (STATUS[number], LAST_WORD)
-
-
-@pytest.mark.parametrize("number", [*STATUS, signal.SIGKILL])
-def test_while_several_processes_encode(number, smollm2, tmp_path):
-    """No process outlives the run, whatever ends it, and no half of a cache is left."""
-    if len(os.sched_getaffinity(0)) == 1:
-        pytest.skip("needs two cores")
-    write_data(tmp_path)
-    (tmp_path / "train.chatml").write_text(dialogues(3_000).replace(" ?", " ?" + " mot" * 500))
-    command = [sys.executable, SCRIPT, "--dry-run", "--model", smollm2]
-    process = launch(command, tmp_path, "log.txt", HF_DATASETS_CACHE=str(tmp_path / "cache"))
-    run, log = psutil.Process(process.pid), tmp_path / "log.txt"
-    wait_until(lambda: len(run.children()) > 1, process, log)
-    workers = run.children()
-    process.send_signal(number)
-    assert process.wait(60) == STATUS.get(number, -number), log.read_text()
-    assert psutil.wait_procs(workers, timeout=10)[1] == []
-    assert "Traceback" not in log.read_text() and "tokens" not in log.read_text()
-    if number in STATUS:
-        assert [path.suffix for path in (tmp_path / "cache/dolores_sft").iterdir()] == [".lock"]

@@ -245,14 +245,6 @@ def test_padding_and_truncation_of_a_saved_tokenizer_are_off(small):
     assert ids.tolist() == same_ids.tolist() and labels.tolist() == same_labels.tolist()
 
 
-def test_batches_are_the_conversations_in_order():
-    data = [Conversation(turns_of("q" * n, "a"), "d", n) for n in range(1, 50)]
-    batches = list(sft.batch_conversations(iter(data), characters=100))
-    assert list(chain(*batches)) == data and 10 < len(batches) < 20
-    sizes = [sum(len(turn.content) for conversation in batch for turn in conversation.turns) for batch in batches]
-    assert min(sizes[:-1]) >= 100
-
-
 def test_bos_once(chat):
     ((ids, labels),) = chat.encode([SMALL])
     assert chat.encode.start == ([128000] if len(chat.encode.special_ids) == 256 else [])
@@ -269,17 +261,20 @@ def test_a_word_of_100_000_characters(small):
 # ---- longer than a row ----
 
 
-def encoded(conversations, encode, max_length, overlong="split") -> sft.Encoded:
-    """What becomes of lists of turns, each a conversation of its own."""
-    data = [Conversation(turns, "d", turns[0].line) for turns in conversations]
-    return sft.encode_conversations(data, encode, max_length, overlong)
+NOTHING = {"split": 0, "dropped": 0, "dropped_exchanges": 0, "lost_trained_tokens": 0}
 
 
-def parts_of(*args):
-    """(samples, [(line, text)] of the warnings)."""
-    found = encoded(*args)
-    assert {warning.kind for warning in found.warnings} <= {"split", "dropped"}
-    return found.samples, [(warning.line, warning.text) for warning in found.warnings]
+def encoded(data, encode, max_length, overlong="split") -> tuple[list[sft.Sample], dict]:
+    """(the samples of these conversations, what was found)."""
+    found = {**NOTHING, "warnings": [], "too_long": []}
+    return sft.encode_conversations(data, encode, max_length, overlong, found), found
+
+
+def parts_of(conversations, *args):
+    """(samples, [(line, text)] of the warnings) of lists of turns, each a conversation of its own."""
+    samples, found = encoded([Conversation(turns, "d", turns[0].line) for turns in conversations], *args)
+    assert {warning.kind for warning in found["warnings"]} <= {"split", "dropped"}
+    return samples, [(warning.line, warning.text) for warning in found["warnings"]]
 
 
 def test_overlong_exact(small):
@@ -306,7 +301,8 @@ def test_drop_and_error(small):
     assert [small.decode(sample.input_ids) for sample in samples] == [small.render(short)] * 2
     ((line, text),) = warned
     assert line == 1 and f"{size} tokens" in text
-    (error,) = encoded([short, long], small.encode, 64, "error").errors
+    data = [Conversation(turns, "d", turns[0].line) for turns in (short, long)]
+    (error,) = encoded(data, small.encode, 64, "error")[1]["too_long"]
     assert_says(error, "d:1", f"{size} tokens", "--max-length 64", "--overlong split")
 
 
@@ -322,8 +318,8 @@ def test_what_is_split_and_dropped_is_counted(small):
         return sum((labels != IGNORE).sum() for _, labels in small.encode(list(turns)))
 
     def tally(overlong):
-        found = sft.encode_conversations(data, small.encode, 64, overlong)
-        return found.samples, found.lost
+        samples, found = encoded(data, small.encode, 64, overlong)
+        return samples, {name: found[name] for name in NOTHING}
 
     samples, counts = tally("split")
     lost = int(trained(split[3:5], gone))
@@ -333,7 +329,7 @@ def test_what_is_split_and_dropped_is_counted(small):
     lost = int(trained(split, gone, context))
     assert counts == {"split": 0, "dropped": 3, "dropped_exchanges": 0, "lost_trained_tokens": lost}
     assert [sample.line for sample in samples] == [0]
-    lines = sft.encode_conversations(data, small.encode, 64, "error").errors
+    lines = encoded(data, small.encode, 64, "error")[1]["too_long"]
     assert [line.split(": ")[0] for line in lines] == ["d:1", "d:2", "d:3"]
 
 
