@@ -5,7 +5,7 @@ python = .venv/bin/python
 # One thread each, and files in conftest.py's order rather than xdist's.
 pytest = OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast lint bench test-ollama clean
+.PHONY: demo test test-fast lint bench test-ollama constraints clean
 
 # A stopped demo goes on from its checkpoint; a finished one starts over.
 goes_on = $(if $(wildcard demo/adapter/adapter_model.safetensors),--overwrite,$(if $(wildcard demo/adapter/checkpoint-*),--resume,--overwrite))
@@ -44,14 +44,22 @@ test-ollama: .venv/dev
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/demo: .venv/bin/python requirements.txt
+.venv/demo: .venv/bin/python requirements.txt constraints.txt
 	@echo "downloading and installing about 2 GB: some minutes"
 	$(python) -m pip install -q --disable-pip-version-check -r requirements.txt gguf==0.19.0
 	@touch $@
 
-.venv/dev: .venv/bin/python requirements.txt requirements-dev.txt
+.venv/dev: .venv/bin/python requirements.txt requirements-dev.txt constraints.txt
 	$(python) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
+
+# The versions of all packages for Python 3.10 and newer: what stays possible is kept; after rm constraints.txt, the newest.
+# Without CUDA's: torch pins them itself, each of its builds other ones.
+constraints: .venv/bin/python
+	$(python) -m pip install -q --disable-pip-version-check uv==0.13.8
+	sed '/^-/d' requirements.txt requirements-dev.txt | UV_PYTHON_DOWNLOADS=never .venv/bin/uv pip compile -q --universal \
+	  --python-version 3.10 --no-annotate --custom-compile-command "make constraints" - -o constraints.txt
+	sed -i '/^nvidia-/d;/^cuda-/d;/^triton=/d' constraints.txt
 
 clean:
 	rm -rf .venv .cache demo

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 11):  # noqa: UP036 - an older Python fails at the imports below
-    print(f"train_sft_dolores.py: needs Python 3.11 or newer, this is {sys.version.split()[0]}", file=sys.stderr)
+if sys.version_info < (3, 10):  # noqa: UP036 - an older Python fails at the imports below
+    print(f"train_sft_dolores.py: needs Python 3.10 or newer, this is {sys.version.split()[0]}", file=sys.stderr)
     sys.exit(2)
 
 import argparse
@@ -833,8 +833,11 @@ def files_in(folder: str) -> list[str]:
 
 def sha256(file: str | Path) -> str:
     """The file's SHA-256 in hexadecimal."""
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
     with open(file, "rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()
+        while block := source.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_conversations(
@@ -2113,7 +2116,13 @@ def resolve_model(name: str) -> tuple[str, str | None]:
     if folder := local_model(name):
         return folder, None
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        DryRunError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     offline = (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError)
     unreachable = "not in the local cache, and cannot reach the Hugging Face Hub; go online or give a local folder"
@@ -2122,9 +2131,29 @@ def resolve_model(name: str) -> tuple[str, str | None]:
     hub = functools.partial(explain, f"--model {name}")
     with hub(unreachable, *offline), hub(unknown, RepositoryNotFoundError), hub(gated, GatedRepoError):
         patterns = ["*.json", "*.safetensors", "*.jinja"]
-        folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
+        fetch = functools.partial(
+            snapshot_download, name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+        )
+        with contextlib.suppress(DryRunError):  # offline: nothing to download
+            check_download(name, sum(file.file_size or 0 for file in fetch(dry_run=True) if file.will_download))
+        folder = fetch()
     check_whole_model(name, folder)
     return folder, os.path.basename(folder)
+
+
+def check_download(name: str, size: int) -> None:
+    """Say how many bytes are downloaded, and where to; InputError where they do not fit."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    disk = next(folder for folder in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if folder.is_dir())
+    free = shutil.disk_usage(disk).free
+    if size > free:
+        problem = f"{size / 1e9:,.1f} GB to download, but {free / 1e9:,.1f} GB free in {HF_HUB_CACHE}"
+        raise InputError(f"--model {name}: {problem}; free some space, or set HF_HOME to a folder on a larger disk")
+    if size > 1e9:
+        # Merged weights are as large as the base's, a GGUF in Q8_0 takes 8.5 of their 16 bits.
+        later = f"merging will take {1.53 * size / 1e9:,.0f} GB more"
+        print_field("download", f"{size / 1e9:,.1f} GB to {HF_HUB_CACHE} ({free / 1e9:,.0f} GB free; {later})")
 
 
 def cached_model(name: str) -> str | None:
@@ -2416,8 +2445,7 @@ def set_allocator(expandable: bool, max_split_size_mb: int) -> str:
     for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         if variable in os.environ:
             return f"{variable}={os.environ[variable]} from the environment is kept"
-    on_wsl = "microsoft" in platform.release().lower()  # there they fail on some GPUs (pytorch issue 192330)
-    if expandable and not on_wsl:
+    if expandable and not on_wsl():  # there they fail on some GPUs (pytorch issue 192330)
         # Together the two block the reuse of freed segments: 220 MiB reserved become 14,060 (pytorch issue 123548).
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         return f"expandable_segments, without --max-split-size-mb {max_split_size_mb}: together they waste memory"
@@ -2434,8 +2462,8 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
         print_field("device", "CPU")
         if args.bf16 and not torch.cpu._is_avx512_bf16_supported():
             print_field("device", "this CPU has no bfloat16: --no-bf16 --bnb-dtype float32 is about ten times faster")
-        if args.optim.startswith("paged_"):
-            print_field("device", f"no GPU, so {optimizer_on(args.optim, 'cpu')} takes the place of {args.optim}")
+        if (optim := optimizer_on(args.optim, "cpu")) != args.optim:
+            print_field("device", f"no GPU, so {optim} takes the place of {args.optim}")
         return torch.device("cpu")
     if world.local_rank >= torch.cuda.device_count():
         problem = (
@@ -2453,6 +2481,8 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
     card = torch.cuda.get_device_properties(device)
     usable = f"{args.torch_memory_fraction:.0%} may be used"
     print_field("device", f"{card.name}, {card.total_memory / 2**30:.1f} GiB, of which {usable}")
+    if (optim := optimizer_on(args.optim, "cuda")) != args.optim:
+        print_field("device", f"WSL2, where paged memory can end the run: {optim} takes the place of {args.optim}")
     if world.size == 1 and (cards := torch.cuda.device_count()) > 1:
         print_field(
             "device", f"using 1 of {cards} GPUs; `torchrun --nproc-per-node {cards}` instead of python3 uses all"
@@ -2464,8 +2494,10 @@ def check_driver() -> None:
     """Refuse to train on the CPU by accident: torch was built for CUDA, but no GPU answers."""
     if torch.version.cuda and not cpu_wanted():
         problem = f"torch {torch.__version__} was built for CUDA {torch.version.cuda}, but no GPU answers"
-        fix = "update the NVIDIA driver (CUDA 13 needs 580 or newer), or set CUDA_VISIBLE_DEVICES= to train on the CPU"
-        raise InputError(f"GPU: {problem}; {fix}")
+        fix = "update the NVIDIA driver (CUDA 12 needs 525 or newer)"
+        if not torch.version.cuda.startswith("12."):
+            fix = "update the NVIDIA driver (CUDA 13 needs 580 or newer), install torch for CUDA 12 as README.md says"
+        raise InputError(f"GPU: {problem}; {fix}, or set CUDA_VISIBLE_DEVICES= to train on the CPU")
 
 
 def cpu_wanted() -> bool:
@@ -2480,9 +2512,20 @@ def device_name(device: torch.device) -> str:
     return f"CPU ({platform.machine()}, {plural(os.cpu_count() or 1, 'core')})"
 
 
+def on_wsl() -> bool:
+    """Whether this Linux runs inside Windows."""
+    return "microsoft" in platform.release().lower()
+
+
 def optimizer_on(optim: str, device_type: str) -> str:
-    """The optimizer for this device. Paged state needs CUDA; on a CPU 8-bit state takes seconds a step."""
-    return "adamw_torch" if optim.startswith("paged_") and device_type != "cuda" else optim
+    """The optimizer for this device: paged state needs CUDA, and on a CPU 8-bit state takes seconds a step.
+
+    On WSL2 paged memory can end the process at the first step without an error (bitsandbytes issue 726).
+    """
+    pages = device_type == "cuda" and not on_wsl()
+    if pages or not optim.startswith("paged_"):
+        return optim
+    return "adamw_8bit" if device_type == "cuda" and "8bit" in optim else "adamw_torch"
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -348,7 +348,7 @@ def test_an_old_python(tmp_path):
     ast.parse(source, feature_version=(3, 8))
     old = "import sys; sys.version_info, sys.version = (3, 9, 1), '3.9.1 (main)'; exec(open(sys.argv[1]).read())"
     done = subprocess.run([sys.executable, "-c", old, SCRIPT], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and "3.11" in done.stderr and "3.9.1" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "3.10" in done.stderr and "3.9.1" in done.stderr and done.stderr.count("\n") == 1
 
 
 def edit(file: Path, **changes):
@@ -412,13 +412,28 @@ HUB = {"org/gated": (403, "GatedRepo"), "org/unknown": (401, "RepoNotFound")}
 
 class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
-        status, code = next(answer for name, answer in HUB.items() if name in self.path)
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
+        if "org/huge" in self.path:
+            return self.huge()
+        answers = (answer for name, answer in HUB.items() if name in self.path)
+        status, code = next(answers, (404, "RepoNotFound"))
+        self.answer(status, **{"X-Error-Code": code})
 
     do_HEAD = do_GET
+
+    def huge(self):
+        """A repository of one file of an exabyte."""
+        if "/resolve/" in self.path:
+            return self.answer(200, **{"X-Repo-Commit": 40 * "a", "ETag": '"1"', "Content-Length": str(10**18)})
+        file = {"type": "file", "path": "model.safetensors", "size": 10**18, "oid": 40 * "b"}
+        is_tree = "/tree/" in self.path
+        self.answer(200, json.dumps([file] if is_tree else {"id": "org/huge", "sha": 40 * "a", "siblings": []}))
+
+    def answer(self, status: int, body: str = "", **headers):
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body)), "Content-Type": "application/json"} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body.encode())
 
     def log_message(self, *_):
         pass
@@ -440,12 +455,13 @@ def test_the_hub_refuses(tmp_path):
             command = [sys.executable, "-c", resolve, *names]
             return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parent, env={**os.environ, **hub})
 
-        refused = ask("org/gated", "org/unknown")
+        refused = ask("org/gated", "org/unknown", "org/huge")
         server.shutdown()
     unreachable = ask("org/unknown")
     assert refused.returncode == unreachable.returncode == 0, refused.stderr + unreachable.stderr
-    gated, unknown = refused.stdout.splitlines()
+    gated, unknown, huge = refused.stdout.splitlines()
     assert_says(gated, "--model org/gated", "hf.co/org/gated", "hf auth login")
     assert_says(unknown, "--model org/unknown", "hf auth login")
     assert_says(unreachable.stdout, "--model org/unknown", "Hub")
     assert "hf auth login" not in unreachable.stdout
+    assert_says(huge, "--model org/huge", "1,000,000,000.0 GB", "HF_HOME")

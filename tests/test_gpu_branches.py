@@ -39,18 +39,27 @@ def test_one_process_uses_one_gpu(two_gpus, tmp_path):
     assert sft.training_arguments(arguments(), evaluating=False).n_gpu == 1
 
 
-def test_torch_for_cuda_without_a_gpu_is_not_a_cpu_run(monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+@pytest.mark.parametrize(("cuda", "driver", "not_driver"), [("13.0", "580", "525"), ("12.6", "525", "580")])
+def test_torch_for_cuda_without_a_gpu_is_not_a_cpu_run(cuda, driver, not_driver, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert_says(error_of(sft.choose_device, arguments(), WORLD), "GPU", "13.0", "580", "CUDA_VISIBLE_DEVICES=")
+    said = error_of(sft.choose_device, arguments(), WORLD)
+    assert_says(said, "GPU", cuda, driver, "CUDA_VISIBLE_DEVICES=")
+    assert not_driver not in said
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the CPU was asked for
     assert sft.choose_device(arguments(), WORLD).type == "cpu"
 
 
-def test_no_expandable_segments_on_wsl(monkeypatch):
+def test_wsl(monkeypatch):
+    """Neither expandable segments nor paged memory."""
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    assert sft.optimizer_on("paged_adamw_8bit", "cuda") == "paged_adamw_8bit"
     monkeypatch.setattr(sft.platform, "release", lambda: "6.6.87.2-microsoft-standard-WSL2")
+    assert [sft.optimizer_on(optim, "cuda") for optim in sft.OPTIMIZERS] == [
+        "adamw_8bit", "adamw_8bit", "adamw_torch", "adamw_torch", "adamw_torch_fused"
+    ]  # fmt: skip
+    assert sft.optimizer_on("paged_adamw_8bit", "cpu") == "adamw_torch"
     sft.set_allocator(True, 128)
     assert os.environ.pop("PYTORCH_ALLOC_CONF") == "max_split_size_mb:128"
 
