@@ -2080,23 +2080,27 @@ def find_base(args: argparse.Namespace, folder: str, revision: str | None = None
     return Base(folder, revision, config, load_encoder(args.model, folder, args.chat_format))
 
 
+HUB_NAME = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
 def model_on_disk(name: str) -> str | None:
     """The folder of a model whose tokenizer is on this machine, or None."""
-    return local_model(name) if os.path.isdir(name) else cached_model(name)
+    if os.path.isdir(name):
+        return local_model(name)
+    from huggingface_hub import try_to_load_from_cache
+
+    known = HUB_NAME.fullmatch(name)
+    found = [known and try_to_load_from_cache(name, file) for file in TOKENIZER_FILES]
+    return os.path.dirname(str(found[0])) if all(isinstance(file, str) for file in found) else None
 
 
 def local_model(name: str) -> str | None:
     """The folder that --model names, or None for a Hub name; InputError if it is neither, or not a whole model."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
     if os.path.isdir(name):
         check_whole_model(name, name)
         return name
-    hint = "no such folder; give a local folder or a Hub name such as org/model"
-    with explain(f"--model {name}", hint, HFValidationError):
-        if name.count("/") != 1:
-            raise HFValidationError
-        validate_repo_id(name)
+    if not HUB_NAME.fullmatch(name):
+        raise InputError(f"--model {name}: no such folder; give a local folder or a Hub name such as org/model")
     return None
 
 
@@ -2154,18 +2158,6 @@ def check_download(name: str, size: int) -> None:
         # Merged weights are as large as the base's, a GGUF in Q8_0 takes 8.5 of their 16 bits.
         later = f"merging will take {1.53 * size / 1e9:,.0f} GB more"
         print_field("download", f"{size / 1e9:,.1f} GB to {HF_HUB_CACHE} ({free / 1e9:,.0f} GB free; {later})")
-
-
-def cached_model(name: str) -> str | None:
-    """The folder of a Hub model in the local cache, or None."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.utils import HFValidationError
-
-    try:
-        found = [try_to_load_from_cache(name, file) for file in TOKENIZER_FILES]
-    except HFValidationError:  # not even a name; `local_model` explains it
-        return None
-    return os.path.dirname(str(found[0])) if all(isinstance(file, str) for file in found) else None
 
 
 def load_encoder(name: str, folder: str, format_name: str) -> Encoder:
@@ -2455,6 +2447,9 @@ def set_allocator(expandable: bool, max_split_size_mb: int) -> str:
 
 def choose_device(args: argparse.Namespace, world: World) -> torch.device:
     """This process's GPU with its memory capped, or the CPU, with one line for each flag that has no effect there."""
+    for way in ("FSDP", "DEEPSPEED"):  # they would shard the adapters too
+        if os.environ.get(f"ACCELERATE_USE_{way}", "false").lower() == "true":
+            raise InputError(f"accelerate: {way} is on; turn it off with `accelerate config`, or use torchrun")
     if world.size > 1:  # before anything else starts the process group with a shorter timeout
         accelerate.PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
     if not torch.cuda.is_available():
@@ -2677,10 +2672,6 @@ class Training(Trainer):
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(schedule.optimizer, rates)
         return self.lr_scheduler
 
-    def floating_point_ops(self, inputs):
-        """Skip a count that walks through all parameters for each batch and is wrong for LoRA."""
-        return 0
-
     def evaluation_loop(self, dataloader, description, *_, metric_key_prefix="eval", **__):
         """Mean loss of all trained tokens; Trainer's own is a mean of batch means."""
         self.model.eval()
@@ -2756,12 +2747,6 @@ class Checkpoints(TrainerCallback):
             return
         # Trainer would remember a best between two --save-steps, but keep the checkpoint of another step.
         control.should_save |= state.best_metric is None or metrics["eval_loss"] < state.best_metric
-        if evaluations_since_best(state.log_history) == RISING:
-            best = f"step {state.best_global_step} had the best held-out loss"
-            text = f"{best}, {RISING} evaluations ago: the data is being learned by heart. The adapter will be of that step"
-            merge = f"merge_lora.py --adapter {state.best_model_checkpoint}"
-            ended = state.global_step == state.max_steps
-            print_field("advice", text if ended else f"{text}; to end now, press Ctrl-C and merge it with {merge}")
         answers = generate_answers(self.trainer.model, self.trainer.processing_class, self.trainer.prompts)
         if state.is_world_process_zero:
             write_samples(self.output / "samples.md", self.name, f"Step {state.global_step}", answers)
@@ -2772,15 +2757,6 @@ class Checkpoints(TrainerCallback):
             complete_checkpoint(self.output / f"checkpoint-{state.global_step}")
             rotate = transformers.trainer_utils.rotate_checkpoints
             rotate(str(self.output), self.limit, state.best_model_checkpoint)
-
-
-RISING = 3  # evaluations without a better held-out loss: more than chance
-
-
-def evaluations_since_best(history: list[dict]) -> int:
-    """How many evaluations ago the held-out loss was best, in a Trainer's log history."""
-    losses = [log["eval_loss"] for log in history if "eval_loss" in log]
-    return len(losses) - 1 - int(np.argmin(losses))
 
 
 def restore_paging(optimizer) -> None:
@@ -2848,7 +2824,6 @@ def claim_output(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
     if used and overwrite and not ours:
         problem = "not created by this script; refusing to overwrite it"
         raise InputError(f"--output {folder}: {problem}; name another folder")
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115 - closed below
@@ -2862,11 +2837,9 @@ def claim_output(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # someone else has deleted the folder, or put a file into a new one
+            with contextlib.suppress(OSError):  # someone else has deleted the folder
                 if os.listdir(folder) == [".lock"]:
-                    (folder / ".lock").unlink()
-                    for path in new:
-                        path.rmdir()
+                    shutil.rmtree(folder)
 
 
 def clear_output(folder: Path) -> None:
@@ -3142,18 +3115,6 @@ def plot_losses(history: list[dict], results: dict[str, Any], tokens_per_step: f
     pyplot.close(figure)
 
 
-SNIPPET = """\
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-folder = "."  # this folder, or its name on the Hub
-model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-chat = [{"role": "user", "content": @question@}]
-inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-output = model.generate(**inputs, max_new_tokens=200)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
-
-
 def write_card(output: Path, args: argparse.Namespace, record: dict[str, Any]) -> None:
     """The adapter's README.md: a model card with what was done, measured and answered."""
     from huggingface_hub import ModelCardData
@@ -3172,14 +3133,12 @@ def write_card(output: Path, args: argparse.Namespace, record: dict[str, Any]) -
         lines += ["", f"**{one_line(prompt)}**"]
         for when, text in (("before", before.get(prompt, "(not asked)")), ("after", after[prompt])):
             lines += ["", f"*{when}*", "", *quote(text)]
-    question = json.dumps(one_line(next(iter(after), "Hello!")), ensure_ascii=False)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     folder = Path(output.name) if output.is_absolute() else output
     merge = shlex.join(["python3", "merge_lora.py", *merge_flags(folder, args.name)])
     train = shlex.join(["python3", "train_sft_dolores.py", *map(without_folder, training_flags(args))])
     lines += ["", "## Merge and run", "", "```bash", merge,
               f"ollama create {args.name} -f {merged_folder(args.name)}/Modelfile", f"ollama run {args.name}", "```", "",
-              "## Use it in Python", "", "```python", SNIPPET.replace("@question@", question), "```", "",
               "## Reproduce", "", "```bash", train, "```", "", f"Versions: {versions}", "",
               "The license of the base model applies to this adapter and to what is merged from it."]  # fmt: skip
     (output / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
