@@ -44,11 +44,7 @@ def test_nothing_changes_before_the_first_step(half, monkeypatch):
     batch = sft.collate([row])
     del batch["documents"]
 
-    class Rows:
-        def longest(self):
-            return row
-
-    model = sft.load_model(args, base, Rows(), torch.device("cpu")).eval()
+    model = sft.load_model(args, base, [row], torch.device("cpu")).eval()
     from peft import PeftModel, get_peft_model_state_dict
 
     weights = adapter_weights(half / "out")
