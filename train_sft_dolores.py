@@ -30,7 +30,6 @@ import functools
 import gc
 import glob
 import hashlib
-import importlib.util
 import json
 import logging
 import os
@@ -43,7 +42,7 @@ import textwrap
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from difflib import get_close_matches
 from itertools import chain, groupby, islice, pairwise, product
@@ -60,16 +59,14 @@ if TYPE_CHECKING:  # load_libraries imports these
     import peft
     import torch
     import transformers
+    from transformers import Trainer, TrainerCallback
+else:
+    Trainer = TrainerCallback = object  # `derive` puts the real ones below our classes
 
 ROLES = ("system", "user", "assistant")
 IGNORE = -100  # the label that the loss skips; torch's default
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
 OPTIMIZERS = ("paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch", "adamw_torch_fused")
-# For --report-to: the package of each tracker, and the variable that says where it writes, if it would write here.
-TRACKERS = {"tensorboard": ("tensorboard", None), "wandb": ("wandb", "WANDB_DIR"), "mlflow": ("mlflow", "MLFLOW_TRACKING_URI"),
-            "trackio": ("trackio", "TRACKIO_DIR"), "swanlab": ("swanlab", "SWANLAB_LOG_DIR"), "comet_ml": ("comet_ml", None),
-            "clearml": ("clearml", None), "dvclive": ("dvclive", None), "codecarbon": ("codecarbon", None),
-            "neptune": ("neptune", None), "dagshub": ("dagshub", None), "azure_ml": ("azureml", None), "flyte": ("flytekit", None)}  # fmt: skip
 DEFAULT_OUTPUT = Path("runs_dolores_v5/llama31_clean")
 TIMEOUT = timedelta(hours=2)  # how long processes wait for each other, for instance while one hashes a checkpoint
 MAX_HELD_OUT = 500  # conversations: an evaluation every ten steps must not grow with the data
@@ -206,7 +203,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("memory").add_argument
     add("--gradient-checkpointing", metavar="auto|all|none|N", type=checkpointing_mode, nargs="?", const="auto",
         default="auto", help="layers that recompute activations in backward; auto: as many as the GPU needs")  # fmt: skip
-    add("--shard-base", action=switch, default=False, help="spread the base model over several GPUs")
     add("--torch-memory-fraction", metavar="N", type=bounded(float, 0, 1, low_open=True), default=0.95,
         help="share of the GPU's memory that may be used")  # fmt: skip
     add("--cuda-alloc-expandable", action=switch, default=True, help="CUDA memory segments that can grow")
@@ -288,33 +284,30 @@ class World(NamedTuple):
         return cls(int(rank or 0), int(size or 1), int(local_rank or 0))
 
 
-class Inputs(NamedTuple):
-    """What the flags name; the files exist and are not empty."""
-
-    train_files: dict[str, str]  # name: sha256
-    eval_files: dict[str, str]
-    prompts: list[str] | None  # the sample questions; None: questions of held-out conversations
-
-
 class Base(NamedTuple):
     """The base model on disk, as far as it is known without torch."""
 
     folder: str
     revision: str | None  # commit on the Hub
     config: dict[str, Any]  # config.json
-    headers: dict[str, StoredTensor]  # of the weights, by name; empty before they are downloaded
-    targets: list[str]  # the linear layers that get adapters
     encode: Encoder
 
 
-class Data(NamedTuple):
-    """The packed rows and what is known about them."""
+class Plan(NamedTuple):
+    """A run, as far as it is known without torch: a dry run shows it, training runs it, training_args.json keeps it."""
 
-    train_rows: Rows
-    eval_rows: Rows | None
-    lengths: np.ndarray  # int64 [N]: tokens of each training sample
+    args: argparse.Namespace
+    world: World
+    files: dict[str, str]  # name: sha256
     counts: dict[str, Any]
     warnings: list[DataWarning]
+    questions: list[str] | None  # of --sample-prompts; None: those of held-out conversations
+    base: Base = None  # type: ignore[assignment]  # None, with all that follows, until its tokenizer is on this machine
+    train_rows: Rows = None  # type: ignore[assignment]
+    eval_rows: Rows | None = None
+    lengths: np.ndarray = None  # type: ignore[assignment]  # int64 [N]: tokens of each training sample
+    advice: Sequence[str] = ()
+    advised: Sequence[str] = ()  # the flags that the advice names
 
 
 def main() -> None:
@@ -326,16 +319,11 @@ def main() -> None:
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process prints for all
     try:
-        check_launch(args.shard_base, world.size)
-        check_trackers(args.report_to)
         if args.init_adapter:
             args = inherit_lora(args)
-        if args.dry_run:
-            dry_run(args, world)
-        else:
-            train(args, world)
+        dry_run(args, world) if args.dry_run else train(args, world)
     except (InputError, ModuleNotFoundError, OSError, RuntimeError, MemoryError) as error:
-        line = describe_error(error, less_memory(args) if isinstance(error, RuntimeError) else "")
+        line = describe_error(error, less_memory(args, world))
         if line is None:
             raise
         if not (isinstance(error, InputError) and world.local_rank):  # the same in all processes of a machine
@@ -343,7 +331,7 @@ def main() -> None:
         sys.exit(2)
 
 
-def describe_error(error: Exception, memory_advice: str = "") -> str | None:
+def describe_error(error: Exception, less_memory: str = "take smaller files or a larger machine") -> str | None:
     """The line to print about an error that the user can fix, or None for a bug of ours, which keeps its traceback."""
     number, place = getattr(error, "errno", None), getattr(error, "filename", None)
     if isinstance(error, InputError):
@@ -357,30 +345,8 @@ def describe_error(error: Exception, memory_advice: str = "") -> str | None:
         return f"{place}: {os.strerror(number).lower()}; make it readable and writable"
     if out_of_memory(error):
         request = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
-        fix = (
-            f"{memory_advice} needs less"
-            if memory_advice
-            else "take smaller files, a smaller model or a larger machine"
-        )
-        return f"out of memory{f' ({request[0].lower()})' if request else ''}; {fix}"
+        return f"out of memory{f' ({request[0].lower()})' if request else ''}; {less_memory}"
     return None
-
-
-def check_launch(shard_base: bool, world_size: int) -> None:
-    """Refuse flags that do not fit the launcher."""
-    if shard_base and world_size == 1:
-        raise InputError("--shard-base: needs several processes; start them with torchrun, or leave it out")
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise InputError("accelerate's FSDP is on: it shards adapters too; turn it off and use --shard-base")
-
-
-def check_trackers(names: list[str]) -> None:
-    """Each name of --report-to must be known and installed: Trainer would only look after the model is loaded."""
-    for name in names:
-        if name not in (*TRACKERS, "none"):
-            raise InputError(f"--report-to {name}: unknown tracker; {suggest(name, (*TRACKERS, 'none'))}")
-        if name != "none" and not importlib.util.find_spec(TRACKERS[name][0]):
-            raise InputError(f"--report-to {name}: not installed; run `pip install {TRACKERS[name][0]}`")
 
 
 def dry_run(args: argparse.Namespace, world: World) -> None:
@@ -388,105 +354,79 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
     Stop(world)
     if args.json:
         check_writable(args.json)
-    inputs = find_inputs(args)
     folder = model_on_disk(args.model)
-    if folder:
-        base = find_base(args, folder)
-        data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
-        print_data(args, world, data)
-        plan = print_plan(args, base.config, data.counts, capacity=24, device="a 24 GiB GPU")
-        advice, flags = advise(args, world, data.counts)
-        report = data.counts | {"memory_gib": plan, "advice": advice}
-        found = data.warnings
-        print_rows(data.train_rows, args.preview, base.encode.tokenizer)
+    plan = make_plan(args, world, find_base(args, folder) if folder else None)
+    print_plan(plan)
+    report = plan.counts | {"warnings": [warning._asdict() for warning in plan.warnings], "advice": plan.advice}
+    if plan.base:
+        report["memory_gib"] = print_memory(plan, capacity=24, device="a 24 GiB GPU")
+        print_time(plan)
+        print_rows(plan.train_rows, args.preview, plan.base.encode.tokenizer)
         if not args.preview and world.size == 1:  # a launcher's command is not known here
-            advised = parse_args([*training_flags(args), *flags])
-            print_next(sys.argv[0], *training_flags(advised))
+            print_next(sys.argv[0], *training_flags(parse_args([*training_flags(args), *plan.advised])))
     else:
-        report, found, _ = read_data(inputs.train_files | inputs.eval_files, args)
-        print_survey(report)
-        print_warnings(found)
         local_model(args.model)
-        print_field(
-            "tokens", f"{args.model} is not on this machine yet; tokens, settings and --preview need these files:"
-        )
+        missing = "is not on this machine yet; tokens, settings and --preview need these files:"
+        print_field("tokens", f"{args.model} {missing}")
         print(f"  hf download {args.model} {' '.join(TOKENIZER_FILES)}")
     if args.json:
-        write_json(args.json, report | {"warnings": [warning._asdict() for warning in found]})
+        write_json(args.json, report)
 
 
 def train(args: argparse.Namespace, world: World) -> None:
-    """The documented run in four steps: prepare the data, load the model, fit, finish."""
+    """The documented run: plan it, load the model, train it, write the adapter and its report."""
     stop = Stop(world)
-    inputs = find_inputs(args)
     if not model_on_disk(args.model):
-        read_data(inputs.train_files | inputs.eval_files, args)  # shows errors in the data before a download
+        make_plan(args, world)  # shows errors in the data before a download
     with contextlib.nullcontext() if world.rank else claim_output(args.output, args.resume, args.overwrite):
         base = find_base(args, *resolve_model(args.model))
-        data = prepare_data(args, world, inputs.train_files, inputs.eval_files, base.encode)
-        print_data(args, world, data)
-
+        headers = read_headers(args.model, base.folder)
+        plan = make_plan(args, world, base)
+        print_plan(plan)
         device = start_torch(args, world)
-        check_weights(args.model, base)
-        tokenizer = load_tokenizer(args.model, base.folder, base.encode)
+        targets = check_weights(args.model, base.folder, headers, args.lora_target_modules)
         if device.type == "cuda":
             card = torch.cuda.get_device_properties(device)
-            print_plan(args, base.config, data.counts, card.total_memory / 2**30, card.name)
-
-        check_steps(args, world, data.counts)
-        record = run_record(args, base, inputs, data.counts)
-        checkpoint = None
+            print_memory(plan, card.total_memory / 2**30, card.name)
+        check_steps(plan)
+        record, checkpoint = run_record(plan, fingerprint(headers)), None
+        if args.init_adapter:
+            check_ancestor(args.init_adapter, record)
         if args.resume and not world.rank:
             checkpoint = resume_point(args.output, record, args.force_resume)
-        model = load_model(args, base, data.train_rows, device)
-        prompts = find_prompts(inputs.prompts, data, base.encode)
-        trainer = make_trainer(args, world, model, tokenizer, data.train_rows, data.eval_rows, prompts, stop)
-        fit(args, world, trainer, data, record, checkpoint)
+        model = load_model(plan, targets, device)
+        trainer = make_trainer(plan, model, load_tokenizer(args.model, base), stop)
+        fit(plan, trainer, record, checkpoint)
         if not world.rank:
-            finish(args, record, trainer, base.folder)
+            finish(plan, trainer, record)
     trainer.accelerator.end_training()
 
 
-def find_inputs(args: argparse.Namespace) -> Inputs:
-    """Find all input files; InputError where one is missing or empty."""
-    return Inputs(find_files(args.train_files), find_files(args.eval_files), read_prompts(args.sample_prompts))
-
-
-def prepare_data(
-    args: argparse.Namespace, world: World, train_files: dict[str, str], eval_files: dict[str, str], encode: Encoder
-) -> Data:
-    """Read, encode, hold out and pack files {name: sha256}; InputError where nothing would be trained."""
-    found, warned, samples = read_data(train_files | eval_files, args, encode)
-    digests, tokens, trained, part, for_eval = measure(samples, eval_files)
-    both = [file for file in train_files if file in eval_files]
-    warned += [DataWarning(file, 1, "held out", "also in --eval-files: not trained on") for file in both]
-    if eval_files:
-        copies = ~for_eval & np.isin(digests, digests[for_eval])
-        warned += warn_held_out(samples, copies)
-    else:
-        for_eval, copies = hold_out(digests, args.eval_fraction, args.seed), np.zeros_like(for_eval)
-        if args.eval_fraction and not for_eval.any():
-            warned.append(
-                DataWarning(next(iter(train_files)), 1, "held out", "nothing is: the data is one conversation")
-            )
-    chosen, evaluated = np.flatnonzero(~for_eval & ~copies), np.flatnonzero(for_eval)
-    check_evaluation(args, len(evaluated))
-    too_long = f"no answer fits into --max-length {args.max_length}"
+def make_plan(args: argparse.Namespace, world: World, base: Base | None = None) -> Plan:
+    """Read and check the data; given a base, encode, hold out and pack it. InputError where nothing would be trained."""
+    train_files, eval_files = find_files(args.train_files), find_files(args.eval_files)
+    files, questions = train_files | eval_files, read_prompts(args.sample_prompts)
+    counts, warned, samples = read_data(files, args, base and base.encode)
+    if not base:
+        return Plan(args, world, files, counts, warned, questions)
+    tokens, trained, part, for_train, for_eval, more = split_data(samples, train_files, eval_files, args)
+    held_out = np.flatnonzero(for_eval)
+    check_evaluation(args, len(held_out))
+    chosen, too_long = np.flatnonzero(for_train), f"no answer fits into --max-length {args.max_length}"
     if not trained[chosen].sum():
-        why = "all of it is in --eval-files" if both or copies.any() else too_long
+        why = too_long if trained.sum() == 0 else "all of it is in --eval-files"
         raise InputError(f"{', '.join(train_files)}: nothing to train on; {why}")
-    if eval_files and not trained[evaluated].sum():
+    if eval_files and not trained[held_out].sum():
         raise InputError(f"{', '.join(eval_files)}: nothing to evaluate; {too_long}")
 
     train_rows = make_rows(samples, chosen, tokens, args)
-    eval_rows = make_rows(samples, evaluated, tokens, args) if len(evaluated) else None
     rows_per_step = args.train_batch_size * args.grad_accum * world.size
     steps_per_epoch = -(-len(train_rows) // rows_per_step)
-    trained_on, held_out = (int(np.count_nonzero(part[rows] == 0)) for rows in (chosen, evaluated))
-    counts = found | {
+    trained_on, evaluated = (int(np.count_nonzero(part[rows] == 0)) for rows in (chosen, held_out))
+    counts |= {
         "trained_on": trained_on,
-        "held_out": held_out,
-        "copies": found["conversations"] - found["dropped"] - trained_on - held_out,  # also in --eval-files
+        "held_out": evaluated,
+        "copies": counts["conversations"] - counts["dropped"] - trained_on - evaluated,  # also in --eval-files
         "tokens": int(tokens[chosen].sum()),
         "trained_tokens": int(trained[chosen].sum()),
         "rows": len(train_rows),
@@ -495,7 +435,29 @@ def prepare_data(
         "steps_per_epoch": steps_per_epoch,
         "steps": int(np.ceil(args.epochs * steps_per_epoch)),
     }
-    return Data(train_rows, eval_rows, tokens[chosen], counts, warned)
+    eval_rows = make_rows(samples, held_out, tokens, args) if len(held_out) else None
+    advice = advise(args, world.size, counts)
+    return Plan(
+        args, world, files, counts, warned + more, questions, base, train_rows, eval_rows, tokens[chosen], *advice
+    )
+
+
+def split_data(samples, train_files: dict[str, str], eval_files: dict[str, str], args: argparse.Namespace) -> tuple:
+    """(tokens, trained tokens, part, whether trained on, whether held out) of each sample, [N] each; and warnings."""
+    digests, tokens, trained, part, for_eval = measure(samples, eval_files)
+    warned, both = [], [file for file in train_files if file in eval_files]
+    warned += [DataWarning(file, 1, "held out", "also in --eval-files: not trained on") for file in both]
+    copies = np.zeros_like(for_eval)
+    if eval_files:
+        copies = ~for_eval & np.isin(digests, digests[for_eval])
+        warned += warn_held_out(samples, copies)
+    else:
+        for_eval = hold_out(digests, args.eval_fraction, args.seed)
+        if args.eval_fraction and not for_eval.any():
+            warned.append(
+                DataWarning(next(iter(train_files)), 1, "held out", "nothing is: the data is one conversation")
+            )
+    return tokens, trained, part, ~for_eval & ~copies, for_eval, warned
 
 
 def check_evaluation(args: argparse.Namespace, held_out: int) -> None:
@@ -508,37 +470,34 @@ def check_evaluation(args: argparse.Namespace, held_out: int) -> None:
         raise InputError(f"{problem}; change one of them")
 
 
-def load_model(args: argparse.Namespace, base: Base, train_rows: Rows, device: torch.device):
-    """The frozen base with trainable adapters."""
+def load_model(plan: Plan, targets: list[str], device: torch.device):
+    """The frozen base with trainable adapters on these linear layers."""
+    args = plan.args
     transformers.set_seed(args.seed)
     print_field("loading", args.model)
-    model = load_base(args, base.folder, device)
-    model = add_lora(model, args, base.targets, base.revision)
-    if args.shard_base:
-        shard_base(model, device)
+    model = add_lora(load_base(args, plan.base.folder, device), args, targets, plan.base.revision)
     # The adapters are float32 and compute in bfloat16.
     model.forward = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)(model.forward)
     # Without a device PEFT loads the best checkpoint, and the one to resume from, onto cuda:0 in every process.
     model.load_adapter = functools.partial(model.load_adapter, torch_device=str(device))
-    check_path(model, train_rows)
-    plan_checkpointing(model, train_rows, args)
+    check_path(model, plan.train_rows)
+    plan_checkpointing(model, plan.train_rows, args)
     return model
 
 
-def fit(args, world: World, trainer, data: Data, record: dict, checkpoint: str | None) -> None:
+def fit(plan: Plan, trainer, record: dict, checkpoint: str | None) -> None:
     """Evaluate, train, answer; fills record["results"]. Exits on a signal."""
+    args = plan.args
     # Only the first process has read the checkpoint folder.
     checkpoint, results = accelerate.utils.broadcast_object_list([checkpoint, record.get("results") or {}])
     record["results"] = results
     if not results:
-        began = time.monotonic()
-        if data.eval_rows:
-            print_field("before", f"the loss of {plural(data.counts['held_out'], 'held-out conversation')}")
+        if plan.eval_rows:
+            print_field("before", f"the loss of {plural(plan.counts['held_out'], 'held-out conversation')}")
             results["eval_loss_before"] = trainer.evaluate()["eval_loss"]
             print_field("before", f"held-out loss {results['eval_loss_before']:.4f}")
         results["samples"] = {"before": trainer.answer("before")}
-        trainer.evaluation_seconds = time.monotonic() - began
-        if not world.rank:
+        if not plan.world.rank:
             clear_output(args.output)
             write_json(args.output / RECORD, record)
             write_samples(args.output / "samples.md", args.name, "Before training", results["samples"]["before"])
@@ -554,7 +513,7 @@ def fit(args, world: World, trainer, data: Data, record: dict, checkpoint: str |
     seconds, device = round(time.monotonic() - began), device_name(trainer.model.device)
     results |= {"seconds": seconds, "resumed": bool(checkpoint), "device": device}
     if trainer.state.global_step < trainer.state.max_steps:
-        explain_early_end(trainer.state, trainer.stop, args.early_stopping, world)
+        explain_early_end(trainer.state, trainer.stop, args.early_stopping, plan.world)
     results["samples"]["after"] = trainer.answer("after")
 
 
@@ -569,18 +528,18 @@ def explain_early_end(state, stop: Stop, early_stopping: int | None, world: Worl
         print_field("stopped", f"{at}: {without} at step {state.best_global_step}")
 
 
-def finish(args: argparse.Namespace, record: dict, trainer, base_folder: str) -> None:
+def finish(plan: Plan, trainer, record: dict) -> None:
     """Write the adapter (the best by held-out loss), its record, card and loss curve; print what to type next."""
-    state, results, data = trainer.state, record["results"], record["data"]
+    args, state, results = plan.args, trainer.state, record["results"]
     check_learned(trainer.model, args.learning_rate, state.global_step)
     trainer.save_model(str(args.output))
-    transformers.AutoConfig.from_pretrained(base_folder).save_pretrained(args.output)
+    transformers.AutoConfig.from_pretrained(plan.base.folder).save_pretrained(args.output)
     results["steps"] = state.global_step
     if state.best_metric is not None:
         results |= {"eval_loss_after": state.best_metric, "best_step": state.best_global_step}
     write_json(args.output / RECORD, record)
     write_card(args.output, args, record)
-    tokens_per_step = data["tokens"] / data["steps_per_epoch"]
+    tokens_per_step = plan.counts["tokens"] / plan.counts["steps_per_epoch"]
     plot_losses(state.log_history, results, tokens_per_step, args.name, args.output / "loss.png")
     print_field("adapter", f"{args.output}/adapter_model.safetensors; README.md and loss.png describe the run")
     if "eval_loss_before" in results:
@@ -1800,9 +1759,9 @@ def print_warnings(found: list[DataWarning], shown: int = 5) -> None:
             print(f"  … and {count - shown:,} more")
 
 
-def plural(count: int, noun: str) -> str:
+def plural(count: float, noun: str) -> str:
     """As `1 row`, `1,234 rows` or `0.5 rows`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    return f"{f'{count:,}' if isinstance(count, int) else f'{count:g}'} {noun}{'' if count == 1 else 's'}"
 
 
 def print_field(name: str, text: str) -> None:
@@ -1815,25 +1774,25 @@ def wrap(text: str, indent: int) -> str:
     return textwrap.fill(text, 80, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
-def print_data(args: argparse.Namespace, world: World, data: Data) -> None:
-    """The survey, tokens, lengths, rows and steps; and which settings to change for small data."""
-    counts = data.counts
+def print_plan(plan: Plan) -> None:
+    """What was read, how it is used, tokens, lengths, rows and steps, advice and warnings."""
+    args, counts = plan.args, plan.counts
     print_survey(counts)
-    share = counts["trained_tokens"] / counts["tokens"]
-    print_field("used", describe_use(counts))
-    if counts["split"] or counts["dropped"] or counts["dropped_exchanges"]:
-        dropped = f"{counts['dropped']:,} conversations and {counts['dropped_exchanges']:,} exchanges of others dropped"
-        lost = f"{counts['lost_trained_tokens']:,} trained tokens lost"
-        print_field("overlong", f"{plural(counts['split'], 'conversation')} split, {dropped}, {lost}")
-    print_field("tokens", f"{counts['tokens']:,}, of which {share:.0%} trained")
-    print_lengths(data.lengths, args.max_length)
-    print_field("rows", f"{counts['rows']:,} of at most {args.max_length:,} tokens, {counts['fill']:.1%} full")
-    passes = f"{args.epochs:g} {'epoch' if args.epochs == 1 else 'epochs'}"
-    each = f"{passes}, up to {plural(counts['rows_per_step'], 'row')} each"
-    print_field("steps", f"{plural(counts['steps'], 'optimizer step')} ({each})")
-    for advice in advise(args, world, counts)[0]:
+    if plan.base:
+        print_field("used", describe_use(counts))
+        if counts["split"] or counts["dropped"] or counts["dropped_exchanges"]:
+            dropped = f"{counts['dropped']:,} conversations and {counts['dropped_exchanges']:,} exchanges of others"
+            lost = f"{counts['lost_trained_tokens']:,} trained tokens lost"
+            print_field("overlong", f"{plural(counts['split'], 'conversation')} split, {dropped} dropped, {lost}")
+        share = counts["trained_tokens"] / counts["tokens"]
+        print_field("tokens", f"{counts['tokens']:,}, of which {share:.0%} trained")
+        print_lengths(plan.lengths, args.max_length)
+        print_field("rows", f"{counts['rows']:,} of at most {args.max_length:,} tokens, {counts['fill']:.1%} full")
+        each = f"{plural(args.epochs, 'epoch')}, up to {plural(counts['rows_per_step'], 'row')} each"
+        print_field("steps", f"{plural(counts['steps'], 'optimizer step')} ({each})")
+    for advice in plan.advice:
         print_field("advice", advice)
-    print_warnings(data.warnings)
+    print_warnings(plan.warnings)
 
 
 def describe_use(counts: dict[str, Any]) -> str:
@@ -1861,7 +1820,7 @@ ENOUGH_STEPS = 30
 MOST_EPOCHS = 3
 
 
-def advise(args: argparse.Namespace, world: World, counts: dict[str, Any]) -> tuple[list[str], list[str]]:
+def advise(args: argparse.Namespace, processes: int, counts: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What small data needs, as sentences and as flags.
 
     More steps, but not so many passes that it is learned by heart; more held-out data.
@@ -1874,7 +1833,7 @@ def advise(args: argparse.Namespace, world: World, counts: dict[str, Any]) -> tu
     hold_out_more = noisy and not few and not args.eval_files
 
     kept = (1 - five) * own / counts["trained_on"] if hold_out_more else 1
-    step_flags, steps = more_steps(args, world, counts, kept)
+    step_flags, steps = more_steps(args, processes, counts, kept)
     too_few = too_few_rows(args, counts)
     if not too_few and counts["steps"] < 0.75 * ENOUGH_STEPS:  # close to it is good enough
         too_few = f"{plural(counts['steps'], 'step')} will teach little"
@@ -1900,12 +1859,12 @@ def advise(args: argparse.Namespace, world: World, counts: dict[str, Any]) -> tu
     return advice, flags
 
 
-def more_steps(args, world: World, counts: dict[str, Any], kept: float = 1) -> tuple[list[str], int]:
+def more_steps(args, processes: int, counts: dict[str, Any], kept: float = 1) -> tuple[list[str], int]:
     """Flags for MOST_EPOCHS passes in at least ENOUGH_STEPS optimizer steps, if the data allow so many; and the steps.
 
     kept: share of the rows that are still trained on when more is held out.
     """
-    rows, batch, flags = kept * counts["rows"], args.train_batch_size * world.size, []
+    rows, batch, flags = kept * counts["rows"], args.train_batch_size * processes, []
     if args.packing and rows * MOST_EPOCHS < ENOUGH_STEPS * batch and counts["trained_on"] > counts["rows"]:
         rows, flags = kept * counts["trained_on"], ["--no-packing"]  # a row for each conversation makes more steps
     batches, epochs = int(np.ceil(rows / batch)), max(args.epochs, MOST_EPOCHS)
@@ -1926,10 +1885,11 @@ def too_few_rows(args: argparse.Namespace, counts: dict[str, Any]) -> str:
     return f"{plural(counts['rows'], 'row')} of data, too few for one step of {counts['rows_per_step']}"
 
 
-def check_steps(args: argparse.Namespace, world: World, counts: dict[str, Any]) -> None:
+def check_steps(plan: Plan) -> None:
     """Refuse a run whose rows do not even fill one optimizer step."""
+    args, counts = plan.args, plan.counts
     if too_few := too_few_rows(args, counts):
-        flags = " ".join(more_steps(args, world, counts)[0])
+        flags = " ".join(more_steps(args, plan.world.size, counts)[0])
         raise InputError(f"--grad-accum {args.grad_accum}: {too_few}; use {flags}")
 
 
@@ -1953,54 +1913,85 @@ def print_rows(rows: Rows, count: int, tokenizer) -> None:
 # ---- Memory and time -----------------------------------------------------------------------------
 
 
-def base_weights(config: dict) -> int:
-    """Weights in the linear layers of a Llama-like model, by its config.json."""
+def layer_weights(config: dict[str, Any]) -> int:
+    """Weights in the linear layers of a Llama-like model, by its config.json; 0 where that leaves sizes to transformers."""
+    if not all(config.get(key) for key in ("intermediate_size", "num_attention_heads")):
+        return 0
     h, f, heads = (config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
     width = config.get("head_dim") or h // heads
-    kv = config.get("num_key_value_heads", heads) * width
+    kv = (config.get("num_key_value_heads") or heads) * width
     return config["num_hidden_layers"] * h * (2 * heads * width + 2 * kv + 3 * f)
 
 
-def print_plan(args: argparse.Namespace, config: dict, counts: dict, capacity: float, device: str) -> dict[str, float]:
-    """Print the GiB that a step needs with every layer checkpointed, and the minutes of a run. Calculated, not measured."""
-    if not all(config.get(key) for key in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")):
-        return {}  # a base that leaves its sizes to transformers
+def memory_plan(plan: Plan) -> dict[str, float]:
+    """GiB that a step needs on a GPU if all layers recompute their activations: calculated, not measured."""
+    args, config, counts = plan.args, plan.base.config, plan.counts
     h, f, layers = (config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     size, tokens = 2 if args.bf16 else 4, args.max_length * args.train_batch_size
-    share, heads = counts["trained_tokens"] / counts["tokens"], 1 if config.get("tie_word_embeddings") else 2
+    trained, heads = tokens * counts["trained_tokens"] / counts["tokens"], 1 + (not config.get("tie_word_embeddings"))
     # All seven projections of a layer read and write about 10 h + 3 f numbers.
     adapters = layers * args.lora_r * (10 * h + 3 * f)
     parts = {
-        "base": base_weights(config) * (0.52 if args.bnb_nf4 else size) + heads * config["vocab_size"] * h * size,
-        "adapters and optimizer": adapters * (4 + 4 + (2 if "8bit" in args.optim else 8)),
-        "activations": tokens * size * (layers * h + 9 * h + 9 * f),
-        "loss": 12 * share * tokens * config["vocab_size"],
+        # NF4: 4 bits, and for each block of 64 weights an 8-bit scale.
+        "base": layer_weights(config) * (0.52 if args.bnb_nf4 else size) + heads * config["vocab_size"] * h * size,
+        "adapters and optimizer": adapters * (4 + 4 + optimizer_bytes(args.optim)),
+        "activations": tokens * size * (layers * h + 9 * h + 9 * f),  # each layer's input, and one layer whole
+        "loss": 12 * trained * config["vocab_size"],  # logits in float32, their copy and their gradient
         "CUDA": 0.7 * 2**30,
     }
-    need, limit = sum(parts.values()) / 2**30, capacity * args.torch_memory_fraction
-    verdict = f"enough for rows of {args.max_length:,} x {args.train_batch_size}"
-    if need > limit:
-        verdict = f"too little for rows of {args.max_length:,} x {args.train_batch_size}; try {less_memory(args)}"
+    return {name: amount / 2**30 for name, amount in parts.items()}
+
+
+def optimizer_bytes(optim: str) -> int:
+    """Bytes of optimizer state for each trained parameter: two moments, in 8 or 32 bits."""
+    return 2 if "8bit" in optim else 8
+
+
+def print_memory(plan: Plan, capacity: float, device: str) -> dict[str, float]:
+    """Print and return what a step needs of a device of `capacity` GiB."""
+    if not layer_weights(plan.base.config):
+        return {}
+    args, parts = plan.args, memory_plan(plan)
+    need, limit = sum(parts.values()), capacity * args.torch_memory_fraction
+    rows = f"rows of {args.max_length:,} x {args.train_batch_size}"
+    verdict = (
+        f"enough for {rows}"
+        if need <= limit
+        else f"too little for {rows}; try {' '.join(saving_flags(args, checkpointed=True))}"
+    )
     print_field("memory", f"{need:.1f} of {limit:.1f} GiB ({args.torch_memory_fraction:.0%} of {device}): {verdict}")
-    # 2 FLOP a weight and token in forward, 2 in backward: its own gradient is not needed.
-    flop = 4.5 * base_weights(config) * counts["tokens"] * args.epochs
+    return parts | {"total": need, "limit": limit}
+
+
+def print_time(plan: Plan) -> None:
+    """Print the minutes of the optimizer steps on some GPUs: arithmetic, because none has been measured."""
+    # 2 FLOP a weight and token in forward, 2 in backward (its own gradient is not needed), and some for adapters and head.
+    flop = 4.5 * layer_weights(plan.base.config) * plan.counts["tokens"] * plan.args.epochs / plan.world.size
     cards = {"RTX 4090": 165e12, "A100": 312e12, "H100": 989e12}  # bfloat16, from NVIDIA's data sheets
     shown = ", ".join(f"{card} {max(1, flop / (peak / 2) / 60):,.0f} min" for card, peak in cards.items())
-    print_field(
-        "time", f"{shown} (calculated at half of the card's peak, not measured), without evaluations and answers"
-    )
-    return {**{name: amount / 2**30 for name, amount in parts.items()}, "total": need, "limit": limit}
+    source = "calculated at half of the card's peak, not measured"
+    print_field("time", f"{shown} ({source}), without evaluations and answers")
 
 
-def less_memory(args: argparse.Namespace) -> str:
-    """The first setting that needs less memory than these."""
-    if args.train_batch_size > 1:
-        return f"--train-batch-size 1 --grad-accum {args.grad_accum * args.train_batch_size}"
+def saving_flags(args: argparse.Namespace, checkpointed: bool = False) -> list[str]:
+    """The flags that save memory at the least cost; checkpointed: all layers recompute their activations already."""
+    if args.train_batch_size > 1:  # the same optimizer step
+        return ["--train-batch-size", "1", "--grad-accum", str(args.grad_accum * args.train_batch_size)]
+    if not checkpointed and args.gradient_checkpointing != "all":
+        return ["--gradient-checkpointing", "all"]
     if not args.bnb_nf4:
-        return "--bnb-nf4"
-    if args.gradient_checkpointing not in ("all", "auto"):
-        return "--gradient-checkpointing all"
-    return f"--max-length {args.max_length // 2}"
+        return ["--bnb-nf4"]
+    return ["--max-length", str(args.max_length // 2)]
+
+
+def less_memory(args: argparse.Namespace, world: World) -> str:
+    """What to do where memory has run out: the command that continues with the flags that save most."""
+    flags = saving_flags(args)
+    if world.size > 1:
+        return f"use the same command, launcher included, with {' '.join(flags)}"
+    goes_on = not args.dry_run and (args.output / RECORD).is_file() and flags[0] not in ("--bnb-nf4", "--max-length")
+    options = resuming_options() if goes_on else sys.argv
+    return f"try {shlex.join([this_python(), *options, *flags])}"
 
 
 def plan_checkpointing(model, rows: Rows, args: argparse.Namespace) -> None:
@@ -2011,10 +2002,10 @@ def plan_checkpointing(model, rows: Rows, args: argparse.Namespace) -> None:
     base, mode = model.get_base_model(), args.gradient_checkpointing
     layers = base.get_decoder().layers
     enable_checkpointing(base)
-    if mode == "auto":
-        spared = layers_with_room(model, layers, rows, args) if model.device.type == "cuda" else len(layers)
+    if mode == "auto" and model.device.type == "cuda":
+        spared = layers_with_room(model, layers, rows, args)
     else:
-        spared = {"all": 0, "none": len(layers)}.get(mode, len(layers) - mode if isinstance(mode, int) else 0)
+        spared = max(0, len(layers) - mode) if isinstance(mode, int) else 0 if mode == "all" else len(layers)
     checkpoint_layers(layers, spared)
     recompute = f"{len(layers) - spared} of {len(layers)} layers recompute their activations"
     print_field("memory", f"{recompute} (--gradient-checkpointing {mode})")
@@ -2042,12 +2033,15 @@ def model_inputs(rows: list[dict[str, Any]], device: torch.device) -> dict[str, 
 
 def layers_with_room(model, layers, rows: Rows, args: argparse.Namespace) -> int:
     """How many layers need not recompute on this GPU, in eighths, by the measured peak of a step of the longest row."""
+    print_field("memory", "measuring how many layers can keep their activations")
     inputs = model_inputs([rows.longest()] * args.train_batch_size, model.device)
-    optimizer = sum(p.numel() for p in model.parameters() if p.requires_grad) * (2 if "8bit" in args.optim else 8)
-    # A twentieth is left for fragmentation.
-    limit = 0.95 * args.torch_memory_fraction * torch.cuda.mem_get_info(model.device)[1] - optimizer
-    for eighths in range(8, 0, -1):
-        spared = len(layers) * eighths // 8
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    buckets = 4 if torch.distributed.is_initialized() else 0  # DDP's copy of the gradients, not yet there
+    free, total = torch.cuda.mem_get_info(model.device)
+    # What this process has and what nobody else has, below the cap; a twentieth is left for fragmentation.
+    available = min(torch.cuda.memory_reserved() + free, args.torch_memory_fraction * total)
+    limit = 0.95 * available - trained * (optimizer_bytes(args.optim) + buckets)
+    for spared in sorted({len(layers) * eighths // 8 for eighths in range(1, 9)}, reverse=True):
         checkpoint_layers(layers, spared)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -2090,14 +2084,11 @@ def load_libraries() -> None:
 
 def find_base(args: argparse.Namespace, folder: str, revision: str | None = None) -> Base:
     """The base model in this folder, checked as far as that needs no torch."""
-    headers, config = read_headers(args.model, folder), read_config(args.model, folder)
-    check_base(args.model, config, headers)
-    check_sizes(args, config)
-    targets = choose_targets(args.lora_target_modules, headers)
-    base = Base(folder, revision, config, headers, targets, load_encoder(args.model, folder, args.chat_format))
-    if args.init_adapter:
-        check_ancestor(args.init_adapter, base)
-    return base
+    hint = "config.json does not load ({error}); copy or download it again"
+    with explain(f"--model {args.model}", hint, ValueError, OSError):
+        config = dict(read_json(Path(folder, "config.json")))
+    check_base(args, config)
+    return Base(folder, revision, config, load_encoder(args.model, folder, args.chat_format))
 
 
 def model_on_disk(name: str) -> str | None:
@@ -2210,19 +2201,12 @@ def load_encoder(name: str, folder: str, format_name: str) -> Encoder:
 TOKENIZER_HINT = "its tokenizer does not load ({error}); complete the folder"
 
 
-def load_tokenizer(name: str, folder: str, encode: Encoder):
-    """transformers' tokenizer of the base, for saving and generating, with the chat template of the encoder's format."""
+def load_tokenizer(name: str, base: Base):
+    """transformers' tokenizer of the base, for saving and generating, with the chat template of the run's format."""
     with explain(f"--model {name}", TOKENIZER_HINT, ValueError, OSError, KeyError):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = chat_template(encode.chat, adds_bos=bool(encode.start))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder)
+    tokenizer.chat_template = chat_template(base.encode.chat, adds_bos=bool(base.encode.start))
     return tokenizer
-
-
-def read_config(name: str, folder: str) -> dict[str, Any]:
-    """The base's config.json."""
-    hint = "config.json does not load ({error}); copy or download it again"
-    with explain(f"--model {name}", hint, ValueError, OSError):
-        return dict(read_json(Path(folder, "config.json")))
 
 
 class StoredTensor(NamedTuple):
@@ -2243,15 +2227,15 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def read_headers(name: str, folder: str | Path) -> dict[str, StoredTensor]:
-    """The base's tensors by name, or {} where files are missing; InputError for a damaged file.
+    """The base's tensors by name; InputError for a missing or damaged file.
 
     A safetensors file is 8 bytes of length, a JSON header, the data.
     """
-    files = weight_files(folder)
-    if not all(file.is_file() for file in files):
-        return {}
     tensors = {}
-    for file in files:
+    for file in weight_files(folder):
+        if not file.is_file():
+            missing = file.name if file.name != "model.safetensors" else "*.safetensors"
+            raise InputError(f"--model {name}: no {missing} in it; give a folder with the weights")
         hint, size = f"{file.name} is damaged or incomplete; copy or download it again", file.stat().st_size
         # A file that is not safetensors may have any bytes here.
         damaged = explain(f"--model {name}", hint, ValueError, KeyError, TypeError, AttributeError)
@@ -2283,103 +2267,55 @@ def fingerprint(headers: dict[str, StoredTensor]) -> str:
     return digest.hexdigest()
 
 
-def check_sizes(args: argparse.Namespace, config: dict[str, Any]) -> None:
-    """Refuse more checkpointed layers, or longer rows, than the model has, from its config.json."""
-    layers, longest = config.get("num_hidden_layers"), config.get("max_position_embeddings")
-    count = args.gradient_checkpointing
-    if layers and isinstance(count, int) and count > layers:
-        raise InputError(
-            f"--gradient-checkpointing {count}: the model has {layers} layers; give at most so many, or all"
-        )
-    if longest and args.max_length > longest:
-        raise InputError(f"--max-length {args.max_length}: the model reads at most {longest:,} tokens; lower it")
-
-
-LAYER_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(?:.+\.)?(\w+)\.weight")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # how configs name a mixture of experts
-# Some bases, such as Phi-3, compute several projections in one layer.
-FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
-         "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}  # fmt: skip
 
 
-def check_base(name: str, config: dict[str, Any], headers: dict[str, StoredTensor]) -> None:
-    """Refuse a base that cannot be trained here or whose adapter could not be merged, before its weights are loaded."""
-    kind = config.get("model_type", "this model")
-    if headers:
-        lacks = "its weights have no model.embed_tokens and model.layers.0"
-        like_llama = any(map(LAYER_WEIGHT.fullmatch, headers)) and "model.embed_tokens.weight" in headers
-    else:
-        lacks = "config.json has no hidden_size, num_hidden_layers or vocab_size"
-        like_llama = all(config.get(key) for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
+def check_base(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    """Refuse by its config.json a base that cannot be trained or merged here, or whose rows are shorter."""
+    kind, longest = config.get("model_type", "this model"), config.get("max_position_embeddings")
+    layers, count = config.get("num_hidden_layers", 0), args.gradient_checkpointing
+    problem = ""
     if config.get("quantization_config"):
         problem = "it is already quantized; give the 16-bit original, --bnb-nf4 quantizes it"
     elif "text_config" in config:
         problem = f"{kind} reads images too, and merge_lora.py merges text models only; give a text model"
-    elif any(config.get(key) for key in EXPERTS) or any(".experts." in tensor for tensor in headers):
+    elif any(config.get(key) for key in EXPERTS):
         problem = f"{kind} is a mixture of experts, which merge_lora.py cannot merge; give a dense model"
-    elif not like_llama:
+    elif not all(config.get(key) for key in ("hidden_size", "num_hidden_layers", "vocab_size")):
+        lacks = "config.json has no hidden_size, num_hidden_layers or vocab_size"
         problem = f"{kind} is not built like a Llama: {lacks}; give a Llama, Qwen, Mistral, Gemma or Phi model"
-    else:
-        return
-    raise InputError(f"--model {name}: {problem}")
+    if problem:
+        raise InputError(f"--model {args.model}: {problem}")
+    if isinstance(count, int) and count > layers:
+        raise InputError(f"--gradient-checkpointing {count}: the model has {layers} layers; give at most so many")
+    if longest and args.max_length > longest:
+        raise InputError(f"--max-length {args.max_length}: the model reads at most {longest:,} tokens; lower it")
 
 
-def layer_shapes(headers: dict[str, StoredTensor]) -> dict[str, tuple[int, int]]:
-    """{name: (inputs, outputs)} of the linear layers in the first decoder layer that has them."""
-    shapes: dict[str, tuple[int, int]] = {}
-    for name, tensor in headers.items():
-        found = LAYER_WEIGHT.fullmatch(name)
-        if found and len(tensor.shape) == 2:
-            outputs, inputs = tensor.shape
-            shapes.setdefault(found[2], (inputs, outputs))
-    return shapes
+def check_weights(name: str, folder: str, headers: dict[str, StoredTensor], targets: list[str]) -> list[str]:
+    """Refuse files that do not hold the model's weights by their names: an adapter could not be merged into them.
 
-
-def choose_targets(names: list[str], headers: dict[str, StoredTensor]) -> list[str]:
-    """This base's linear layers that --lora-target-modules means, [] without headers; InputError for a wrong name.
-
-    One line says where they are not the given ones.
+    Returns the names of the linear layers to adapt; InputError for a wrong one.
     """
-    linear = sorted(layer_shapes(headers))
-    if not headers or names == ["all-linear"]:
-        return linear
-    targets = []
-    for name in names or [""]:
-        target = name if name in linear else FUSED.get(name, name)
-        if target not in linear:
-            problem = "matches no linear layer of the model"
-            if name in ("lm_head", "embed_tokens"):
-                problem = "embedding and output head are never adapted"
-            raise InputError(f"--lora-target-modules {name}: {problem}; {suggest(name, linear)}")
-        targets.append(target)
-    if others := sorted(set(targets) - set(names)):
-        print_field("lora", f"this base has {', '.join(others)} instead: adapting it")
-    return list(dict.fromkeys(targets))
-
-
-def check_weights(name: str, base: Base) -> None:
-    """Refuse a base whose files do not hold the model's weights by the same names: its adapter could not be merged."""
-    for file in weight_files(base.folder):
-        if not file.is_file():
-            missing = file.name if file.name != "model.safetensors" else "*.safetensors"
-            raise InputError(f"--model {name}: no {missing} in it; give a folder with the weights")
-    headers = base.headers
     hint = "{error}; give a causal language model"
     with explain(f"--model {name}", hint, ValueError, OSError, KeyError), torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(base.folder)
+        config = transformers.AutoConfig.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    tied = set(model.all_tied_weights_keys)
     for parameter, value in model.named_parameters():
-        if parameter not in headers and parameter not in tied:
+        if parameter not in headers and parameter not in model.all_tied_weights_keys:
             problem = f"its files hold no {parameter}, so merge_lora.py could not merge into them"
             raise InputError(f"--model {name}: {problem}; give a complete model with the names of transformers")
         if parameter in headers and headers[parameter].shape != list(value.shape):
             problem = f"{parameter} is {headers[parameter].shape}, but config.json says {list(value.shape)}"
             raise InputError(f"--model {name}: {problem}; copy or download it again")
-    for module_name, module in model.named_modules():
-        target = module_name.rpartition(".")[2]
-        if target in base.targets and not isinstance(module, torch.nn.Linear):
-            raise InputError(f"--lora-target-modules {target}: is a {type(module).__name__}; give linear layers")
+    modules = model.get_decoder().named_modules()
+    linear = sorted({key.rpartition(".")[2] for key, module in modules if isinstance(module, torch.nn.Linear)})
+    for target in targets or [""]:
+        if target not in ("all-linear", *linear):
+            problem = "is no linear layer of this model"
+            fix = f"choose from {','.join(linear)}, or give all-linear"
+            raise InputError(f"--lora-target-modules {target}: {problem}; {fix}")
+    return linear if "all-linear" in targets else targets
 
 
 def load_base(args: argparse.Namespace, folder: str, device: torch.device):
@@ -2393,16 +2329,14 @@ def load_base(args: argparse.Namespace, folder: str, device: torch.device):
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, args.bnb_dtype),  # the default would be float32
-        bnb_4bit_quant_storage=torch.bfloat16 if args.shard_base else torch.uint8,  # FSDP shards only floats
     )
-    with quantized_on(device) if args.shard_base and args.bnb_nf4 else contextlib.nullcontext():
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.bfloat16 if args.bf16 else torch.float32,
-            quantization_config=quantization if args.bnb_nf4 else None,
-            device_map={"": "cpu" if args.shard_base else device},
-            attn_implementation=choose_attention(folder, device, args.bf16),
-        )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.bfloat16 if args.bf16 else torch.float32,
+        quantization_config=quantization if args.bnb_nf4 else None,
+        device_map={"": device},
+        attn_implementation=choose_attention(folder, device, args.bf16),
+    )
     model.requires_grad_(False)
     model.config.use_cache = False  # with a cache transformers would not look for packed documents
     for module in model.modules():
@@ -2413,32 +2347,15 @@ def load_base(args: argparse.Namespace, folder: str, device: torch.device):
     return model
 
 
-@contextlib.contextmanager
-def quantized_on(device: torch.device) -> Iterator[None]:
-    """Quantize on this device what is loaded into main memory: a CPU thread quantizes only 35 million weights a second.
-
-    bitsandbytes quantizes a weight wherever it lies, and offers no other place.
-    """
-    from bitsandbytes.nn import Params4bit
-
-    quantize = Params4bit._quantize
-
-    def quantize_and_return(self, destination):
-        quantized = quantize(self, device)
-        quantized.data = quantized.data.to(destination)
-        quantized.quant_state.to(destination)
-        return quantized
-
-    Params4bit._quantize = quantize_and_return
-    try:
-        yield
-    finally:
-        Params4bit._quantize = quantize
-
-
 def add_lora(model, args: argparse.Namespace, targets: list[str], revision: str | None):
-    """A PeftModel whose adapters are float32 and compute in the type of the activations."""
+    """A PeftModel whose adapters are float32, new or those of --init-adapter."""
     model.name_or_path = args.model if revision else os.path.abspath(args.model)
+    if args.init_adapter:
+        with explain(f"--init-adapter {args.init_adapter}", ADAPTER_HINT, RuntimeError, ValueError):
+            model = peft.PeftModel.from_pretrained(model, args.init_adapter, is_trainable=True)
+        config = model.peft_config["default"]
+        config.base_model_name_or_path, config.revision = model.get_base_model().name_or_path, revision
+        return model
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_r,
@@ -2448,80 +2365,38 @@ def add_lora(model, args: argparse.Namespace, targets: list[str], revision: str 
         target_modules=targets,
         revision=revision,
     )
-    model = peft.get_peft_model(model, config)
-    if args.init_adapter:
-        weights = peft.load_peft_weights(str(args.init_adapter), device="cpu")
-        with explain(f"--init-adapter {args.init_adapter}", ADAPTER_HINT, RuntimeError):
-            peft.set_peft_model_state_dict(model, weights)
-    return model
+    return peft.get_peft_model(model, config)
 
 
 ADAPTER_HINT = "{error}; give a folder that training wrote"
 
 
 def inherit_lora(args: argparse.Namespace) -> argparse.Namespace:
-    """The flags with the rank, alpha and targets of --init-adapter in place of their own."""
+    """The flags with the rank, alpha, dropout and targets of --init-adapter in place of their own."""
     folder, place = args.init_adapter, f"--init-adapter {args.init_adapter}"
-    config = read_adapter_file(folder, "adapter_config.json")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise InputError(f"{place}: no adapter_model.safetensors in it; give a folder that training wrote")
     if args.overwrite and args.output.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise InputError(f"{place}: --overwrite would delete it; give another --output")
-    with explain(place, ADAPTER_HINT, KeyError):
-        r, alpha, targets = config["r"], config["lora_alpha"], sorted(config["target_modules"])
+    with explain(place, ADAPTER_HINT, OSError, ValueError, KeyError):
+        config = read_json(folder / "adapter_config.json")
+        sha256(folder / "adapter_model.safetensors")
+        r, alpha, targets = config["r"], float(config["lora_alpha"]), sorted(config["target_modules"])
+        inherited = {"lora_r": r, "lora_alpha": alpha, "lora_dropout": config["lora_dropout"]}
     print_field("lora", f"r {r}, alpha {alpha:g} and {', '.join(targets)}, from {folder}")
-    inherited = {"lora_r": r, "lora_alpha": float(alpha), "lora_target_modules": targets}
-    return argparse.Namespace(**vars(args) | inherited)
+    return argparse.Namespace(**vars(args) | inherited | {"lora_target_modules": targets})
 
 
-def read_adapter_file(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON file of the folder that --init-adapter names; the run's record may be in the folder above a checkpoint."""
-    file = folder / name
-    if name == RECORD and not file.is_file() and folder.name.startswith("checkpoint-"):
-        file = folder.parent / name
-    with explain(f"--init-adapter {folder}", ADAPTER_HINT, OSError, ValueError):
-        return read_json(file)
-
-
-def check_ancestor(folder: Path, base: Base) -> None:
-    """Refuse to train an adapter further on another base or in another chat format."""
-    record, place = read_adapter_file(folder, RECORD), f"--init-adapter {folder}"
-    with explain(place, ADAPTER_HINT, KeyError):
-        recorded, chat = record["base"]["fingerprint"], record["chat_format"]
-        if base.headers and recorded != fingerprint(base.headers):  # a dry run may come before the download
-            problem = f"it was trained on another base, {record['base']['model']}"
-            raise InputError(f"{place}: {problem}; give that as --model")
-        if {key: chat[key] for key in ChatFormat._fields} != base.encode.chat._asdict():
+def check_ancestor(folder: Path, record: dict[str, Any]) -> None:
+    """Refuse to train an adapter further on another base or in another chat format; `record` is the new run's."""
+    own = folder if (folder / RECORD).is_file() else folder.parent  # of a checkpoint
+    with explain(f"--init-adapter {folder}", ADAPTER_HINT, OSError, ValueError, KeyError):
+        before = read_json(own / RECORD)
+        base, chat = before["base"], before["chat_format"]
+        if base["fingerprint"] != record["base"]["fingerprint"]:
+            problem = f"it was trained on another base, {base['model']}"
+            raise InputError(f"--init-adapter {folder}: {problem}; give that as --model")
+        if chat != json.loads(json.dumps(record["chat_format"])):
             problem = f"it was trained in the chat format {chat['name']}"
-            raise InputError(f"{place}: {problem}; use --chat-format {chat['name']}")
-
-
-def shard_base(model, device: torch.device) -> None:
-    """Each process keeps its share of the frozen layers and gathers a layer when it is needed (FSDP).
-
-    What is trained stays whole in every process, so optimizer, checkpoints and resuming are those of
-    an unsharded run. Embedding, head, last norm and NF4's scales stay whole too.
-    """
-    from torch.distributed.fsdp import fully_shard
-
-    decoder = model.get_base_model().get_decoder()
-    trained = {p for p in model.parameters() if p.requires_grad}
-    for layer in decoder.layers:
-        for module in layer.modules():
-            if hasattr(module, "quant_state"):
-                module.quant_state.to(device)
-        fully_shard(layer, ignored_params=trained)
-    layers = set(decoder.layers.parameters())
-    whole = trained | {p for p in model.parameters() if p not in layers}
-    fully_shard(decoder, ignored_params=whole)  # the root: without weights of its own
-    for parameter in whole:
-        parameter.data = parameter.data.to(device)
-    mine, total = sum(p.to_local().nbytes for p in layers - trained), sum(p.nbytes for p in layers - trained)
-    print_field("memory", f"each process holds {mine / 1e6:,.1f} of the {total / 1e6:,.1f} MB of the base's layers")
-    model.get_base_model().hf_device_map = {"": device}
-    # On CUDA accelerate refuses sharded weights under DDP, so it must not wrap the model: training_step averages
-    # the adapters' gradients instead.
-    model._is_accelerate_prepared = True
+            raise InputError(f"--init-adapter {folder}: {problem}; use --chat-format {chat['name']}")
 
 
 # ---- Attention -----------------------------------------------------------------------------------
@@ -2659,6 +2534,10 @@ def start_torch(args: argparse.Namespace, world: World) -> torch.device:
         print_field("allocator", said)
     print_field("starting", "torch, transformers and peft")
     load_libraries()
+    with explain("--report-to", "{error}; name a tracker that is installed", ValueError, RuntimeError):
+        names = [name for name in args.report_to if name != "none"]
+        for tracker in transformers.integrations.get_reporting_integration_callbacks(names):
+            tracker()  # before the model is loaded: Trainer would only then look for its package
     return choose_device(args, world)
 
 
@@ -2797,10 +2676,6 @@ class Stop:
 def training_arguments(args: argparse.Namespace, evaluating: bool) -> transformers.TrainingArguments:
     """Our flags under transformers' names."""
     cuda = torch.cuda.is_available()
-    for _, variable in (TRACKERS[name] for name in args.report_to if name != "none"):
-        if variable:  # what trackers write stays in the output folder
-            folder = os.path.abspath(args.output)
-            os.environ.setdefault(variable, f"file://{folder}/mlruns" if variable.startswith("MLFLOW") else folder)
     arguments = transformers.TrainingArguments(
         output_dir=str(args.output),
         num_train_epochs=args.epochs,
@@ -2835,193 +2710,169 @@ def training_arguments(args: argparse.Namespace, evaluating: bool) -> transforme
     return arguments
 
 
-def make_trainer(args, world: World, model, tokenizer, train_rows, eval_rows, prompts: list[Prompt], stop: Stop):
+def make_trainer(plan: Plan, model, tokenizer, stop: Stop):
     """A Hugging Face Trainer with exact evaluation, complete checkpoints and one line for each step."""
+    args, eval_rows = plan.args, plan.eval_rows
     arguments = training_arguments(args, evaluating=eval_rows is not None)  # starts the process group
     if not args.output.is_dir():
         problem = "does not exist on this machine"
         raise InputError(f"--output {args.output}: {problem}; name a folder that all machines share")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    check_disk(args.output, args.save_total_limit, trained * (4 + (2 if "8bit" in args.optim else 8)))
-    trainer = trainer_class(args.shard_base)(
+    check_disk(args.output, args.save_total_limit, trained * (4 + optimizer_bytes(args.optim)))
+    trainer = derive(Training, transformers.Trainer)(
         model=model,
         args=arguments,
         data_collator=collate,
-        train_dataset=train_rows,
-        # Every process must run the same number of forwards: with --shard-base they meet in each layer.
-        eval_dataset=eval_rows and eval_rows.padded(world.size * args.eval_batch_size),
+        train_dataset=plan.train_rows,
+        # Every process must evaluate the same number of batches: at the end they add up their losses.
+        eval_dataset=eval_rows and eval_rows.padded(plan.world.size * args.eval_batch_size),
         processing_class=tokenizer,
     )
-    trainer.prompts, trainer.stop = prompts, stop
+    trainer.prompts, trainer.stop = find_prompts(plan), stop
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.add_callback(progress_callback(trainer))
-    trainer.add_callback(checkpoint_callback(trainer, args.output, args.name, args.save_total_limit))
+    callback = transformers.TrainerCallback
+    trainer.add_callback(derive(Progress, callback)(trainer))
+    trainer.add_callback(derive(Checkpoints, callback)(trainer, args.output, args.name, args.save_total_limit))
     if args.early_stopping and eval_rows:
         trainer.add_callback(transformers.EarlyStoppingCallback(args.early_stopping))
     return trainer
 
 
-def trainer_class(shard_base: bool) -> type[transformers.Trainer]:
-    """Hugging Face's Trainer with the few changes that no argument or callback makes."""
-
-    class Trainer(transformers.Trainer):
-        prompts: list[Prompt]
-        stop: Stop
-        tokens = 0  # seen by this process
-        evaluation_seconds = 0.0  # of the evaluation before training, with its answers
-        documents: tuple[str, ...] = ()  # of the current step
-
-        def training_step(self, model, inputs, num_items_in_batch=None):
-            """Keep the documents' places, which are no input of the model. Callbacks do not see the inputs."""
-            self.tokens += inputs["input_ids"].numel()
-            self.documents = (*self.documents, *inputs.pop("documents"))
-            loss = super().training_step(model, inputs, num_items_in_batch)
-            if shard_base and self.accelerator.sync_gradients:  # the model is not wrapped in DDP
-                for parameter in (p for p in model.parameters() if p.requires_grad):
-                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-            return loss
-
-        def _get_grad_norm(self, model, grad_norm=None):
-            """Stop before the optimizer applies a gradient that is NaN or infinite. Callbacks do not see it."""
-            grad_norm = super()._get_grad_norm(model, grad_norm)
-            if not torch.isfinite(torch.as_tensor(grad_norm)):
-                places = f"{', '.join(self.documents[:8])}{' …' if len(self.documents) > 8 else ''}"
-                problem = f"the gradient is {float(grad_norm)}"
-                fix = f"check {places}, or lower --learning-rate"
-                raise InputError(f"step {self.state.global_step + 1}: {problem}; {fix}")
-            self.documents = ()
-            return grad_norm
-
-        def create_scheduler(self, num_training_steps, optimizer=None):
-            """The same schedule, read in the middle of each step: at its start, warm-up gives the first step rate 0."""
-            schedule = super().create_scheduler(num_training_steps, optimizer)
-
-            def in_the_middle(rate: Callable[[float], float]) -> Callable[[int], float]:
-                return lambda step: rate(step + 0.5)
-
-            rates = [in_the_middle(rate) for rate in schedule.lr_lambdas]
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(schedule.optimizer, rates)
-            return self.lr_scheduler
-
-        def answer(self, when: str) -> dict[str, str]:
-            """The model's answers by their questions; a terminal shows each as it is written: on a CPU it takes a while."""
-            answers = {}
-            streamer = answer_streamer(self.processing_class) if show_progress() else None
-            for number, prompt in enumerate(self.prompts, 1):
-                print_field(when, f"question {number} of {len(self.prompts)}: {one_line(prompt.text, 200)}")
-                answers |= generate_answers(self.model, self.processing_class, [prompt], streamer=streamer)
-            return answers
-
-        def floating_point_ops(self, inputs):
-            """Skip a count that walks through all parameters for each batch and is wrong for LoRA."""
-            return 0
-
-        def evaluation_loop(self, dataloader, description, *_, metric_key_prefix="eval", **__):
-            """Mean loss of all trained tokens; Trainer's own is a mean of batch means."""
-            self.model.eval()
-            total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, tokens
-            for inputs in dataloader:
-                del inputs["documents"]
-                with torch.no_grad():
-                    loss = self.model(**self._prepare_inputs(inputs), num_items_in_batch=1).loss  # a sum
-                total += torch.stack([loss.double(), torch.tensor(inputs["labels"].numel(), device=loss.device)])
-            loss, count = self.accelerator.reduce(total, "sum").tolist()
-            metrics = {f"{metric_key_prefix}_loss": loss / count}
-            return transformers.trainer_utils.EvalLoopOutput(None, None, metrics, len(self.eval_dataset))
-
-    return Trainer
+def derive(ours: type, theirs: type) -> Any:
+    """A class of ours on top of one of transformers, which is not imported yet where ours is written."""
+    return type(ours.__name__, (ours, theirs), {})
 
 
-def progress_callback(trainer) -> transformers.TrainerCallback:
-    """Prints one line per logging step and a progress bar on a terminal; ends training on a signal."""
-    from tqdm import tqdm
+class Training(Trainer):
+    """What Hugging Face's Trainer does differently here, where no argument or callback does it."""
 
-    class Progress(transformers.TrainerCallback):
-        evaluations = 0  # since training began
+    prompts: list[Prompt]
+    stop: Stop
+    tokens = 0  # seen by this process
+    documents: tuple[str, ...] = ()  # of the current step
 
-        def on_train_begin(self, args, state, control, **kwargs):
-            total, done = state.max_steps, state.global_step
-            # Without tqdm's own estimate, which knows nothing of evaluations.
-            shape = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}]"
-            self.bar = tqdm(total=total, initial=done, bar_format=shape, disable=not show_progress(), leave=False)
-            self.began, self.first, self.tokens = time.monotonic(), done, trainer.tokens
-            self.spent, self.evaluations = 0.0, 0  # seconds in steps alone
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Keep the documents' places, which are no input of the model. Callbacks do not see the inputs."""
+        self.tokens += inputs["input_ids"].numel()
+        self.documents = (*self.documents, *inputs.pop("documents"))
+        return super().training_step(model, inputs, num_items_in_batch)
 
-        def on_step_begin(self, args, state, control, **kwargs):
-            self.step_began = time.monotonic()
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Stop before the optimizer applies a gradient that is NaN or infinite. Callbacks do not see it."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if not torch.isfinite(torch.as_tensor(grad_norm)):
+            places = f"{', '.join(self.documents[:8])}{' …' if len(self.documents) > 8 else ''}"
+            problem, fix = f"the gradient is {float(grad_norm)}", f"check {places}, or lower --learning-rate"
+            raise InputError(f"step {self.state.global_step + 1}: {problem}; {fix}")
+        self.documents = ()
+        return grad_norm
 
-        def on_step_end(self, args, state, control, **kwargs):
-            self.spent += time.monotonic() - self.step_began
-            self.bar.update()
-            if state.global_step == self.first + 3 and (left := self.left(state)) > 60:
-                self.bar.write(
-                    f"{'estimate':<10} about {max(1, round(left / 60)):,} min left, until {clock(left)}",
-                    file=sys.stdout,
-                )
-            if trainer.stop.any_rank_signaled(trainer.accelerator):
-                control.should_save = control.should_training_stop = True
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """The same schedule, read in the middle of each step: at its start, warm-up gives the first step rate 0."""
+        schedule = super().create_scheduler(num_training_steps, optimizer)
 
-        def on_evaluate(self, args, state, control, **kwargs):
-            self.evaluations += 1
+        def in_the_middle(rate: Callable[[float], float]) -> Callable[[int], float]:
+            return lambda step: rate(step + 0.5)
 
-        def left(self, state) -> float:
-            """Seconds until the end: steps, evaluations with answers and checkpoints, and the answers after training."""
-            every = state.eval_steps if trainer.eval_dataset else state.max_steps
-            evaluations = -(-state.max_steps // every) - (state.global_step - 1) // every + 1
-            each = trainer.evaluation_seconds
-            if self.evaluations:
-                each = (time.monotonic() - self.began - self.spent) / self.evaluations
-            step = self.spent / max(1, state.global_step - self.first)
-            return step * (state.max_steps - state.global_step) + each * evaluations
+        rates = [in_the_middle(rate) for rate in schedule.lr_lambdas]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(schedule.optimizer, rates)
+        return self.lr_scheduler
 
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if not state.is_world_process_zero or not hasattr(self, "bar"):
-                return
-            step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
-            if "loss" in logs:
-                left = format_duration(self.left(state))
-                speed = f"{(trainer.tokens - self.tokens) * args.world_size / self.spent:,.0f} tok/s"
-                values = f"loss {logs['loss']:.4f}  grad {logs['grad_norm']:.3f}  lr {logs['learning_rate']:.1e}"
-                self.bar.write(f"{step}  {values}  {speed}  left {left}", file=sys.stdout)
-            elif "eval_loss" in logs:
-                self.bar.write(f"{step}  held-out loss {logs['eval_loss']:.4f}", file=sys.stdout)
-            sys.stdout.flush()  # line by line into a file too
+    def floating_point_ops(self, inputs):
+        """Skip a count that walks through all parameters for each batch and is wrong for LoRA."""
+        return 0
 
-        def on_train_end(self, args, state, control, **kwargs):
-            self.bar.close()
+    def evaluation_loop(self, dataloader, description, *_, metric_key_prefix="eval", **__):
+        """Mean loss of all trained tokens; Trainer's own is a mean of batch means."""
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, tokens
+        for inputs in dataloader:
+            del inputs["documents"]
+            with torch.no_grad():
+                loss = self.model(**self._prepare_inputs(inputs), num_items_in_batch=1).loss  # a sum
+            total += torch.stack([loss.double(), torch.tensor(inputs["labels"].numel(), device=loss.device)])
+        loss, count = self.accelerator.reduce(total, "sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": loss / count}
+        return transformers.trainer_utils.EvalLoopOutput(None, None, metrics, len(self.eval_dataset))
 
-    return Progress()
+    def answer(self, when: str) -> dict[str, str]:
+        """The model's answers by their questions, each announced: on a CPU it takes a while."""
+        answers = {}
+        for number, prompt in enumerate(self.prompts, 1):
+            print_field(when, f"question {number} of {len(self.prompts)}: {one_line(prompt.text, 200)}")
+            answers |= generate_answers(self.model, self.processing_class, [prompt])
+        return answers
 
 
-def checkpoint_callback(trainer, output: Path, name: str, limit: int) -> transformers.TrainerCallback:
-    """Saves each new best at once, completes checkpoints, and lets the model answer after each evaluation."""
+class Progress(TrainerCallback):
+    """A callback that prints one line per logging step and a bar on a terminal, and ends training on a signal."""
 
-    class Checkpoints(transformers.TrainerCallback):
-        def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-            restore_paging(optimizer)  # after Trainer has loaded its state
+    def __init__(self, trainer):
+        self.trainer, self.bar = trainer, None  # type: Any, Any
 
-        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-            if not state.global_step:  # before training
-                return
-            # Trainer would remember a best between two --save-steps, but keep the checkpoint of another step.
-            control.should_save |= state.best_metric is None or metrics["eval_loss"] < state.best_metric
-            if evaluations_since_best(state.log_history) == RISING:
-                best = f"step {state.best_global_step} had the best held-out loss"
-                merge = f"merge_lora.py --adapter {state.best_model_checkpoint}"
-                print_field("advice", f"{best}, {RISING} evaluations ago: the data is being learned by heart. The adapter "
-                            f"will be that of the best step; to end now, press Ctrl-C and merge it with {merge}")  # fmt: skip
-            answers = generate_answers(trainer.model, trainer.processing_class, trainer.prompts)
-            if state.is_world_process_zero:
-                write_samples(output / "samples.md", name, f"Step {state.global_step}", answers)
+    def on_train_begin(self, args, state, control, **kwargs):
+        from tqdm import tqdm
 
-        def on_save(self, args, state, control, **kwargs):
-            trainer.accelerator.wait_for_everyone()  # each process adds its random state
-            if state.is_world_process_zero:
-                complete_checkpoint(output / f"checkpoint-{state.global_step}")
-                rotate = transformers.trainer_utils.rotate_checkpoints
-                rotate(str(output), limit, state.best_model_checkpoint)
+        total, self.first = state.max_steps, state.global_step
+        self.bar = tqdm(total=total, initial=self.first, unit="step", disable=not show_progress(), leave=False)
+        self.seconds, self.tokens = 0.0, self.trainer.tokens  # in steps alone; before the first one
 
-    return Checkpoints()
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step_began = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.monotonic() - self.step_began
+        self.bar.update()
+        if self.trainer.stop.any_rank_signaled(self.trainer.accelerator):
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not (state.is_world_process_zero and self.bar):
+            return
+        step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+        if "loss" in logs:
+            left = self.seconds / (state.global_step - self.first) * (state.max_steps - state.global_step)
+            speed = f"{(self.trainer.tokens - self.tokens) * args.world_size / self.seconds:,.0f} tok/s"
+            values = f"loss {logs['loss']:.4f}  grad {logs['grad_norm']:.3f}  lr {logs['learning_rate']:.1e}"
+            self.bar.write(f"{step}  {values}  {speed}  left {format_duration(left)}", file=sys.stdout)
+        elif "eval_loss" in logs:
+            self.bar.write(f"{step}  held-out loss {logs['eval_loss']:.4f}", file=sys.stdout)
+        sys.stdout.flush()  # line by line into a file too
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+class Checkpoints(TrainerCallback):
+    """A callback that saves each new best at once, completes checkpoints, and asks the model after each evaluation."""
+
+    def __init__(self, trainer, output: Path, name: str, limit: int):
+        self.trainer, self.output, self.name, self.limit = trainer, output, name, limit
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        restore_paging(optimizer)  # after Trainer has loaded its state
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if not state.global_step:  # before training
+            return
+        # Trainer would remember a best between two --save-steps, but keep the checkpoint of another step.
+        control.should_save |= state.best_metric is None or metrics["eval_loss"] < state.best_metric
+        if evaluations_since_best(state.log_history) == RISING:
+            best = f"step {state.best_global_step} had the best held-out loss"
+            text = f"{best}, {RISING} evaluations ago: the data is being learned by heart. The adapter will be of that step"
+            merge = f"merge_lora.py --adapter {state.best_model_checkpoint}"
+            ended = state.global_step == state.max_steps
+            print_field("advice", text if ended else f"{text}; to end now, press Ctrl-C and merge it with {merge}")
+        answers = generate_answers(self.trainer.model, self.trainer.processing_class, self.trainer.prompts)
+        if state.is_world_process_zero:
+            write_samples(self.output / "samples.md", self.name, f"Step {state.global_step}", answers)
+
+    def on_save(self, args, state, control, **kwargs):
+        self.trainer.accelerator.wait_for_everyone()  # each process adds its random state
+        if state.is_world_process_zero:
+            complete_checkpoint(self.output / f"checkpoint-{state.global_step}")
+            rotate = transformers.trainer_utils.rotate_checkpoints
+            rotate(str(self.output), self.limit, state.best_model_checkpoint)
 
 
 RISING = 3  # evaluations without a better held-out loss: more than chance
@@ -3064,11 +2915,6 @@ def check_learned(model, learning_rate: float, steps: int) -> None:
         raise InputError(f"--learning-rate {learning_rate:g}: {problem}; raise it, or train for more steps")
 
 
-def clock(seconds: float) -> str:
-    """The time of day in so many seconds."""
-    return time.strftime("%H:%M", time.localtime(time.time() + seconds))
-
-
 def format_duration(seconds: float) -> str:
     """As 1h05 or 4m09; a step line stays within 80 columns."""
     minutes, seconds = divmod(round(seconds), 60)
@@ -3080,7 +2926,7 @@ def format_duration(seconds: float) -> str:
 # These may differ when a run is resumed; batch size and accumulation may as long as their product does not.
 MAY_DIFFER = {"output", "name", "input_format", "resume", "force_resume", "overwrite", "dry_run", "preview", "json", "report_to", "sample_prompts",
               "train_batch_size", "grad_accum", "eval_batch_size", "logging_steps", "save_steps", "save_total_limit",
-              "gradient_checkpointing", "shard_base", "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb"}  # fmt: skip
+              "gradient_checkpointing", "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb"}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -3191,11 +3037,12 @@ def resume_point(output: Path, record: dict, force: bool) -> str | None:
     return checkpoint
 
 
-def run_record(args: argparse.Namespace, base: Base, inputs: Inputs, counts: dict) -> dict[str, Any]:
+def run_record(plan: Plan, fingerprint: str) -> dict[str, Any]:
     """The content of training_args.json: enough to merge the adapter and to repeat the run."""
     from importlib.metadata import version
 
     libraries = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "safetensors", "tokenizers")
+    args, base = plan.args, plan.base
     model = args.model if base.revision else os.path.abspath(args.model)
     init_adapter = None
     if args.init_adapter:
@@ -3203,11 +3050,11 @@ def run_record(args: argparse.Namespace, base: Base, inputs: Inputs, counts: dic
         init_adapter = {"name": args.init_adapter.resolve().name, "sha256": weights}
     return {
         "chat_format": {"name": args.chat_format, **base.encode.chat._asdict()},
-        "base": {"model": model, "revision": base.revision, "fingerprint": fingerprint(base.headers)},
+        "base": {"model": model, "revision": base.revision, "fingerprint": fingerprint},
         "init_adapter": init_adapter,
         "quantization": {"bnb_nf4": args.bnb_nf4, "bnb_dtype": args.bnb_dtype, "bnb_double_quant": args.bnb_nf4},
         "args": vars(args),
-        "data": {"sha256": inputs.train_files | inputs.eval_files, **counts},
+        "data": {"sha256": plan.files, **plan.counts},
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in libraries}},
     }
 
@@ -3282,16 +3129,17 @@ def read_prompts(file: Path | None) -> list[str] | None:
         raise InputError(f"--sample-prompts {file}: {problem}; write one question per line, or give none") from None
 
 
-def find_prompts(questions: list[str] | None, data: Data, encode: Encoder, count: int = 3) -> list[Prompt]:
-    """These questions; by default the first ones of held-out conversations, with their system turn.
+def find_prompts(plan: Plan, count: int = 3) -> list[Prompt]:
+    """The questions of --sample-prompts; by default the first ones of held-out conversations, with their system turn.
 
     Where nothing is held out, those of training conversations.
     """
+    encode, questions = plan.base.encode, plan.questions
     if questions is not None:
         turns = [[Turn("user", question, 0), Turn("assistant", "-", 0)] for question in questions]
         return [Prompt(q, before_answer(*tokens)) for q, tokens in zip(questions, encode(turns), strict=True)]
     found: dict[str, Prompt] = {}
-    rows = data.eval_rows or data.train_rows
+    rows = plan.eval_rows or plan.train_rows
     before, after = encode.chat.before, encode.chat.after
     for i in sorted(chain.from_iterable(islice(rows.plan, 8 * count))):
         sample = rows.samples[int(i)]
@@ -3309,7 +3157,7 @@ def before_answer(input_ids: np.ndarray, labels: np.ndarray) -> list[int]:
     return input_ids[: int(np.argmax(labels != IGNORE))].tolist()
 
 
-def generate_answers(model, tokenizer, prompts: list[Prompt], max_new_tokens=80, streamer=None) -> dict[str, str]:
+def generate_answers(model, tokenizer, prompts: list[Prompt], max_new_tokens=80) -> dict[str, str]:
     """Greedy answers by their questions, one at a time: no padding, so the packed attention serves here too."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
@@ -3327,24 +3175,12 @@ def generate_answers(model, tokenizer, prompts: list[Prompt], max_new_tokens=80,
         bos_token_id=tokenizer.bos_token_id,
     )
     model.eval()
-    # Processes that share a base must continue until all have finished.
-    synced = torch.distributed.is_initialized()
     answers = {}
     for prompt in prompts:
         ids = torch.tensor([prompt.input_ids], device=model.device)
-        output = model.generate(ids, generation_config=greedy, synced_gpus=synced, streamer=streamer)
+        output = model.generate(ids, generation_config=greedy)
         answers[prompt.text] = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
     return answers
-
-
-def answer_streamer(tokenizer) -> transformers.TextStreamer:
-    """Prints an answer word by word."""
-
-    class Streamer(transformers.TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False):
-            super().on_finalized_text(escape_controls(text, keep="\n\t"), stream_end)
-
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def write_samples(file: Path, name: str, heading: str, answers: dict[str, str]) -> None:

@@ -192,6 +192,11 @@ def arguments(*options):
     return sft.parse_args([str(option) for option in options])
 
 
+def planned(args, encode) -> sft.Plan:
+    """The plan of these flags, for one process and a base of which only the tokenizer matters."""
+    return sft.make_plan(args, sft.World(), sft.Base("", None, {}, encode))
+
+
 def error_of(call: Callable, *args, **kwargs) -> str:
     """The one line of the InputError that this call raises."""
     with pytest.raises(sft.InputError) as caught:

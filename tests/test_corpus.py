@@ -4,7 +4,7 @@ import re
 from collections import Counter
 
 import pytest
-from runs import ROOT, arguments
+from runs import ROOT, arguments, planned
 
 import train_sft_dolores as sft
 
@@ -47,8 +47,7 @@ def test_size(conversations, llama31_tokenizer):
 
 def test_the_readme_trains_her_as_the_dry_run_advises(llama31_tokenizer):
     encode = sft.Encoder(llama31_tokenizer, sft.chat_format("dolores", llama31_tokenizer))
-    counts = sft.prepare_data(arguments(), sft.World(), sft.find_files([CORPUS]), {}, encode).counts
-    _, flags = sft.advise(arguments(), sft.World(), counts)
+    flags = planned(arguments("--train-files", CORPUS), encode).advised
     (shown,) = re.findall(r"^python3 train_sft_dolores.py (--epochs .+)\n", (ROOT / "README.md").read_text(), re.M)
     assert arguments(*shown.split()) == arguments(*flags)
 

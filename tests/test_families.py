@@ -234,31 +234,27 @@ def test_files_with_other_names_are_refused(tmp_path):
     """transformers may load them all the same; the merge, tensor by tensor, could not."""
     sft.load_libraries()
     folder = str(family("llama3"))
-    base = sft.find_base(arguments("--model", folder), folder)
-    headers = base.headers
-    sft.check_weights(folder, base)
+    headers = sft.read_headers(folder, folder)
+    sft.check_weights(folder, folder, headers, SEVEN)
     name = "model.layers.1.mlp.up_proj.weight"
     lost = {key: value for key, value in headers.items() if key != name}
-    assert_says(error_of(sft.check_weights, folder, base._replace(headers=lost)), f"--model {folder}", name)
+    assert_says(error_of(sft.check_weights, folder, folder, lost, SEVEN), f"--model {folder}", name)
     other = {**headers, name: headers[name]._replace(shape=[160, 32])}
-    assert_says(
-        error_of(sft.check_weights, folder, base._replace(headers=other)), f"--model {folder}", name, "[160, 32]"
-    )
+    assert_says(error_of(sft.check_weights, folder, folder, other, SEVEN), f"--model {folder}", name, "[160, 32]")
 
 
-def test_target_modules_of_each_family(capsys):
-    seven, fused = sorted(SEVEN), sorted(FUSED)
+def test_target_modules_of_each_family():
+    sft.load_libraries()
     for name in TRAINABLE:
         folder = str(family(name))
-        headers = sft.read_headers(folder, folder)
-        linear = fused if name.startswith("phi") else seven
-        for given in (["all-linear"], SEVEN):
-            assert sorted(sft.choose_targets(given, headers)) == linear
-            said = "gate_up_proj, qkv_proj" in capsys.readouterr().out
-            assert said == (name.startswith("phi") and given == SEVEN)
-        assert sft.choose_targets(["o_proj"], headers) == ["o_proj"]
-        for wrong in ("foo", "lm_head", "embed_tokens", "input_layernorm"):
-            assert_says(error_of(sft.choose_targets, [wrong], headers), f"--lora-target-modules {wrong}")
+        linear = sorted(FUSED if name.startswith("phi") else SEVEN)
+
+        def targets(*given, folder=folder):
+            return sft.check_weights(folder, folder, sft.read_headers(folder, folder), list(given))
+
+        assert targets("all-linear") == linear and targets("o_proj") == ["o_proj"]
+        for wrong in ("foo", "lm_head", "embed_tokens", "input_layernorm", *(set(SEVEN) - set(linear))):
+            assert_says(error_of(targets, wrong), f"--lora-target-modules {wrong}", *linear, "all-linear")
 
 
 def test_fingerprint(tmp_path):

@@ -4,14 +4,12 @@ What a stand-in cannot show (kernels, real memory, NCCL) is what `benchmarks/gpu
 """
 
 import os
-import re
-import sys
 
 import bitsandbytes
 import pytest
 import torch
 import transformers
-from runs import ROOT, TINY, arguments, assert_same_adapter, assert_says, dialogues, error_of, launch, run
+from runs import arguments, assert_says, error_of
 from torch import nn
 
 import train_sft_dolores as sft
@@ -140,40 +138,13 @@ def test_adapters_are_loaded_onto_the_process_s_own_device(short_smollm2, monkey
     """PEFT would take cuda:0 in every process: forced here by letting it find a GPU that is not there."""
     args = arguments("--model", short_smollm2, "--no-bf16", "--no-bnb-nf4", "--lora-r", 4)
     base = sft.find_base(args, str(short_smollm2))
-    model = sft.load_model(args, base, [{"input_ids": [[1, 2, 3]]}], torch.device("cpu"))
+    rows = [{"input_ids": [[1, 2, 3]]}]
+    plan = sft.Plan(args, WORLD, {}, {}, [], None, base, rows)
+    model = sft.load_model(plan, args.lora_target_modules, torch.device("cpu"))
     model.save_pretrained(tmp_path / "adapter")
     monkeypatch.setattr("peft.peft_model.infer_device", lambda: "cuda:0")
     model.load_adapter(str(tmp_path / "adapter"), "default")
     assert {p.device.type for p in model.parameters()} == {"cpu"}
-
-
-FORCED = """
-import sys
-import accelerate
-accelerate.Accelerator.multi_device = property(lambda self: True)  # what MULTI_GPU makes true
-import train_sft_dolores
-sys.argv[0] = train_sft_dolores.__file__
-train_sft_dolores.main()
-"""
-
-
-@pytest.mark.slow
-def test_a_shared_base_passes_accelerate_s_gpu_branch(tmp_path, short_smollm2):
-    """On CUDA accelerate refuses sharded weights under DDP; the gradients must be averaged without it."""
-    (tmp_path / "d.chatml").write_text(dialogues(80))
-    (tmp_path / "forced.py").write_text(FORCED)
-    options = ("--model", short_smollm2, "--train-files", "d.chatml", "--lora-dropout", "0", "--output", "out", *TINY,
-               "--epochs", "0.3")  # fmt: skip
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    (alone / "d.chatml").write_text(dialogues(80))
-    assert run(alone, *options, "--grad-accum", "4")[0] == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "forced.py",
-               *options, "--grad-accum", "2", "--shard-base"]  # fmt: skip
-    process = launch(command, tmp_path, "torchrun.txt", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    assert process.wait(240) == 0, (tmp_path / "torchrun.txt").read_text()[-3000:]
-    assert re.search(r"each process holds ", (tmp_path / "torchrun.txt").read_text())
-    assert_same_adapter(tmp_path / "out", alone / "out", tolerance=1e-4)
 
 
 # ---- evaluations ----

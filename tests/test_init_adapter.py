@@ -44,7 +44,8 @@ def test_nothing_changes_before_the_first_step(half, monkeypatch):
     batch = sft.collate([row])
     del batch["documents"]
 
-    model = sft.load_model(args, base, [row], torch.device("cpu")).eval()
+    plan = sft.Plan(args, sft.World(), {}, {}, [], None, base, [row])
+    model = sft.load_model(plan, args.lora_target_modules, torch.device("cpu")).eval()
     from peft import PeftModel, get_peft_model_state_dict
 
     weights = adapter_weights(half / "out")
@@ -74,7 +75,7 @@ def test_rank_and_targets_of_the_checkpoint(half, monkeypatch, capsys):
     checkpoint = max(Path("out").glob("checkpoint-*"))
     args = sft.inherit_lora(arguments("--init-adapter", checkpoint))
     assert (args.lora_r, args.lora_alpha, len(args.lora_target_modules)) == (4, 8.0, 7)
-    assert sft.read_adapter_file(checkpoint, sft.RECORD) == record(half)
+    sft.check_ancestor(checkpoint, record(half))
 
 
 def test_what_does_not_fit_is_refused(half, monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import arguments, assert_says, error_of
+from runs import arguments, assert_says, error_of, planned
 
 import train_sft_dolores as sft
 from train_sft_dolores import IGNORE
@@ -150,17 +150,19 @@ def expected_samples(file, encode) -> list[tuple]:
     ]
 
 
-def prepare(args, encode) -> sft.Data:
-    """The data of these flags, for one process; the training file is d unless they name another."""
-    train = args.train_files if args.train_files != ["train.chatml"] else ["d"]
-    return sft.prepare_data(args, sft.World(), sft.find_files(train), sft.find_files(args.eval_files), encode)
+def prepare(args, encode) -> sft.Plan:
+    """The plan of these flags; the training file is d unless they name another."""
+    if args.train_files == ["train.chatml"]:
+        args.train_files = ["d"]
+    return planned(args, encode)
 
 
 @pytest.mark.parametrize("packing", ["--packing", "--no-packing"])
 def test_each_conversation_is_in_one_row(cache, encode, packing):
     Path("d").write_text(corpus())
     args = arguments("--max-length", "256", "--eval-fraction", "0.2", packing)
-    train, held_out, _, counts, _ = prepare(args, encode)
+    plan = prepare(args, encode)
+    train, held_out, counts = plan.train_rows, plan.eval_rows, plan.counts
     inside, outside = samples_of(train), samples_of(held_out)
     assert sorted(inside + outside) == sorted(expected_samples("d", encode))
     assert len(inside) + len(outside) == 50
@@ -201,9 +203,11 @@ def test_no_hold_out_and_eval_files(cache, encode):
     Path("d").write_text(corpus())
     Path("e").write_text(dialogue("q", "a"))
     whole = sorted(expected_samples("d", encode))
-    train, held_out, _, counts, _ = prepare(arguments("--eval-fraction", "0"), encode)
+    plan = prepare(arguments("--eval-fraction", "0"), encode)
+    train, held_out, counts = plan.train_rows, plan.eval_rows, plan.counts
     assert sorted(samples_of(train)) == whole and held_out is None and counts["held_out"] == 0
-    train, held_out, _, _, _ = prepare(arguments("--eval-files", "e"), encode)
+    plan = prepare(arguments("--eval-files", "e"), encode)
+    train, held_out = plan.train_rows, plan.eval_rows
     assert sorted(samples_of(train)) == whole and samples_of(held_out) == expected_samples("e", encode)
 
 
@@ -212,7 +216,8 @@ def test_what_is_evaluated_is_not_trained_on(cache, encode):
     Path("d").write_text(corpus() + dialogue("q", "a"))
     Path("e").write_text(dialogue("q", "a") + dialogue("r", "b"))
     both = ("--train-files", "d", "e", "--eval-files")
-    train, held_out, _, counts, warnings = prepare(arguments(*both, "e"), encode)
+    plan = prepare(arguments(*both, "e"), encode)
+    train, held_out, counts, warnings = plan.train_rows, plan.eval_rows, plan.counts, plan.warnings
     assert sorted(samples_of(held_out)) == sorted(expected_samples("e", encode))
     copies = {sample[2] for sample in expected_samples("e", encode)}
     assert sorted(samples_of(train)) == sorted(s for s in expected_samples("d", encode) if s[2] not in copies)
@@ -227,7 +232,8 @@ def test_parts_of_a_long_conversation_stay_on_one_side(cache, encode):
     long = [dialogue(*(f"{who}{i}.{j}" for j in range(30) for who in "qa")) for i in range(10)]
     Path("d").write_text("".join(long))
     args = arguments("--max-length", "64", "--eval-fraction", "0.3")
-    train, held_out = prepare(args, encode)[:2]
+    plan = prepare(args, encode)
+    train, held_out = plan.train_rows, plan.eval_rows
     inside, outside = samples_of(train), samples_of(held_out)
     assert len({s[2] for s in outside}) == 3 and len({s[2] for s in inside}) == 7 and len(inside) > 70
     assert not {s[2] for s in inside} & {s[2] for s in outside}

@@ -1,6 +1,5 @@
 """Several processes (gloo, on this CPU), started by the launchers that users have."""
 
-import os
 import re
 import shutil
 import signal
@@ -110,21 +109,6 @@ def test_two_processes_are_one_with_twice_the_accumulation(folder, alone, other_
     assert_same_adapter(folder / "out", alone / "out", ROUNDING)
 
 
-def test_a_sharded_base_changes_nothing(folder, alone):
-    """--shard-base (FSDP): each process holds half of the NF4 layers; losses and adapter are those of one process."""
-    for where in (alone, folder):
-        (where / "q").write_text("Qui es-tu ?\n")
-    options = ("--bnb-nf4", "--bnb-dtype", "float32", "--epochs", "0.5", "--sample-prompts", "q")
-    assert run(alone, "--model", "base", *TRAIN, *options, "--grad-accum", "4")[0] == 0
-    both = torchrun(folder, *options, "--grad-accum", "2", "--shard-base", launcher=ACCELERATE)
-    assert both.wait(240) == 0, printed(folder)[-3000:]
-    assert losses(folder) == losses(alone) and len(losses(folder)) > 5
-    mine, whole = re.search(r"([\d.]+) of the ([\d.]+) MB", printed(folder)).groups()
-    assert 0.5 <= float(mine) / float(whole) < 0.55
-    assert (folder / "out/samples.md").read_text() == (alone / "out/samples.md").read_text()
-    assert_same_adapter(folder / "out", alone / "out", ROUNDING)
-
-
 def test_a_signal_stops_all_at_the_same_step(folder):
     process = torchrun(folder, "--grad-accum", "1", "--epochs", "20")
     wait_until((folder / "out/checkpoint-2/complete.json").exists, process, folder / LOG)
@@ -140,17 +124,6 @@ def test_machines_must_share_the_output(folder, other_machine):
     assert all(machine.wait(240) for machine in two_machines([folder, other_machine]))
     (line,) = (line for line in printed(other_machine).splitlines() if line.startswith("--output out: "))
     assert_says(line, "--output out", "machine")
-
-
-def test_what_a_sharded_base_needs(folder):
-    status, output = run(folder, "--model", "base", *TRAIN, "--shard-base")
-    assert status == 2
-    assert_says(output, "--shard-base", "torchrun")
-    command = [sys.executable, SCRIPT, "--model", "base", *TRAIN]
-    environment = {**os.environ, "ACCELERATE_USE_FSDP": "true"}
-    fsdp = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert fsdp.returncode == 2 and fsdp.stderr.count("\n") == 1
-    assert "FSDP" in fsdp.stderr and "--shard-base" in fsdp.stderr
 
 
 def test_an_error_is_printed_once(folder):

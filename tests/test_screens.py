@@ -199,17 +199,6 @@ def test_a_run(folder, short_smollm2):
     check("run", re.sub(r"\d+\.\d+(e[+-]\d+)?|[\d,]+ tok/s|\d+m\d\d", "#", shown), wide=[""])
 
 
-def test_answers_on_a_terminal(folder, short_smollm2):
-    """A terminal shows each answer before and after training below its question."""
-    (folder / "questions.txt").write_text("Qui es-tu ?\n")
-    options = (*TINY, "--epochs", "0.1", "--eval-fraction", "0", "--sample-prompts", "questions.txt")
-    shown = " ".join(terminal(folder, "--model", short_smollm2, "--output", "out", *options).split())
-    samples = json.loads((folder / "out/training_args.json").read_text())["results"]["samples"]
-    for when in ("before", "after"):
-        answer = " ".join(samples[when]["Qui es-tu ?"].split())
-        assert len(answer) > 20 and f"{when} question 1 of 1: Qui es-tu ? {answer}" in shown
-
-
 def test_json(folder):
     """The keys that other programs may rely on."""
     (folder / "train.chatml").write_text(dialogues(40) + dialogues(1))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from runs import (
     ROOT,
     TINY,
@@ -18,6 +19,7 @@ from runs import (
     assert_same_adapter,
     assert_says,
     dialogues,
+    planned,
     record,
     run,
     start,
@@ -171,8 +173,8 @@ def test_default_questions_are_the_training_ids_before_an_answer(trained, short_
     monkeypatch.chdir(trained)
     args = arguments("--max-length", 128)
     encode = sft.load_encoder("m", str(short_smollm2), "dolores")
-    data = sft.prepare_data(args, WORLD, sft.find_files(["train.chatml"]), {}, encode)
-    (prompt,) = sft.find_prompts(None, data, encode)
+    plan = planned(args, encode)
+    (prompt,) = sft.find_prompts(plan)
     conversation = next(
         c for c in sft.read_conversations(["train.chatml"], "chatml") if c.turns[1].content == prompt.text
     )
@@ -180,7 +182,7 @@ def test_default_questions_are_the_training_ids_before_an_answer(trained, short_
     tokenizer = AutoTokenizer.from_pretrained(trained / "out")
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     assert conversation.turns[0].role == "system" and tokenizer.decode(prompt.input_ids) == text
-    (own,) = sft.find_prompts(["Qui es-tu ?"], data, encode)
+    (own,) = sft.find_prompts(plan._replace(questions=["Qui es-tu ?"]))
     assert tokenizer.decode(own.input_ids) == "<|user|>\nQui es-tu ?\n<|assistant|>\n"
 
 
@@ -195,7 +197,7 @@ def test_the_only_step_learns(data_folder, short_smollm2):
 
 @pytest.mark.parametrize("name", sft.SCHEDULERS)
 def test_every_schedule_is_read_in_the_middle_of_each_step(name):
-    trainer = object.__new__(sft.trainer_class(False))
+    trainer = object.__new__(sft.derive(sft.Training, transformers.Trainer))
     trainer.args = sft.training_arguments(arguments("--lr-scheduler-type", name, "--warmup-ratio", "0.25"), True)
     trainer.lr_scheduler, rates = None, []
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -452,12 +454,14 @@ def test_evaluation_weighs_tokens_not_batches(data_folder, short_smollm2):
 def test_memory_and_fix(capsys):
     """GiB of the documented run; and the setting that saves memory, of those not used yet."""
     counts = {"tokens": 100, "trained_tokens": 67}
-    plan = sft.print_plan(arguments(), LLAMA_8B, counts, 24, "a card")
+    base = sft.Base("", None, LLAMA_8B, None)
+    need = sft.print_memory(sft.Plan(arguments(), WORLD, {}, counts, [], None, base), 24, "a card")
     known = {"base": 3.38 + 1.96, "adapters and optimizer": 0.78}
-    assert {name: plan[name] for name in known} == pytest.approx(known, abs=0.05)
-    assert plan["total"] < plan["limit"] == pytest.approx(22.8)
-    sft.print_plan(arguments("--max-length", 65536), LLAMA_8B, counts, 24, "a card")
+    assert {name: need[name] for name in known} == pytest.approx(known, abs=0.05)
+    assert need["total"] < need["limit"] == pytest.approx(22.8)
+    long = arguments("--max-length", 65536)
+    sft.print_memory(sft.Plan(long, WORLD, {}, counts, [], None, base), 24, "a card")
     assert "--max-length 32768" in unwrapped(capsys.readouterr().out)
-    fixes = ("--train-batch-size 2", "--no-bnb-nf4", "--gradient-checkpointing none", "")
-    assert [sft.less_memory(arguments(*options.split())) for options in fixes] == [
-        "--train-batch-size 1 --grad-accum 64", "--bnb-nf4", "--gradient-checkpointing all", "--max-length 1024"]  # fmt: skip
+    fixes = ("--train-batch-size 2", "", "--gradient-checkpointing all --no-bnb-nf4", "--gradient-checkpointing all")
+    assert [" ".join(sft.saving_flags(arguments(*options.split()))) for options in fixes] == [
+        "--train-batch-size 1 --grad-accum 64", "--gradient-checkpointing all", "--bnb-nf4", "--max-length 1024"]  # fmt: skip
