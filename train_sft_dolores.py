@@ -401,7 +401,7 @@ def train(args: argparse.Namespace, world: World) -> None:
         if args.resume and not world.rank:
             checkpoint = resume_point(args.output, record, args.force_resume)
         model = load_model(plan, targets, device)
-        trainer = make_trainer(plan, model, load_tokenizer(args.model, base), stop)
+        trainer = make_trainer(plan, model, load_tokenizer(args.model, base.folder, base.encode), stop)
         fit(plan, trainer, record, checkpoint)
         if not world.rank:
             finish(plan, trainer, record)
@@ -2276,11 +2276,11 @@ def load_encoder(name: str, folder: str, format_name: str) -> Encoder:
 TOKENIZER_HINT = "its tokenizer does not load ({error}); complete the folder"
 
 
-def load_tokenizer(name: str, base: Base):
-    """transformers' tokenizer of the base, for saving and generating, with the chat template of the run's format."""
+def load_tokenizer(name: str, folder: str, encode: Encoder):
+    """transformers' tokenizer of the base, for saving and generating, with the chat template of the encoder's format."""
     with explain(f"--model {name}", TOKENIZER_HINT, ValueError, OSError, KeyError):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder)
-    tokenizer.chat_template = chat_template(base.encode.chat, adds_bos=bool(base.encode.start))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = chat_template(encode.chat, adds_bos=bool(encode.start))
     return tokenizer
 
 
