@@ -93,6 +93,19 @@ def first_line(error: Exception) -> str:
     return f"no {error} in it" if isinstance(error, KeyError) else str(error).strip().split("\n")[0].rstrip(".")
 
 
+@contextlib.contextmanager
+def any_terminal() -> Iterator[None]:
+    """Print as escapes what the terminal's encoding lacks, and end quietly where nobody reads on (`| head`)."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its exit
+        sys.exit(128 + signal.SIGPIPE)
+
+
 def check_name(name: str) -> None:
     """InputError for a file name whose bytes are not UTF-8: no JSON file can hold it."""
     if re.search("[\ud800-\udfff]", name):
@@ -316,6 +329,7 @@ class Plan(NamedTuple):
     advised: Sequence[str] = ()  # the flags that the advice names
 
 
+@any_terminal()
 def main() -> None:
     """Look at the data, or train. An error that the user can fix ends in one line and exit status 2."""
     if np is None:
@@ -325,6 +339,8 @@ def main() -> None:
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process prints for all
     try:
+        for name in (os.getcwd(), *sys.argv[1:]):
+            check_name(name)
         if args.init_adapter:
             args = inherit_lora(args)
         dry_run(args, world) if args.dry_run else train(args, world)
@@ -359,7 +375,7 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
     """Show the data, the memory that a step needs, and what is trained on; torch is not imported."""
     Stop(world)
     if args.json:
-        check_writable(args.json)
+        check_report(args.json)
     folder = model_on_disk(args.model)
     plan = make_plan(args, world, find_base(args, folder) if folder else None)
     print_plan(plan)
@@ -388,6 +404,7 @@ def train(args: argparse.Namespace, world: World) -> None:
         base = find_base(args, *resolve_model(args.model))
         headers = read_headers(args.model, base.folder)
         plan = make_plan(args, world, base)
+        check_apart(args.output, [*plan.files, args.model, args.sample_prompts, args.init_adapter])
         print_plan(plan)
         device = start_torch(args, world)
         targets = check_weights(args.model, base.folder, headers, args.lora_target_modules)
@@ -669,6 +686,19 @@ def base_format(vocabulary: Vocabulary) -> ChatFormat:
     if not takes_system:
         print_field("format", "the base's template takes no system turn: its text opens the first user turn")
     return chat
+
+
+def takes_late_system(chat: ChatFormat, vocabulary: Vocabulary) -> bool:
+    """Whether the base's own template writes a system turn in mid-chat as the format does."""
+    from jinja2 import TemplateError
+
+    roles = ("system", "user", "assistant", "system", "user", "system")
+    messages = [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
+    templates = (vocabulary.chat_template or "", chat_template(chat))
+    with contextlib.suppress(TemplateError, TypeError):
+        theirs, ours = (chat_renderer(template, vocabulary)(messages) for template in templates)
+        return theirs == ours
+    return False
 
 
 def derive_format(render: Callable, vocabulary: Vocabulary) -> tuple[ChatFormat, bool]:
@@ -1302,8 +1332,9 @@ def shorten(value: Any) -> str:
 
 
 def escape_controls(text: str, keep: str = "") -> str:
-    """Write control characters as escapes: the content of a file must not control the terminal."""
-    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+    """Write controls and what nobody sees as escapes: the content of a file must not control the terminal."""
+    keep += " \u00a0\u202f\u3000\u200c\u200d\ufe0f"  # spaces of French and Chinese, joiners of Persian, Hindi and emoji
+    return "".join(c if c in keep or (c.isprintable() and VISIBLE.match(c)) else ascii(c)[1:-1] for c in text)
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:
@@ -1366,6 +1397,8 @@ class Encoder:
     come from the format alone: contents are encoded with encode_special_tokens, so that a user's
     `<|eot_id|>` stays text.
     """
+
+    late_system = True  # whether a system turn may stand in mid-chat
 
     def __init__(self, vocabulary: Vocabulary, chat: ChatFormat):
         self.tokenizer, self.chat = vocabulary.backend_tokenizer, chat
@@ -1529,7 +1562,8 @@ def read_data(
     """
     counts: dict[str, Any] = {"split": 0, "dropped": 0, "dropped_exchanges": 0, "lost_trained_tokens": 0}
     findings: list[Finding] = []
-    conversations = survey(files, args.input_format, args.skip_bad, counts, findings)
+    late_system = encode is None or encode.late_system
+    conversations = survey(files, args.input_format, args.skip_bad, late_system, counts, findings)
 
     def samples() -> Iterator[dict[str, Any]]:
         some = False
@@ -1551,7 +1585,14 @@ def read_data(
 
     tokenizer = hashlib.sha256(encode.tokenizer.to_str().encode()).hexdigest()
     settings = (args.input_format, args.skip_bad, args.max_length, args.overlong)
-    depends_on = [Path(__file__).read_text(encoding="utf-8"), *settings, *files.items(), tokenizer, encode.chat]
+    depends_on = [
+        Path(__file__).read_text(encoding="utf-8"),
+        *settings,
+        *files.items(),
+        tokenizer,
+        encode.chat,
+        late_system,
+    ]
     key = hashlib.sha256(repr(depends_on).encode()).hexdigest()
     ids = datasets.List(datasets.Value("int32"))
     types = (ids, ids, *(datasets.Value(name) for name in ("int32", "int64", "string", "int32", "int32")))
@@ -1563,8 +1604,8 @@ def read_data(
     except datasets.exceptions.DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
     except OSError as error:
-        problem = f"the cache cannot be written ({str(error.strerror).lower()})"
-        raise InputError(f"{error.filename}: {problem}; set HF_HOME to a folder that can be") from None
+        problem = f"the cache cannot be {'locked' if error.errno in NO_LOCKS else 'written'} ({error.strerror})"
+        raise InputError(f"{error.filename or cache}: {problem}; set HF_HOME to a folder on a local disk") from None
     report = Path(made.cache_files[0]["filename"]).with_name("found.json")
     if "conversations" in counts:  # it was not in the cache
         write_json(report, [counts, findings])
@@ -1709,11 +1750,17 @@ MANY_EXCHANGES, FEW_EXCEPTIONS = 30, 5
 
 
 def survey(
-    files: Iterable[str], input_format: str, skip_bad: bool, counts: dict[str, Any], findings: list[Finding]
+    files: Iterable[str],
+    input_format: str,
+    skip_bad: bool,
+    late_system: bool,
+    counts: dict[str, Any],
+    findings: list[Finding],
 ) -> Iterator[Conversation]:
     """Read and check all files: yield their conversations, and fill `counts` and `findings`.
 
     With skip_bad, each mistake in a conversation is a warning. After an error nothing is yielded.
+    late_system: whether the chat format takes a system turn in mid-chat.
     """
     counts |= {"files": list(files), "conversations": 0, "skipped": 0, "turns": Counter(), "exchanges": Counter()}
     counts |= {"characters": 0, "system": None, "not_read": {"row": Counter(), "message": Counter()}}
@@ -1725,6 +1772,10 @@ def survey(
         try:
             for conversation in read_conversations([name], input_format):
                 said, file, line, found = conversation
+                if not late_system and (late := [turn.line for turn in said[1:] if turn.role == "system"]):
+                    problem = "a system turn in mid-chat, which the base's template cannot follow"
+                    fix = "write it into the first system turn or a user turn, or use another --chat-format"
+                    found = [*found, mistake(file, late[0], f"{problem}; {fix}")]
                 bad = any(finding.level == "error" for finding in found)
                 if not bad:
                     found = [*found, *unusual(conversation)]
@@ -1988,7 +2039,7 @@ def print_rows(rows: Rows, count: int, tokenizer) -> None:
             edges = [0, *(np.flatnonzero(np.diff(labels != IGNORE)) + 1), len(ids)]
             for begin, end in pairwise(edges):
                 text = tokenizer.decode(ids[begin:end].tolist(), skip_special_tokens=False)
-                text = escape_controls(text, keep="\n\t\u00a0\u202f")
+                text = escape_controls(text, keep="\n\t")
                 print(f"{on}{text}{off}" if labels[begin] != IGNORE else text, end="")
             print()
 
@@ -2171,7 +2222,16 @@ def find_base(args: argparse.Namespace, folder: str, revision: str | None = None
     with explain(f"--model {args.model}", hint, ValueError, OSError):
         config = dict(read_json(Path(folder, "config.json")))
     check_base(args, config)
-    return Base(folder, revision, config, load_encoder(args.model, folder, args.chat_format))
+    encode = load_encoder(args.model, folder, args.chat_format)
+    check_vocabulary(args.model, encode, config["vocab_size"])
+    return Base(folder, revision, config, encode)
+
+
+def check_vocabulary(name: str, encode: Encoder, rows: int) -> None:
+    """Refuse a tokenizer with more tokens than the embedding has rows: neither the merge nor Ollama could use it."""
+    if (last := max(encode.tokenizer.get_vocab().items(), key=lambda item: item[1]))[1] >= rows:
+        problem = f"its tokenizer has the token {last[0]!r} (id {last[1]:,}), its embedding only {rows:,} rows"
+        raise InputError(f"--model {name}: {problem}; delete such tokens from tokenizer.json, or resize the embedding")
 
 
 HUB_NAME = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -2236,6 +2296,9 @@ def resolve_model(name: str) -> tuple[str, str | None]:
             check_download(name, sum(file.file_size or 0 for file in fetch(dry_run=True) if file.will_download))
         folder = fetch()
     check_whole_model(name, folder)
+    if not all(file.is_file() for file in weight_files(folder)):  # offline, what is in the cache counts as all there is
+        problem = "its weights are not in the local cache, and the Hub cannot be reached or has no *.safetensors"
+        raise InputError(f"--model {name}: {problem}; go online or give a local folder")
     return folder, os.path.basename(folder)
 
 
@@ -2270,7 +2333,9 @@ def load_encoder(name: str, folder: str, format_name: str) -> Encoder:
         if isinstance(template, list):  # several by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
     vocabulary = Vocabulary(backend, eos, bos, template)
-    return Encoder(vocabulary, chat_format(format_name, vocabulary))
+    encode = Encoder(vocabulary, chat_format(format_name, vocabulary))
+    encode.late_system = format_name != "base" or takes_late_system(encode.chat, vocabulary)
+    return encode
 
 
 TOKENIZER_HINT = "its tokenizer does not load ({error}); complete the folder"
@@ -2449,8 +2514,6 @@ ADAPTER_HINT = "{error}; give a folder that training wrote"
 def inherit_lora(args: argparse.Namespace) -> argparse.Namespace:
     """The flags with the rank, alpha, dropout and targets of --init-adapter in place of their own."""
     folder, place = args.init_adapter, f"--init-adapter {args.init_adapter}"
-    if args.overwrite and args.output.resolve() in (folder.resolve(), *folder.resolve().parents):
-        raise InputError(f"{place}: --overwrite would delete it; give another --output")
     with explain(place, ADAPTER_HINT, OSError, ValueError, KeyError):
         config = read_json(folder / "adapter_config.json")
         sha256(folder / "adapter_model.safetensors")
@@ -2873,7 +2936,9 @@ class Training(Trainer):
         """The model's answers by their questions, each announced: on a CPU it takes a while."""
         answers = {}
         for number, prompt in enumerate(self.prompts, 1):
-            print_field(when, f"question {number} of {len(self.prompts)}: {one_line(prompt.text, 200)}")
+            print_field(
+                when, f"question {number} of {len(self.prompts)}: {escape_controls(one_line(prompt.text, 200))}"
+            )
             answers |= generate_answers(self.model, self.processing_class, [prompt])
         return answers
 
@@ -2925,6 +2990,7 @@ class Checkpoints(TrainerCallback):
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         restore_paging(optimizer)  # after Trainer has loaded its state
+        follow_schedule(self.trainer.lr_scheduler, args.learning_rate)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if not state.global_step:  # before training
@@ -2941,6 +3007,15 @@ class Checkpoints(TrainerCallback):
             complete_checkpoint(self.output / f"checkpoint-{state.global_step}")
             rotate = transformers.trainer_utils.rotate_checkpoints
             rotate(str(self.output), self.limit, state.best_model_checkpoint)
+
+
+def follow_schedule(scheduler, learning_rate: float) -> None:
+    """Set the rate of this run's schedule: a checkpoint brings that of the run before, which --force-resume may change."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
+    rates = [learning_rate * rate(scheduler.last_epoch) for rate in scheduler.lr_lambdas]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"], group["initial_lr"] = rate, learning_rate
+    scheduler.base_lrs, scheduler._last_lr = [learning_rate] * len(rates), rates
 
 
 def restore_paging(optimizer) -> None:
@@ -2982,10 +3057,19 @@ def format_duration(seconds: float) -> str:
 
 # ---- Checkpoints and the run's record ------------------------------------------------------------
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems
 # These may differ when a run is resumed; batch size and accumulation may as long as their product does not.
-MAY_DIFFER = {"output", "name", "input_format", "resume", "force_resume", "overwrite", "dry_run", "preview", "json", "report_to", "sample_prompts",
+MAY_DIFFER = {"model", "train_files", "eval_files", "init_adapter", "output", "name", "input_format", "resume", "force_resume", "overwrite", "dry_run", "preview", "json", "report_to", "sample_prompts",
               "train_batch_size", "grad_accum", "eval_batch_size", "logging_steps", "save_steps", "save_total_limit",
               "gradient_checkpointing", "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb"}  # fmt: skip
+
+
+def check_apart(output: Path, inputs: Iterable[Any]) -> None:
+    """InputError for an input inside the output folder, which a new run empties."""
+    for name in inputs:
+        path = Path(str(name)).resolve()
+        if path.exists() and output.resolve() in (path, *path.parents):
+            raise InputError(f"--output {output}: {name} lies in it and would be deleted; name another folder")
 
 
 @contextlib.contextmanager
@@ -3016,7 +3100,9 @@ def claim_output(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
         problem = "another process is training there"
         raise InputError(f"--output {folder}: {problem}; wait for it or name another folder") from None
     except OSError as error:
-        raise InputError(f"--output {folder}: {error.strerror}; name a folder that can be written") from None
+        if error.errno not in NO_LOCKS:
+            raise InputError(f"--output {folder}: {error.strerror}; name a folder that can be written") from None
+        print_field("output", "its file system has no locks: start no second run in this folder")
     with lock:
         try:
             yield
@@ -3116,12 +3202,20 @@ def run_record(plan: Plan, fingerprint: str) -> dict[str, Any]:
 
 
 def comparable(record: dict) -> dict[str, Any]:
-    """The fields of a record that must not change when it is resumed, under names the user knows."""
+    """The fields of a record that must not change when it is resumed, under names the user knows.
+
+    Names of files and folders may: the same bytes in another place are the same run.
+    """
+    data = record["data"]
     return {
-        **{f"data {file}": digest for file, digest in record["data"]["sha256"].items()},
-        **{f"base {key}": value for key, value in record["base"].items()},
-        **{f"--init-adapter's {key}": value for key, value in (record.get("init_adapter") or {}).items()},
-        "rows per step (--train-batch-size x --grad-accum x processes)": record["data"]["rows_per_step"],
+        "the contents of --train-files and --eval-files": [
+            data["trained_on"],
+            data["held_out"],
+            *data["sha256"].values(),
+        ],
+        "the weights of --model": record["base"]["fingerprint"],
+        "the weights of --init-adapter": (record["init_adapter"] or {}).get("sha256"),
+        "rows per step (--train-batch-size x --grad-accum x processes)": data["rows_per_step"],
         **{f"--{key.replace('_', '-')}": value for key, value in record["args"].items() if key not in MAY_DIFFER},
     }
 
@@ -3143,16 +3237,18 @@ def read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def check_writable(file: Path) -> None:
-    """InputError for a file that cannot be written, before any work is done for it."""
-    try:
-        if file.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "is a folder")
+def check_report(file: Path) -> None:
+    """InputError for a --json file that cannot be written, or that is no earlier report, before any work is done for it."""
+    place, fix = f"--json {file}", "name a new file"
+    with explain(place, f"is not an earlier report; {fix}", ValueError, RecursionError, TypeError):
+        if file.is_file() and file.stat().st_size and "conversations" not in dict(read_json(file)):
+            raise ValueError
+    with explain(place, f"cannot be written ({{error}}); {fix}", OSError):
+        if file.exists() and not file.is_file():
+            raise OSError("not a file")
         partial = file.with_name(file.name + ".partial")
         partial.touch()
         partial.unlink()
-    except OSError as error:
-        raise InputError(f"--json {file}: {str(error.strerror).lower()}; name a file that can be written") from None
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -3240,13 +3336,12 @@ def generate_answers(model, tokenizer, prompts: list[Prompt], max_new_tokens=80)
 
 
 def write_samples(file: Path, name: str, heading: str, answers: dict[str, str]) -> None:
-    """Append answers to samples.md; the first ones come below a title."""
-    lines = [] if file.exists() else [f"# {name}: answers before and during training", ""]
-    lines += [f"## {heading}", ""]
+    """Append answers to samples.md, below a title; after --resume in place of those of the same and later steps."""
+    written = file.read_text(encoding="utf-8") if file.exists() else f"# {name}: answers before and during training\n\n"
+    lines = [written.partition(f"\n## {heading}\n")[0].rstrip("\n"), "", f"## {heading}", ""]
     for question, answer in answers.items():
         lines += [f"**{one_line(question)}**", "", *quote(answer), ""]
-    with open(file, "a", encoding="utf-8") as samples:
-        samples.write("\n".join(lines) + "\n")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def one_line(text: str, width: int = 300) -> str:
