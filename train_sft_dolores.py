@@ -93,6 +93,12 @@ def first_line(error: Exception) -> str:
     return f"no {error} in it" if isinstance(error, KeyError) else str(error).strip().split("\n")[0].rstrip(".")
 
 
+def check_name(name: str) -> None:
+    """InputError for a file name whose bytes are not UTF-8: no JSON file can hold it."""
+    if re.search("[\ud800-\udfff]", name):
+        raise InputError(f"{name!a}: the name is not UTF-8; rename it")
+
+
 # ---- Flags ---------------------------------------------------------------------------------------
 
 EXAMPLES = """\
@@ -300,7 +306,7 @@ class Plan(NamedTuple):
     world: World
     files: dict[str, str]  # name: sha256
     counts: dict[str, Any]
-    warnings: list[DataWarning]
+    findings: list[Finding]
     questions: list[str] | None  # of --sample-prompts; None: those of held-out conversations
     base: Base = None  # type: ignore[assignment]  # None, with all that follows, until its tokenizer is on this machine
     train_rows: Rows = None  # type: ignore[assignment]
@@ -357,7 +363,7 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
     folder = model_on_disk(args.model)
     plan = make_plan(args, world, find_base(args, folder) if folder else None)
     print_plan(plan)
-    report = plan.counts | {"warnings": [warning._asdict() for warning in plan.warnings], "advice": plan.advice}
+    report = plan.counts | {"findings": [finding._asdict() for finding in plan.findings], "advice": plan.advice}
     if plan.base:
         report["memory_gib"] = print_memory(plan, capacity=24, device="a 24 GiB GPU")
         print_time(plan)
@@ -406,9 +412,9 @@ def make_plan(args: argparse.Namespace, world: World, base: Base | None = None) 
     """Read and check the data; given a base, encode, hold out and pack it. InputError where nothing would be trained."""
     train_files, eval_files = find_files(args.train_files), find_files(args.eval_files)
     files, questions = train_files | eval_files, read_prompts(args.sample_prompts)
-    counts, warned, samples = read_data(files, args, base and base.encode)
+    counts, findings, samples = read_data(files, args, base and base.encode)
     if not base:
-        return Plan(args, world, files, counts, warned, questions)
+        return Plan(args, world, files, counts, findings, questions)
     tokens, trained, part, for_train, for_eval, more = split_data(samples, train_files, eval_files, args)
     held_out = np.flatnonzero(for_eval)
     check_evaluation(args, len(held_out))
@@ -438,26 +444,25 @@ def make_plan(args: argparse.Namespace, world: World, base: Base | None = None) 
     eval_rows = make_rows(samples, held_out, tokens, args) if len(held_out) else None
     advice = advise(args, world.size, counts)
     return Plan(
-        args, world, files, counts, warned + more, questions, base, train_rows, eval_rows, tokens[chosen], *advice
+        args, world, files, counts, findings + more, questions, base, train_rows, eval_rows, tokens[chosen], *advice
     )
 
 
 def split_data(samples, train_files: dict[str, str], eval_files: dict[str, str], args: argparse.Namespace) -> tuple:
     """(tokens, trained tokens, part, whether trained on, whether held out) of each sample, [N] each; and warnings."""
     digests, tokens, trained, part, for_eval = measure(samples, eval_files)
-    warned, both = [], [file for file in train_files if file in eval_files]
-    warned += [DataWarning(file, 1, "held out", "also in --eval-files: not trained on") for file in both]
+    both = [file for file in train_files if file in eval_files]
+    found = [Finding("warning", file, 1, "held out", "also in --eval-files: not trained on") for file in both]
     copies = np.zeros_like(for_eval)
     if eval_files:
         copies = ~for_eval & np.isin(digests, digests[for_eval])
-        warned += warn_held_out(samples, copies)
+        found += warn_held_out(samples, copies)
     else:
         for_eval = hold_out(digests, args.eval_fraction, args.seed)
         if args.eval_fraction and not for_eval.any():
-            warned.append(
-                DataWarning(next(iter(train_files)), 1, "held out", "nothing is: the data is one conversation")
-            )
-    return tokens, trained, part, ~for_eval & ~copies, for_eval, warned
+            nothing = "nothing is: the data is one conversation"
+            found.append(Finding("warning", next(iter(train_files)), 1, "held out", nothing))
+    return tokens, trained, part, ~for_eval & ~copies, for_eval, found
 
 
 def check_evaluation(args: argparse.Namespace, held_out: int) -> None:
@@ -759,25 +764,29 @@ class Turn(NamedTuple):
     trained: bool = True  # False: this answer is only context for the next ones
 
 
-class DataWarning(NamedTuple):
-    """Something in the data that is probably a mistake, or that was left out."""
+class Finding(NamedTuple):
+    """Something to say about the data. With an error a conversation is not trained on."""
 
+    level: (
+        str  # error, warning, or note: a column (kind "row") or key (kind "message") that is not read, its name as text
+    )
     file: str
-    line: int
+    line: int  # 0: `text` names the place
     kind: str
-    text: str
+    text: str  # of an error: `what is wrong; how to fix it`
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.text}" if self.line else self.text
 
 
 class Conversation(NamedTuple):
-    """The turns of one conversation, and where it stands."""
+    """The turns of one conversation, where it stands, and what there is to say about it."""
 
     turns: list[Turn]
     file: str
     line: int
+    findings: Sequence[Finding] = ()
 
-
-Warn = Callable[..., None]  # (line, kind, text), with the file before them outside of a file's reader
-Refuse = Callable[[str, list[tuple[int, str]]], None]  # (file, all (line, "what is wrong; fix") of a conversation)
 
 NAME = r"[^|<>\s]{1,40}"
 TAG = re.compile(rf"<\|{NAME}\|>")
@@ -788,6 +797,15 @@ ESCAPED_TAG = re.compile(rf"(?<=\n)\\+<\|{NAME}\|>")  # not on the line of the t
 ESCAPED_IM_START = re.compile(r"(?<=\n)\\+<\|im_start\|>")
 # A misspelled tag at the start of a line, such as `<| user|>`, `<|user>` or `<user>`.
 LIKE_TAG = re.compile(r"([<|｜/\s]*)(system|user|assistant|endoftext|im_start|im_end)(?!\w)([|｜>\s]*)", re.IGNORECASE)
+# What nobody sees: controls, joiners, marks of direction, fillers, variation selectors (Unicode's default ignorables).
+UNSEEN = (
+    "\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    "\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff"
+)
+VISIBLE = re.compile(rf"[^\s{UNSEEN}]")
+UNSEEN_BEFORE_TAG = re.compile(rf"[{UNSEEN}](?<![^\n].)[{UNSEEN}]*(?=<\|)")  # the BOM of a joined file
+# Ten million blanks in a row make Llama 3.1's tokenizer panic. The look-behind keeps the search linear.
+BLANKS = re.compile(r"(?<![^\S\r\n])[^\S\r\n]{1000000}")
 ROW_FILES = {".json": "JSON", ".jsonl": "JSON", ".ndjson": "JSON", ".csv": "CSV", ".tsv": "CSV", ".parquet": "Parquet"}
 CONTEXT = "assistant:context"  # an answer that is not trained
 ROLE_NAMES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", CONTEXT: "assistant"}
@@ -795,14 +813,30 @@ SHAREGPT = {"human": "user", "gpt": "assistant"}
 TOOL_ROLES = ("tool", "function", "ipython", "observation", "tool_call", "tool_calls", "function_call", "tool_response")
 # Tokens with which other formats end a turn or a text.
 END_TOKENS = ("<|end|>", "<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|eom_id|>", "</s>", "<end_of_turn>", "<eos>")
-# Other encodings than UTF-8, by the first bytes of a file: a byte order mark, or the zero bytes of ASCII characters.
-ENCODINGS = {"UTF-32": re.compile(rb"\xff\xfe\0\0"), "UTF-16": re.compile(rb"\xff\xfe|\xfe\xff"),
-             "UTF-16BE": re.compile(rb"\0[^\0]\0"), "UTF-16LE": re.compile(rb"[^\0]\0[^\0]\0")}  # fmt: skip
-# What Windows-1252 does not have: bytes without a meaning, or half of a surrogate pair in UTF-8.
-NOT_WINDOWS_1252 = re.compile(rb"[\x81\x8d\x8f\x90\x9d]|\xed[\xa0-\xbf][\x80-\xbf]")
-FENCE = re.compile(r"^ {0,3}```", re.MULTILINE)
 NOT_CLOSED = "this turn is not closed; end it with <|im_end|>"
 NO_TOOLS = "tool turns cannot be trained on; delete them, or write the tool's result into a user turn"
+# The columns that hold a conversation: OpenAI's, ShareGPT's, prompt and completion, Alpaca's.
+LAYOUTS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
+WANTED = "'messages', 'conversations', 'prompt' and 'completion', or 'instruction' and 'output'"
+# Columns and keys that change what may be trained, and that are not read.
+REFUSED = {"label", "kto_tag", "chosen", "rejected", "rejected_response", "rejected_messages", "preferred_output",
+           "non_preferred_output", "history", "train_detail", "training_detail", "loss_mask", "image", "images", "video",
+           "videos", "audio", "audios"}  # fmt: skip
+FLAGS = ("weight", "train", "training", "trainable", "loss")  # false or 0: this answer is only context
+TEXT_PARTS = ("text", "input_text", "output_text")  # the last two are those of OpenAI's Responses
+NOT_SPACE = re.compile(r"[^\s\ufeff]")
+QUOTED = re.compile(r'^"((?:[^"]|"")*)"$')
+# The first bytes of files that cannot be read here: what to do, and what they are.
+NOT_DATA = {
+    "unpack it first": {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd",
+                        b"7z\xbc\xaf": "7-Zip", b"Rar!": "RAR"},
+    "unpack it, or open it and save its text as UTF-8": {b"PK\3\4": "a zip archive or an Office document"},
+    "open it and save its text as UTF-8": {b"\xd0\xcf\x11\xe0": "an old Office document", b"{\\rtf": "RTF", b"%PDF": "a PDF",
+                                           b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"},
+    "write its rows as JSON lines, CSV or Parquet": {b"SQLite format 3": "an SQLite database", b"ARROW1": "an Arrow file",
+                                                     b"\xff\xff\xff\xff": "an Arrow stream", b"<?xml": "XML"},
+    "download the file itself": {b"<!doctype html": "HTML", b"<html": "HTML", b"version https://git-lfs": "a Git LFS pointer"},
+}  # fmt: skip
 
 
 def find_files(patterns: list[str]) -> dict[str, str]:
@@ -812,8 +846,11 @@ def find_files(patterns: list[str]) -> dict[str, str]:
         matches = [] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         for match in matches or [pattern]:
             for name in files_in(match) if os.path.isdir(match) else [match]:
+                check_name(name)
                 if not os.path.isfile(name):
-                    raise InputError(f"{name}: no such file; give the path of a data file or a glob that matches one")
+                    problem = "no such file; give the path of a data file or a glob that matches one"
+                    pipe = "not a file, but a pipe that can be read only once; write it into a file first"
+                    raise InputError(f"{name}: {pipe if os.path.exists(name) else problem}")
                 try:
                     found[name] = found.get(name) or sha256(name)
                 except OSError as error:
@@ -841,36 +878,36 @@ def sha256(file: str | Path) -> str:
     return digest.hexdigest()
 
 
-def read_conversations(
-    files: Iterable[str], input_format: str, warn: Warn = lambda *_: None, refuse: Refuse | None = None
-) -> Iterator[Conversation]:
-    """Yield the conversations of all files, one at a time; only a JSON list is read as a whole.
+def read_conversations(files: Iterable[str], input_format: str) -> Iterator[Conversation]:
+    """Yield the conversations of all files, one at a time, with and without errors; only a JSON list is read as a whole.
 
-    A conversation with errors goes to `refuse`, by default as InputError. InputError too where the rest
-    of a file cannot be read.
+    InputError where the rest of a file cannot be read.
     """
     for file in files:
-        found, kind, warn_here = False, detect_format(file, input_format), functools.partial(warn, file)
-        for turns in read_chatml(file, warn_here) if kind == "chatml" else read_rows(file, kind, warn_here):
+        found, kind = False, detect_format(file, input_format)
+        for turns, findings in read_chatml(file) if kind == "chatml" else read_rows(file, kind):
             found = True
-            if not (problems := find_problems(turns)):
-                yield build_conversation(turns, file, warn_here)
-            elif refuse:
-                refuse(file, problems)
-            else:
-                raise InputError("{}:{}: {}".format(file, *problems[0]))
+            yield check_conversation(file, turns, findings)
         if not found:
             raise InputError(f"{file}: no conversation in it; see the README on the data format")
+
+
+def mistake(file: str, line: int, text: str) -> Finding:
+    """The finding that a conversation cannot be trained on."""
+    return Finding("error", file, line, "mistake", text)
 
 
 def detect_format(file: str, input_format: str = "auto") -> str:
     """chatml, JSON, CSV or Parquet: by the first bytes where they are clear, otherwise by the extension.
 
-    InputError where --input-format says something else.
+    InputError where --input-format says something else, or where the file holds no text.
     """
     with open(file, "rb") as source:
         raw = source.read(1 << 12)
     start, by_name = raw.removeprefix(codecs.BOM_UTF8).lstrip(), ROW_FILES.get(os.path.splitext(file)[1].lower())
+    for fix, kinds in NOT_DATA.items():
+        if what := [kinds[magic] for magic in kinds if start[:40].lower().startswith(magic.lower())]:
+            raise InputError(f"{file}: this is {what[0]}; {fix}")
     if raw.startswith(b"PAR1"):
         kind = "Parquet"
     elif start.startswith(b"<|"):
@@ -882,46 +919,43 @@ def detect_format(file: str, input_format: str = "auto") -> str:
     return by_name or "JSON" if input_format == "messages" and kind == "chatml" else kind
 
 
-def read_chatml(file: str, warn: Warn) -> Iterator[list[Turn]]:
-    """Yield the conversations of a file in either dialect; what is wrong in one has the role `error`.
+def read_chatml(file: str) -> Iterator[tuple[list[Turn], list[Finding]]]:
+    """Yield the turns of each conversation of a file in either dialect, and what there is to say about them.
 
     Role tags at the start of a line (`<|user|>`, content on the same line or the next ones), or
     `<|im_start|>user` … `<|im_end|>`. A backslash before a tag makes it text. A conversation starts at the
     file's start, at a system turn or at a line `<|endoftext|>`.
     """
     turns: list[Turn] = []
-    opened = fence = 0  # the line of the turn before, if it needs <|im_end|>; if a code block is open at its end
+    findings: list[Finding] = []
+    opened = 0  # the line of the turn before, if it needs <|im_end|>
     for line, tag, text in split_at_tags(file):
-        im, cut, opened, fence = opened, fence, 0, 0
+        im, opened = opened, 0
         if im and tag:
-            turns.append(Turn("error", NOT_CLOSED, im))
-        if cut and tag:
-            problem = f"this <|{escape_controls(tag)[:60]}|> stands in the code block (```) of the turn in line {cut}"
-            warn(line, "code block", f"{problem} and cuts it; write a backslash before it, or close the block")
+            findings.append(mistake(file, im, NOT_CLOSED))
         name, escaped = tag, ESCAPED_TAG
         if tag == "im_start":
             opened, escaped = line, ESCAPED_IM_START
             name, newline, text = text.partition("\n")
             name, text = name.strip(), newline + text.replace("\\<|im_end|>", "<|im_end|>")
         role = ROLE_NAMES.get(name or "")
-        if turns and (role == "system" or tag == "endoftext"):
-            yield turns
-            turns = []
+        if (turns or findings) and (role == "system" or tag == "endoftext"):
+            yield turns, findings
+            turns, findings = [], []
         if role:
-            content = unescape_tags(text, line, escaped, warn).strip()
-            turns.append(Turn(role, content, line, name != CONTEXT))
-            if "```" in text and not (cut or opened) and len(FENCE.findall(text)) % 2:
-                fence = line
+            content, warnings = unescape_tags(file, line, text, escaped)
+            turns.append(Turn(role, content.strip(), line, name != CONTEXT))
+            findings += warnings
         elif tag == "endoftext":
-            turns += stray_text(text, line, "after <|endoftext|>; put the separator alone on its line")
+            findings += stray_text(file, line, text, "after <|endoftext|>; put the separator alone on its line")
         elif tag:
-            turns.append(Turn("error", unknown_role(name, is_tag=not opened), line))
+            findings.append(mistake(file, line, unknown_role(name, is_tag=not opened)))
         else:
-            turns += stray_text(text, line, "after <|im_end|>; put it inside a turn" if im else None)
+            findings += stray_text(file, line, text, "after <|im_end|>; put it inside a turn" if im else None)
     if opened:
-        turns.append(Turn("error", NOT_CLOSED, opened))
-    if turns:
-        yield turns
+        findings.append(mistake(file, opened, NOT_CLOSED))
+    if turns or findings:
+        yield turns, findings
 
 
 def split_at_tags(file: str) -> Iterator[tuple[int, str | None, str]]:
@@ -943,7 +977,7 @@ def split_at_tags(file: str) -> Iterator[tuple[int, str | None, str]]:
 
 
 def read_blocks(file: str) -> Iterator[tuple[int, str]]:
-    """Yield (first line's number, text) of a UTF-8 file, a megabyte of whole lines; BOM and CRLF are accepted."""
+    """Yield (first line's number, text) of a UTF-8 file, a megabyte of whole lines; BOM and all line ends are accepted."""
     from tqdm import tqdm
 
     size, name, number = os.path.getsize(file), os.path.basename(file), 1
@@ -951,34 +985,21 @@ def read_blocks(file: str) -> Iterator[tuple[int, str]]:
     with open(file, "rb") as source, bar:
         while raw := source.read(1 << 20) + source.readline():
             bar.update(len(raw))
+            bad = None
             try:
-                text = raw.decode("utf-8")
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                number += raw.count(b"\n", 0, error.start)
-                raise not_utf8(file, number, f"byte 0x{raw[error.start]:02x}") from None
-            if number == 1 and any(ENCODINGS[name].match(raw) for name in ("UTF-16LE", "UTF-16BE")):
-                raise not_utf8(file, 1, "a zero byte in each character")
-            if number == 1:
-                text = text.removeprefix("\ufeff")
-            yield number, text.replace("\r\n", "\n") if "\r" in text else text  # the test is much faster
-            number += raw.count(b"\n")
-
-
-def not_utf8(file: str, line: int, sign: str) -> InputError:
-    """The error that this file is not UTF-8; with the command that converts it where its first 16 MiB tell its encoding."""
-    with open(file, "rb") as source:
-        raw = source.read(1 << 24)
-    encoding = next((name for name, start in ENCODINGS.items() if start.match(raw)), None)
-    if not encoding and not NOT_WINDOWS_1252.search(raw):
-        text = raw.decode("utf-8", "surrogateescape")  # what is not UTF-8 becomes surrogates
-        bad, good = (len(re.findall(kind, text)) for kind in ("[\udc80-\udcff]", "[^\0-\x7f\udc80-\udcff]"))
-        encoding = "Windows-1252" if bad > good else None
-    fix = "; save the file as UTF-8"
-    if encoding:
-        stem, suffix = os.path.splitext(file)
-        command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(file)} > {shlex.quote(f'{stem}.utf8{suffix}')}"
-        fix = f", it looks like {encoding}; convert it with {command}"
-    return InputError(f"{file}:{line}: not UTF-8 ({sign}){fix}")
+                bad, problem = error.start, f"not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
+            else:
+                if "\0" in text:
+                    bad, problem = raw.index(0), "a NUL character (U+0000); delete it, or save the file as UTF-8"
+            if bad is not None:
+                number += raw.count(b"\n", 0, bad)
+                raise InputError(f"{file}:{number}: {problem}")
+            if "\r" in text:  # the test is much faster
+                text = text.replace("\r\n", "\n") if b"\n" in raw else text.replace("\r", "\n")  # alone: an old Mac's
+            yield number, UNSEEN_BEFORE_TAG.sub("", text)
+            number += text.count("\n")
 
 
 def read_lines(file: str) -> Iterator[tuple[int, str]]:
@@ -992,31 +1013,32 @@ def show_progress() -> bool:
     return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
 
 
-def stray_text(text: str, line: int, where: str | None) -> list[Turn]:
-    """An error for text outside of turns; `where` describes it if it stands on the first of these lines."""
+def stray_text(file: str, line: int, text: str, where: str | None) -> list[Finding]:
+    """The error about text outside of turns; `where` describes it if it stands on the first of these lines."""
     if not text.strip():
         return []
     below = text[: -len(text.lstrip())].count("\n")
     outside = "text outside of a turn; start with a tag such as <|user|>"
     if tag := like_tag(text.strip().split("\n")[0]):
         outside = f"{tag[0]} does not open a turn; write {tag[1]} at the start of the line"
-    return [Turn("error", f"text {where}" if where and not below else outside, line + below)]
+    return [mistake(file, line + below, f"text {where}" if where and not below else outside)]
 
 
-def unescape_tags(text: str, line: int, escaped: re.Pattern, warn: Warn) -> str:
-    """Remove the backslash that makes a tag text; warn about text that may be meant as a tag."""
+def unescape_tags(file: str, line: int, text: str, escaped: re.Pattern) -> tuple[str, list[Finding]]:
+    """The text without the backslash that makes a tag text, and warnings about text that may be meant as a tag."""
     if "<" not in text and "|" not in text and "｜" not in text:  # almost always
-        return text
-    lines, at = text.split("\n"), 0
+        return text, []
+    lines, at, warnings = text.split("\n"), 0, []
     for i, content in enumerate(lines):
         if escaped.match(text, at):
             lines[i] = content[1:]
         elif found := TAG.search(content):
-            warn(line + i, *describe_tag(found[0]))
+            warnings.append(Finding("warning", file, line + i, *describe_tag(found[0])))
         elif tag := like_tag(content):
-            warn(line + i, "tag", f"{tag[0]} looks like a tag; write {tag[1]} if it is one")
+            what = f"{tag[0]} looks like a tag; write {tag[1]} if it is one"
+            warnings.append(Finding("warning", file, line + i, "tag", what))
         at += len(content) + 1
-    return "\n".join(lines)
+    return "\n".join(lines), warnings
 
 
 def like_tag(line: str) -> tuple[str, str] | None:
@@ -1044,121 +1066,173 @@ def describe_tag(tag: str, by_row: bool = False) -> tuple[str, str]:
     return "tag", f"{shown} inside a turn is text, not a tag"
 
 
-def read_rows(file: str, kind: str, warn: Warn) -> Iterator[list[Turn]]:
-    """Yield the conversations of JSON, CSV or Parquet rows; what is wrong in a row has the role `error`."""
-    readers = {"JSON": read_json_rows, "CSV": read_csv, "Parquet": read_parquet}
-    for row, record in readers[kind](file):
-        turns = [record] if isinstance(record, Turn) else record_turns(record, row)
-        for turn in turns:
-            if turn.role != "error" and (found := TAG.search(turn.content)):
-                warn(row, *describe_tag(found[0], by_row=True))
-        if isinstance(record, dict) and (record.get("tools") or record.get("functions")):
-            warn(row, "tools", "the definitions of tools are ignored")
-        yield turns
+def read_rows(file: str, kind: str) -> Iterator[tuple[list[Turn], list[Finding]]]:
+    """Yield the turns of each row of JSON, CSV or Parquet, and what there is to say about them."""
+    for row, record in {"JSON": read_json_rows, "CSV": read_csv, "Parquet": read_parquet}[kind](file):
+        if isinstance(record, Finding):
+            yield [], [record]
+            continue
+        turns: list[Turn] = []
+        findings: list[Finding] = []
+        messages: list = []
+        try:
+            messages, unread = row_messages(record)
+            findings += [Finding("note", file, row, "row", name) for name in unread]
+        except InputError as error:
+            findings.append(mistake(file, row, str(error)))
+        for message in messages:
+            try:
+                turn, unread = message_turn(message, row)
+            except InputError as error:
+                findings.append(mistake(file, row, str(error)))
+                continue
+            turns.append(turn)
+            findings += [Finding("note", file, row, "message", name) for name in unread]
+            if found := TAG.search(turn.content):
+                findings.append(Finding("warning", file, row, *describe_tag(found[0], by_row=True)))
+        twice = len(turns) > 1 and turns[0][:2] == turns[1][:2]  # the system turn: as a column and as a message
+        yield turns[1:] if twice and turns[0].role == "system" else turns, findings
 
 
-def record_turns(record: Any, row: int) -> list[Turn]:
-    """The turns of one row."""
-    fields = record if isinstance(record, dict) else {}
-    messages = find_messages(fields)
-    if not (isinstance(messages, list) and messages):
-        problem = "no 'messages', 'conversations', 'prompt' and 'completion', or 'instruction' and 'output'"
-        if known := [key for key in ("messages", "conversations") if key in fields]:
-            problem = f"{known[0]!r} is empty or not a list"
-        elif messages == []:
-            problem = "no message in it"
-        elif fields:
-            problem += f" in {shorten(', '.join(fields))}"
-        return [Turn("error", f"{problem}; write one conversation per row, in columns of these names", row)]
-    if fields.get("history"):
-        return [Turn("error", "'history' is not read; write its exchanges as 'messages'", row)]
-    if fields.get("system"):  # ShareGPT's and Anthropic's place for the system turn
+def given(record: dict[str, Any]) -> dict[str, Any]:
+    """What a row or message holds; InputError, without a place, where a name in it may change what is to be trained."""
+    fields = {name: value for name, value in record.items() if value not in (None, "", [], {})}
+    if refused := [name for name in fields if name.lower() in REFUSED]:
+        fix = "keep what is to be trained, then delete it"
+        raise InputError(f"{refused[0]!r} is not read, and may change what is to be trained; {fix}")
+    return fields
+
+
+def layout(row: Any) -> tuple[str, ...]:
+    """The columns that hold the conversation of a row."""
+    return next((names for names in LAYOUTS if isinstance(row, dict) and row.keys() >= set(names)), ())
+
+
+def row_messages(record: Any) -> tuple[list, list[str]]:
+    """The messages of a row, and its columns that are not read; InputError, without a place, if it has none."""
+    row = record if isinstance(record, dict) else {}
+    fields = given(row)
+    columns = layout(fields) or layout(row)
+    if columns[:1] == ("instruction",) and "input" in fields:
+        columns = (*(name for name in ("instruction", "input") if name in fields), "output")
+    if len(columns) == 1:
+        messages = row[columns[0]]
+    else:
+        messages = []
+        for name in columns:
+            role = "assistant" if name in ("completion", "output") else "user"
+            messages += row[name] if isinstance(row[name], list) else [{"role": role, "content": row[name]}]
+    if not (messages and isinstance(messages, list)):
+        problem = f"no messages in {' and '.join(columns)}" if columns else f"no {WANTED}"
+        if fields and not columns:
+            rows = [name for name, value in fields.items() if isinstance(value, list) and layout(value[0])]
+            problem += f" in {shorten(', '.join(fields))}{f', but a list of rows in {rows[0]!r}' if rows else ''}"
+        raise InputError(f"{problem}; write one conversation per row, in columns of these names")
+    if "system" in fields:  # ShareGPT's and Anthropic's place for the system turn
         messages = [{"role": "system", "content": fields["system"]}, *messages]
-    return [message_turn(message, row) for message in messages]
+    return messages, [name for name in fields if name not in (*columns, "system")]
 
 
-def find_messages(record: dict) -> Any:
-    """The messages of a row: OpenAI's, ShareGPT's, prompt and completion (texts or messages), or Alpaca's."""
-    if messages := record.get("messages") or record.get("conversations"):
-        return messages
-    if "prompt" in record and "completion" in record:
-        sides = {"user": record["prompt"], "assistant": record["completion"]}
-    elif "instruction" in record and "output" in record:
-        parts = [part for part in (record["instruction"], record.get("input")) if part]
-        question = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else None
-        sides = {"user": question, "assistant": record["output"]}
-    else:
-        return None
-    messages = [side if isinstance(side, list) else [{"role": role, "content": side}] for role, side in sides.items()]
-    return list(chain(*messages))
-
-
-def message_turn(message: Any, row: int) -> Turn:
-    """The turn that one message holds, in OpenAI's keys or ShareGPT's; what is wrong has the role `error`."""
+def message_turn(message: Any, row: int) -> tuple[Turn, list[str]]:
+    """The turn of a message in OpenAI's keys or ShareGPT's, and its keys that are not read; InputError without a place."""
     if not isinstance(message, dict):
-        return Turn("error", "a message must be an object; write {'role': …, 'content': …}", row)
-    name, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
-
-    weight = message.get("weight")  # OpenAI's: 0 for an answer that is only context
+        raise InputError("a message must be an object; write {'role': …, 'content': …}")
+    fields = given(message)
+    who, what = "role" if "role" in fields else "from", "content" if "content" in fields else "value"
+    name, content = fields.get(who), fields.get(what, "")
     role = ROLE_NAMES.get(SHAREGPT.get(name, name)) if isinstance(name, str) else None
-    if message.get("tool_calls") or message.get("function_call"):
-        problem = NO_TOOLS
-    elif not role:
-        problem = unknown_role(name)
-    elif not isinstance(content, str):
-        problem = f"the content of a {role} message is not text; only text can be trained on"
-    elif re.search("[\ud800-\udfff]", content):
-        problem = f"a lone surrogate in a {role} message; repair the text's encoding"
-    elif weight not in (None, 0, 1):
-        problem = f"unknown weight {shorten(weight)}; write 1 for a trained answer, 0 for one that is only context"
-    else:
-        return Turn(role, content.strip(), row, name != CONTEXT and (role != "assistant" or weight != 0))
-    return Turn("error", problem, row)
+    if fields.keys() & {"tool_calls", "function_call"}:
+        raise InputError(NO_TOOLS)
+    if not role:
+        raise InputError(unknown_role(name))
+    flags = [flag for flag in FLAGS if flag in fields and role == "assistant"]
+    unread = [key for key in fields if key not in (who, what, *flags)]
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else {} for part in content]
+        unread += [key for part in parts for key in given(part) if key not in ("type", "text")]
+        texts = [part["text"] for part in parts if part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str)]
+        content = "".join(texts) if len(texts) == len(parts) else None
+    problem = ""
+    if not isinstance(content, str):
+        problem = f"the content of a {role} message is neither a text nor a list of {{'type': 'text', 'text': …}}"
+        problem += "; only text can be trained on"
+    elif not content and not message.keys() & {"content", "value"}:
+        problem = f"no 'content' in a {role} message of {shorten(', '.join(message))}; write its text there"
+    elif broken := re.search("[\0\ud800-\udfff]", content):
+        problem = f"{escape_controls(broken[0])} in a {role} message, a NUL or a lone surrogate; delete it"
+    elif strange := [flag for flag in flags if fields[flag] not in (0, 1)]:
+        fix = "write 1 for a trained answer, 0 for one that is only context"
+        problem = f"unknown {strange[0]} {shorten(fields[strange[0]])}; {fix}"
+    if problem:
+        raise InputError(problem)
+    return Turn(role, content.strip(), row, name != CONTEXT and all(fields[flag] for flag in flags)), unread
 
 
 def read_json_rows(file: str) -> Iterator[tuple[int, Any]]:
-    """Yield (line, record) of JSON lines, or (row, record) of a JSON list; an error turn for a line that is not JSON."""
-    lines = read_lines(file)
-    first, start = next(((number, line) for number, line in lines if line.strip()), (1, "[]"))
-    is_list = start.lstrip().startswith("[")
-    texts = [(first, "\n".join([start, *(line for _, line in lines)]))] if is_list else chain([(first, start)], lines)
-    for number, text in texts:
-        if not text.strip():
-            continue
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:  # the latter where it is nested too deeply
-            at, problem = number + getattr(error, "lineno", 1) - 1, getattr(error, "msg", first_line(error))
-            problem = f"not JSON ({problem}); write one object per line, or one list"
-            if number == first:  # not even the first line: another format
-                raise InputError(f"{file}:{at}: {problem}") from None
-            yield number, Turn("error", problem, at)
-        else:
-            yield from enumerate(record, 1) if is_list else [(number, record)]
+    """Yield (line, record) of JSON lines or of objects over several lines, (row, record) of a JSON list.
+
+    The record of a line that is not JSON is a Finding.
+    """
+    lines, decode = read_lines(file), json.JSONDecoder().raw_decode
+    number, text = next(((number, line) for number, line in lines if line.strip()), (1, "[]"))
+    try:
+        by_line = not text.lstrip().startswith("[") and bool(json.loads(text))
+    except (ValueError, RecursionError):  # the latter where it is nested too deeply
+        by_line = False
+    texts = chain([(number, text)], lines) if by_line else [(number, "\n".join([text, *(line for _, line in lines)]))]
+    for line, text in texts:
+        at = 0
+        while found := NOT_SPACE.search(text, at):
+            begin = found.start()
+            line += text.count("\n", at, begin)
+            try:
+                record, at = decode(text, begin)
+            except (ValueError, RecursionError) as error:
+                line += text.count("\n", begin, getattr(error, "pos", begin))
+                problem = f"not JSON ({getattr(error, 'msg', first_line(error))})"
+                problem += "; write one object per line, or one list"
+                if not by_line:
+                    raise InputError(f"{file}:{line}: {problem}") from None
+                yield line, mistake(file, line, problem)
+                break
+            yield from enumerate(record, 1) if isinstance(record, list) and not by_line else [(line, record)]
+            line += text.count("\n", begin, at)
 
 
 def read_csv(file: str) -> Iterator[tuple[int, Any]]:
-    """Yield (line, record) of a CSV file with a header; the delimiter is a comma, semicolon or tab."""
-    lines = (line + "\n" for _, line in read_lines(file))
-    header = next(lines)
+    """Yield (line, record) of a CSV file with a header; the delimiter is a comma, semicolon or tab.
+
+    The record of a line with too many or too few fields is a Finding.
+    """
+    lines = read_lines(file)
+    above, header = next(lines)
+    if sep := re.fullmatch('"?sep=(.)"?', header, re.IGNORECASE):  # Excel's line above the header
+        above, header = next(lines, (2, ""))
+    delimiter = sep[1] if sep else max(",;\t", key=header.count)
+    # Where each line has the same number of tabs, no quote holds lines together: quotes are text.
+    tabs = header.count("\t") if delimiter == "\t" else -1
+    plain = all(line.count("\t") == tabs for _, line in read_lines(file) if line.strip())
     csv.field_size_limit(2**31 - 1)  # an answer may be longer than csv's 131,072 characters
-    reader = csv.reader(chain([header], lines), delimiter=max(",;\t", key=header.count), strict=True)
-    row = 1
+    texts = (line + "\n" for line in chain([header], (line for _, line in lines)))
+    quoting = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
+    reader, row = csv.reader(texts, delimiter=delimiter, quoting=quoting, strict=True), above  # type: ignore[arg-type]
     try:
         names = [name.strip().lower() for name in next(reader)]
-        if find_messages(dict.fromkeys(names, "x")) is None:
-            problem = "no columns 'prompt' and 'completion', or 'instruction' and 'output'"
-            raise InputError(f"{file}:1: {problem} in {shorten(','.join(names))}; rename the columns in the first line")
-        row = reader.line_num + 1
+        if not layout(dict.fromkeys(names)):
+            problem = (
+                f"no columns 'prompt' and 'completion', or 'instruction' and 'output' in {shorten(','.join(names))}"
+            )
+            raise InputError(f"{file}:{row}: {problem}; rename the columns in the first line")
+        row = above + reader.line_num
         for values in reader:
-            if values and len(values) != len(names):
+            if len(values) != len(names) and values:
                 problem = f"{len(values)} fields where the first line has {len(names)}"
-                yield row, Turn("error", f"{problem}; put quotes around texts that contain the delimiter", row)
-            elif values:
+                yield row, mistake(file, row, f"{problem}; put quotes around texts that contain the delimiter")
+            elif any(values):  # Excel may write empty rows below the last one
+                if plain:
+                    values = [QUOTED.sub(lambda found: found[1].replace('""', '"'), value) for value in values]
                 yield row, dict(zip(names, values, strict=True))
-            row = reader.line_num + 1
+            row = above + reader.line_num
     except csv.Error as error:
         fix = "double each quote inside a quoted text, and close it"
         raise InputError(f"{file}:{row}: not CSV ({error}); {fix}") from None
@@ -1176,43 +1250,42 @@ def read_parquet(file: str) -> Iterator[tuple[int, dict]]:
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
-def find_problems(turns: list[Turn]) -> list[tuple[int, str]]:
-    """(line, what is wrong; fix) of all that keeps these turns from being trained on."""
-    roles, contents, _, trains = zip(*turns, strict=True)
-    known = all(contents) and all(trains) and "error" not in roles and "user" in roles and "assistant" in roles
-    if known and roles.index("user") < roles.index("assistant"):
-        return []  # almost always
-    spoken = [turn for turn in turns if turn.role != "system"]
-    answers = [turn for turn in spoken if turn.role == "assistant"]
-    wrong = [(turn.line, turn.content) for turn in turns if turn.role == "error"]
-    if not wrong:  # what an error hides would only look like another one
-        wrong = [(turn.line, f"empty {turn.role} turn; fill it or delete it") for turn in spoken if not turn.content]
-    if wrong:
-        return wrong
-    if not answers:
-        return [(turns[0].line, "a conversation without an assistant turn; add an answer or delete it")]
-    if spoken[0].role == "assistant":
-        return [(spoken[0].line, "the assistant speaks first; put a user turn before it")]
-    if not any(turn.trained for turn in answers):
-        return [(turns[0].line, "every answer is only context; let one be trained, or delete the conversation")]
-    problem = "neighboring answers, one trained and one only context; mark both alike or join them"
-    said = [turn for turn in turns if turn.content]
-    return [(b.line, problem) for a, b in pairwise(said) if a.role == b.role and a.trained != b.trained]
-
-
-def build_conversation(turns: list[Turn], file: str, warn: Warn) -> Conversation:
-    """Join neighboring turns of one role as Ollama does; warn about what is ignored."""
-    for _, content, line, _ in turns:
-        if not content:
-            warn(line, "empty system", "an empty system turn is ignored")
-        elif content.endswith(("</s>", "<end_of_turn>", "<eos>")):  # TAG has found those with bars
-            warn(line, *describe_tag(content[content.rindex("<") :]))
-    joined = join_neighbors([turn for turn in turns if turn.content])
-    if joined[-1].role != "assistant":
-        warn(joined[-1].line, "no answer", f"the last {joined[-1].role} turn has no answer and is ignored")
+def check_conversation(file: str, turns: list[Turn], findings: list[Finding]) -> Conversation:
+    """Join neighboring turns of one role as Ollama does, and say what is wrong or left out."""
+    line = (turns or findings)[0].line
+    said, wrong = [turn for turn in turns if VISIBLE.search(turn.content)], []
+    if any(finding.level == "error" for finding in findings):  # what it hides would only look like another one
+        return Conversation(said, file, line, findings)
+    for turn in turns:
+        if not VISIBLE.search(turn.content) and turn.role == "system":
+            findings.append(Finding("warning", file, turn.line, "empty system", "an empty system turn is ignored"))
+        elif not VISIBLE.search(turn.content):
+            wrong.append((turn.line, f"empty {turn.role} turn; fill it or delete it"))
+        elif BLANKS.search(turn.content):
+            wrong.append((turn.line, "a million spaces or tabs in a row; delete them"))
+        elif turn.content.endswith(("</s>", "<end_of_turn>", "<eos>")):  # TAG has found those with bars
+            end = turn.content[turn.content.rindex("<") :]
+            findings.append(Finding("warning", file, turn.line, *describe_tag(end)))
+    answers = [turn for turn in said if turn.role == "assistant"]
+    mixed = [b for a, b in pairwise(said) if a.role == b.role and a.trained != b.trained]
+    if not wrong:
+        if not answers:
+            wrong = [(line, "a conversation without an assistant turn; add an answer or delete it")]
+        elif next(turn.role for turn in said if turn.role != "system") == "assistant":
+            wrong = [(answers[0].line, "the assistant speaks first; put a user turn before it")]
+        elif not any(turn.trained for turn in answers):
+            wrong = [(line, "every answer is only context; let one be trained, or delete the conversation")]
+        elif mixed:
+            problem = "neighboring answers, one trained and one only context"
+            wrong = [(mixed[0].line, f"{problem}; mark both alike or join them")]
+    findings += [mistake(file, *place_and_text) for place_and_text in wrong]
+    joined = join_neighbors(said)
+    if not wrong and joined[-1].role != "assistant":
+        unanswered = f"the last {joined[-1].role} turn has no answer and is ignored"
+        findings.append(Finding("warning", file, joined[-1].line, "no answer", unanswered))
         while joined[-1].role != "assistant":
             joined.pop()
-    return Conversation(joined, file, turns[0].line)
+    return Conversation(joined, file, line, findings)
 
 
 def join_neighbors(turns: list[Turn]) -> list[Turn]:
@@ -1356,32 +1429,37 @@ class Encoder:
 
 
 def encode_conversations(
-    conversations: list[Conversation], encode: Encoder, max_length: int, overlong: str, found: dict[str, Any]
+    conversations: list[Conversation],
+    encode: Encoder,
+    max_length: int,
+    overlong: str,
+    counts: dict[str, Any],
+    findings: list[Finding],
 ) -> list[Sample]:
     """The samples of these conversations, none longer than max_length (`overlong` is --overlong).
 
-    What is split or lost is added to `found`.
+    What is split or lost is added to `counts` and `findings`.
     """
-    samples, warned = [], found["warnings"]
-    for (turns, file, line), tokens in zip(conversations, encode([c.turns for c in conversations]), strict=True):
+    samples = []
+    for (turns, file, line, _), tokens in zip(conversations, encode([c.turns for c in conversations]), strict=True):
         parts, size = [tokens], len(tokens.input_ids)
         if size > max_length and overlong == "error":
-            problem = f"{size} tokens, above --max-length {max_length}"
-            found["too_long"].append(f"{file}:{line}: {problem}; shorten it or use --overlong split")
+            problem = f"{size} tokens, above --max-length {max_length}; shorten it or use --overlong split"
+            findings.append(Finding("error", file, line, "too long", problem))
         elif size > max_length:
             parts, unfit = split_conversation(turns, encode, max_length) if overlong == "split" else ([], [])
             parts = [part for part in parts if count_trained(part.labels)]  # the others hold only context
             kept = sum(count_trained(part.labels) for part in parts)
-            found["dropped"] += not parts
-            found["split"] += len(parts) > 1
-            found["dropped_exchanges"] += len(unfit) if parts else 0
-            found["lost_trained_tokens"] += count_trained(tokens.labels) - kept
+            counts["dropped"] += not parts
+            counts["split"] += len(parts) > 1
+            counts["dropped_exchanges"] += len(unfit) if parts else 0
+            counts["lost_trained_tokens"] += count_trained(tokens.labels) - kept
             if overlong == "drop":
-                warned.append(DataWarning(file, line, "dropped", f"a conversation of {size:,} tokens"))
+                findings.append(Finding("warning", file, line, "dropped", f"a conversation of {size:,} tokens"))
             if len(parts) > 1:
-                warned.append(DataWarning(file, line, "split", f"{size:,} tokens: split into {len(parts)}"))
+                findings.append(Finding("warning", file, line, "split", f"{size:,} tokens: split into {len(parts)}"))
             alone = "this exchange alone is longer than a row"
-            warned += [DataWarning(file, turn.line, "dropped", alone) for turn in unfit]
+            findings += [Finding("warning", file, turn.line, "dropped", alone) for turn in unfit]
         key = digest(turns)
         for part, (ids, labels) in enumerate(parts):
             samples.append(Sample(ids, labels, count_trained(labels), key, file, line, part))
@@ -1443,43 +1521,38 @@ def digest(turns: list[Turn]) -> int:
 
 def read_data(
     files: dict[str, str], args: argparse.Namespace, encode: Encoder | None = None
-) -> tuple[dict[str, Any], list[DataWarning], Any]:
+) -> tuple[dict[str, Any], list[Finding], Any]:
     """Read and check files {name: sha256} and, given an encoder, encode them in the same pass.
 
     Returns counts, warnings and the samples: a memory-mapped datasets.Dataset whose columns are the fields of Sample,
     or None. A second start with the same files and settings finds them in its cache. InputError lists all errors.
     """
-    found: dict[str, Any] = {"split": 0, "dropped": 0, "dropped_exchanges": 0, "lost_trained_tokens": 0}
-    conversations = survey(files, args.input_format, args.skip_bad, found)
+    counts: dict[str, Any] = {"split": 0, "dropped": 0, "dropped_exchanges": 0, "lost_trained_tokens": 0}
+    findings: list[Finding] = []
+    conversations = survey(files, args.input_format, args.skip_bad, counts, findings)
 
     def samples() -> Iterator[dict[str, Any]]:
         some = False
+        assert encode
         while batch := list(islice(conversations, 256)):
-            for sample in encode_conversations(batch, encode, args.max_length, args.overlong, found):
+            for sample in encode_conversations(batch, encode, args.max_length, args.overlong, counts, findings):
                 some = True
                 yield sample._asdict()
-        raise_errors(found)
+        raise_errors(counts, findings)
         if not some:
             raise InputError(f"{', '.join(files)}: no answer fits into --max-length {args.max_length}; raise it")
 
     if not encode:
         deque(conversations, maxlen=0)  # only counted
-        raise_errors(found)
-        return found, found.pop("warnings"), None
+        raise_errors(counts, findings)
+        return counts, findings, None
     import datasets
     from huggingface_hub.constants import HF_HOME
 
     tokenizer = hashlib.sha256(encode.tokenizer.to_str().encode()).hexdigest()
-    depends_on = [
-        args.input_format,
-        args.skip_bad,
-        *files.items(),
-        tokenizer,
-        encode.chat,
-        args.max_length,
-        args.overlong,
-    ]
-    key = hashlib.sha256(repr([Path(__file__).read_text(encoding="utf-8"), *depends_on]).encode()).hexdigest()
+    settings = (args.input_format, args.skip_bad, args.max_length, args.overlong)
+    depends_on = [Path(__file__).read_text(encoding="utf-8"), *settings, *files.items(), tokenizer, encode.chat]
+    key = hashlib.sha256(repr(depends_on).encode()).hexdigest()
     ids = datasets.List(datasets.Value("int32"))
     types = (ids, ids, *(datasets.Value(name) for name in ("int32", "int64", "string", "int32", "int32")))
     features = datasets.Features(dict(zip(Sample._fields, types, strict=True)))
@@ -1493,10 +1566,10 @@ def read_data(
         problem = f"the cache cannot be written ({str(error.strerror).lower()})"
         raise InputError(f"{error.filename}: {problem}; set HF_HOME to a folder that can be") from None
     report = Path(made.cache_files[0]["filename"]).with_name("found.json")
-    if "conversations" in found:  # it was not in the cache
-        write_json(report, found)
-    found = read_json(report)
-    return found, [DataWarning(*warning) for warning in found.pop("warnings")], made
+    if "conversations" in counts:  # it was not in the cache
+        write_json(report, [counts, findings])
+    counts, found = read_json(report)
+    return counts, [Finding(*fields) for fields in found], made
 
 
 def measure(samples, eval_files: Iterable[str] = ()) -> tuple[np.ndarray, ...]:
@@ -1527,11 +1600,12 @@ def hold_out(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return np.isin(digests, np.random.default_rng(seed).permutation(conversations)[:size])
 
 
-def warn_held_out(samples, held_out: np.ndarray) -> list:
+def warn_held_out(samples, held_out: np.ndarray) -> list[Finding]:
     """A warning for each conversation of the training files that is also in --eval-files."""
     both = samples.select(np.flatnonzero(held_out)).select_columns(["file", "line"])
     places = dict.fromkeys((place["file"], place["line"]) for place in both)  # once, even if it has several parts
-    return [DataWarning(file, line, "held out", "also in --eval-files: not trained on") for file, line in places]
+    text = "also in --eval-files: not trained on"
+    return [Finding("warning", file, line, "held out", text) for file, line in places]
 
 
 def make_rows(samples, chosen: np.ndarray, lengths: np.ndarray, args: argparse.Namespace) -> Rows:
@@ -1629,132 +1703,141 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 MOJIBAKE = re.compile("Ã[\u0080-\u00bf©¨ª«´§¹]|â€|Â[«»°\u00a0]|\ufffd")
 LONG_TURN = 20_000  # characters
-# Ten million spaces in a row make Llama 3.1's tokenizer panic; the limit leaves a margin. The pattern is tried only where
-# a run of spaces begins, so in linear time.
-SPACES = re.compile(r"(?<![^\S\r\n])[^\S\r\n]{1000000}")
 # Dialogues that nothing separates are read as one conversation. It is named if it has so many exchanges, or if it is one
 # of a few that have more than one.
 MANY_EXCHANGES, FEW_EXCEPTIONS = 30, 5
 
 
-def survey(files: Iterable[str], input_format: str, skip_bad: bool, found: dict[str, Any]) -> Iterator[Conversation]:
-    """Read and check all files: yield their conversations, and fill `found` with counts, warnings and errors.
+def survey(
+    files: Iterable[str], input_format: str, skip_bad: bool, counts: dict[str, Any], findings: list[Finding]
+) -> Iterator[Conversation]:
+    """Read and check all files: yield their conversations, and fill `counts` and `findings`.
 
-    With skip_bad, each error in a conversation is a warning. After an error that stops the run nothing is yielded.
+    With skip_bad, each mistake in a conversation is a warning. After an error nothing is yielded.
     """
-    found |= {"files": list(files), "conversations": 0, "skipped": 0, "turns": Counter(), "exchanges": Counter()}
-    found |= {"characters": 0, "system": None, "warnings": [], "errors": [], "unreadable": [], "too_long": []}
-    seen = {}  # the first place of each conversation, by its content
-    several: list[tuple[str, int, int]] = []  # file, line and exchanges of conversations with more than one
+    counts |= {"files": list(files), "conversations": 0, "skipped": 0, "turns": Counter(), "exchanges": Counter()}
+    counts |= {"characters": 0, "system": None, "not_read": {"row": Counter(), "message": Counter()}}
+    seen: dict[int, str] = {}  # the first place of each conversation, by its content
+    several: list[Conversation] = []  # some that have more than one exchange
     with_system = ("", 0)  # the last place of a system turn
-
-    def warn(*warning) -> None:
-        found["warnings"].append(DataWarning(*warning))
-
-    def refuse(file: str, problems: list[tuple[int, str]]) -> None:
-        found["skipped"] += 1
-        for line, text in problems:
-            if skip_bad:
-                warn(file, line, "skipped", text)
-            else:
-                found["errors"].append(f"{file}:{line}: {text}")
-
+    failed = False
     for name in files:
         try:
-            for conversation in read_conversations([name], input_format, warn, refuse):
-                if lines := [turn.line for turn in conversation.turns if SPACES.search(turn.content)]:
-                    refuse(name, [(line, "a million spaces or tabs in a row; delete them") for line in lines])
-                    continue
-                said, file, line = conversation
-                exchanges = count_turns(said, found)
-                if 1 < exchanges < MANY_EXCHANGES and len(several) <= FEW_EXCEPTIONS:
-                    several.append((file, line, exchanges))
-                if said[0].role == "system":
-                    with_system = file, line
-                place = f"{file}:{line}"
-                if (first := seen.setdefault(digest(said), place)) != place:
-                    warn(file, line, "duplicate", f"the same conversation as {first}")
-                for warning in unusual(conversation):
-                    warn(file, *warning)
-                if not (found["errors"] or found["unreadable"]):
+            for conversation in read_conversations([name], input_format):
+                said, file, line, found = conversation
+                bad = any(finding.level == "error" for finding in found)
+                if not bad:
+                    found = [*found, *unusual(conversation)]
+                    exchanges = count_turns(said, counts)
+                    if 1 < exchanges < MANY_EXCHANGES and len(several) <= FEW_EXCEPTIONS:
+                        several.append(conversation)
+                    if said[0].role == "system":
+                        with_system = file, line
+                    if (first := seen.setdefault(digest(said), f"{file}:{line}")) != f"{file}:{line}":
+                        found.append(Finding("warning", file, line, "duplicate", f"the same conversation as {first}"))
+                for finding in found:
+                    if finding.level == "note":
+                        counts["not_read"][finding.kind][finding.text] += 1
+                    elif skip_bad and finding.level == "error":
+                        findings.append(finding._replace(level="warning", kind="skipped"))
+                    else:
+                        findings.append(finding)
+                counts["skipped"] += bad
+                failed |= bad and not skip_bad
+                if not bad and not failed:
                     yield conversation
         except InputError as error:
-            found["unreadable"].append(str(error))
-    single = found["exchanges"][1]
-    if found["conversations"] == 1 or (len(several) <= FEW_EXCEPTIONS and single > 3 * len(several)):
-        for file, line, exchanges in several:
-            warn(file, line, "several exchanges", separation_hint(file, exchanges))
-    if found["turns"]["system"] == 1 and found["conversations"] > 2:
+            findings.append(Finding("error", name, 0, "unreadable", str(error)))
+            failed = True
+    single = counts["exchanges"][1]
+    if counts["conversations"] == 1 or (len(several) <= FEW_EXCEPTIONS and single > 3 * len(several)):
+        findings += map(not_separated, several)
+    if counts["turns"]["system"] == 1 and counts["conversations"] > 2:
         text = "the only conversation with a system turn; it does not carry over to the next: repeat it or delete it"
-        warn(*with_system, "system", text)
-    found["exchanges"] = dict(sorted(found["exchanges"].items()))
+        findings.append(Finding("warning", *with_system, "system", text))
+    counts["exchanges"] = dict(sorted(counts["exchanges"].items()))
 
 
-def count_turns(turns: list[Turn], found: dict[str, Any]) -> int:
+def count_turns(turns: list[Turn], counts: dict[str, Any]) -> int:
     """Add a conversation to the counts, and return how many answers it has.
 
     "system" is the system turn that all have, None if they differ.
     """
     system, roles = turns[0].content if turns[0].role == "system" else None, [turn.role for turn in turns]
-    found["system"] = system if not found["conversations"] or system == found["system"] else None
-    found["conversations"] += 1
-    found["turns"].update(roles)
-    found["exchanges"][roles.count("assistant")] += 1
-    found["characters"] += sum(len(turn.content) for turn in turns)
+    counts["system"] = system if not counts["conversations"] or system == counts["system"] else None
+    counts["conversations"] += 1
+    counts["turns"].update(roles)
+    counts["exchanges"][roles.count("assistant")] += 1
+    counts["characters"] += sum(len(turn.content) for turn in turns)
     return roles.count("assistant")
 
 
-def unusual(conversation: Conversation) -> Iterator[tuple[int, str, str]]:
-    """Yield (line, kind, text) of what is legal in a conversation but probably a mistake."""
-    answers = sum(turn.role == "assistant" for turn in conversation.turns)
-    if answers >= MANY_EXCHANGES:
-        yield conversation.line, "several exchanges", separation_hint(conversation.file, answers)
-    for _, content, line, _ in conversation.turns:
+def unusual(conversation: Conversation) -> Iterator[Finding]:
+    """Yield warnings about what is legal in a conversation but probably a mistake."""
+    turns, file, _, _ = conversation
+    if sum(turn.role == "assistant" for turn in turns) >= MANY_EXCHANGES:
+        yield not_separated(conversation)
+    for _, content, line, _ in turns:
         if wrong := MOJIBAKE.search(content):
-            yield line, "encoding", f"{wrong[0]!r} looks like text decoded with a wrong encoding"
+            text = f"{wrong[0]!r} looks like text decoded with a wrong encoding"
+            yield Finding("warning", file, line, "encoding", text)
         if len(content) > LONG_TURN:
-            yield line, "long", f"a turn of {len(content):,} characters"
+            yield Finding("warning", file, line, "long", f"a turn of {len(content):,} characters")
 
 
-def raise_errors(found: dict[str, Any], shown: int = 20) -> None:
-    """InputError that lists the first errors in `found` and counts the others; takes them out of it."""
-    errors, unreadable, too_long = (found.pop(name) for name in ("errors", "unreadable", "too_long"))
-    if lines := unreadable + errors or too_long:
+def not_separated(conversation: Conversation) -> Finding:
+    """The warning that dialogues may have been read as one conversation, and what to do about it."""
+    turns, file, line, _ = conversation
+    fix = "put a line <|endoftext|> between them" if detect_format(file) == "chatml" else "give each a row of its own"
+    exchanges = sum(turn.role == "assistant" for turn in turns)
+    text = f"{exchanges} exchanges are one conversation; if they are separate dialogues, {fix}"
+    return Finding("warning", file, line, "several exchanges", text)
+
+
+def raise_errors(counts: dict[str, Any], findings: list[Finding], shown: int = 20) -> None:
+    """InputError that lists the errors among the findings, equal ones in a file as one; the first ones of many."""
+    alike: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        if finding.level == "error":
+            alike.setdefault((finding.file, finding.text), []).append(finding)
+    lines = [f"{first}{f' ({len(others) + 1:,} times)' if others else ''}" for first, *others in alike.values()]
+    if lines:
+        kinds, total = {errors[0].kind for errors in alike.values()}, sum(map(len, alike.values()))
         last = [f"and {len(lines) - shown:,} more"] if len(lines) > shown else []
-        if len(lines) > 1 and errors and not unreadable:
-            last.append(f"{len(lines):,} errors in all; --skip-bad trains without these conversations")
+        if kinds == {"mistake"} and counts["conversations"] and total > 1:
+            last.append(f"{total:,} errors in all; --skip-bad trains without these conversations")
         raise InputError("\n".join([*lines[:shown], *([", ".join(last)] if last else [])]))
-    if not found["conversations"]:
-        files = ", ".join(found["files"])
+    if not counts["conversations"]:
+        files = ", ".join(counts["files"])
         raise InputError(f"{files}: all conversations have errors; leave out --skip-bad to see them")
 
 
-def separation_hint(file: str, exchanges: int) -> str:
-    """What to do about dialogues that may have been read as one conversation."""
-    fix = "put a line <|endoftext|> between them" if detect_format(file) == "chatml" else "give each a row of its own"
-    return f"{exchanges} exchanges are one conversation; if they are separate dialogues, {fix}"
-
-
-def print_survey(found: dict[str, Any], shown: int = 5) -> None:
-    """What was read: files, conversations, turns."""
-    turns, names, bins = found["turns"], found["files"], Counter()
-    for count, conversations in found["exchanges"].items():
+def print_survey(counts: dict[str, Any], shown: int = 5) -> None:
+    """What was read: files, conversations, turns; and what was not."""
+    turns, names, bins = counts["turns"], counts["files"], Counter()
+    for count, conversations in counts["exchanges"].items():
         bins[str(count) if int(count) < 3 else "3-8" if int(count) < 9 else "9+"] += conversations
     more = f", … and {len(names) - shown:,} more" if len(names) > shown else ""
     print_field("files", ", ".join(names[:shown]) + more)
-    print_field("data", f"{plural(found['conversations'], 'conversation')}, {plural(found['characters'], 'character')}")
+    print_field(
+        "data", f"{plural(counts['conversations'], 'conversation')}, {plural(counts['characters'], 'character')}"
+    )
     print_field("turns", ", ".join(f"{turns.get(role, 0):,} {role}" for role in ROLES))
     print_field("exchanges", ", ".join(f"{bins[name]:,} with {name}" for name in sorted(bins)))
-    if found["skipped"]:
-        print_field("skipped", f"{found['skipped']:,} conversations that have errors (--skip-bad)")
+    if counts["skipped"]:
+        print_field("skipped", f"{counts['skipped']:,} conversations that have errors (--skip-bad)")
+    unread = [f"{escape_controls(name)[:40]} ({plural(count, noun)})" for noun, names in counts["not_read"].items()
+              for name, count in names.items()]  # fmt: skip
+    if unread:
+        print_field("not read", ", ".join(unread))
 
 
-def print_warnings(found: list[DataWarning], shown: int = 5) -> None:
+def print_findings(findings: list[Finding], shown: int = 5) -> None:
     """Each kind of warning with its count and its first places."""
-    for kind, count in Counter(warning.kind for warning in found).items():
+    for kind, count in Counter(finding.kind for finding in findings).items():
         print_field("warning", f"{count:,} x {kind}")
-        for warning in islice((warning for warning in found if warning.kind == kind), shown):
-            print(wrap(f"  {warning.file}:{warning.line}: {warning.text}", 4))
+        for finding in islice((finding for finding in findings if finding.kind == kind), shown):
+            print(wrap(f"  {finding}", 4))
         if count > shown:
             print(f"  … and {count - shown:,} more")
 
@@ -1792,7 +1875,7 @@ def print_plan(plan: Plan) -> None:
         print_field("steps", f"{plural(counts['steps'], 'optimizer step')} ({each})")
     for advice in plan.advice:
         print_field("advice", advice)
-    print_warnings(plan.warnings)
+    print_findings(plan.findings)
 
 
 def describe_use(counts: dict[str, Any]) -> str:
@@ -2091,23 +2174,27 @@ def find_base(args: argparse.Namespace, folder: str, revision: str | None = None
     return Base(folder, revision, config, load_encoder(args.model, folder, args.chat_format))
 
 
+HUB_NAME = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
 def model_on_disk(name: str) -> str | None:
     """The folder of a model whose tokenizer is on this machine, or None."""
-    return local_model(name) if os.path.isdir(name) else cached_model(name)
+    if os.path.isdir(name):
+        return local_model(name)
+    from huggingface_hub import try_to_load_from_cache
+
+    known = HUB_NAME.fullmatch(name)
+    found = [known and try_to_load_from_cache(name, file) for file in TOKENIZER_FILES]
+    return os.path.dirname(str(found[0])) if all(isinstance(file, str) for file in found) else None
 
 
 def local_model(name: str) -> str | None:
     """The folder that --model names, or None for a Hub name; InputError if it is neither, or not a whole model."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
     if os.path.isdir(name):
         check_whole_model(name, name)
         return name
-    hint = "no such folder; give a local folder or a Hub name such as org/model"
-    with explain(f"--model {name}", hint, HFValidationError):
-        if name.count("/") != 1:
-            raise HFValidationError
-        validate_repo_id(name)
+    if not HUB_NAME.fullmatch(name):
+        raise InputError(f"--model {name}: no such folder; give a local folder or a Hub name such as org/model")
     return None
 
 
@@ -2165,18 +2252,6 @@ def check_download(name: str, size: int) -> None:
         # Merged weights are as large as the base's, a GGUF in Q8_0 takes 8.5 of their 16 bits.
         later = f"merging will take {1.53 * size / 1e9:,.0f} GB more"
         print_field("download", f"{size / 1e9:,.1f} GB to {HF_HUB_CACHE} ({free / 1e9:,.0f} GB free; {later})")
-
-
-def cached_model(name: str) -> str | None:
-    """The folder of a Hub model in the local cache, or None."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.utils import HFValidationError
-
-    try:
-        found = [try_to_load_from_cache(name, file) for file in TOKENIZER_FILES]
-    except HFValidationError:  # not even a name; `local_model` explains it
-        return None
-    return os.path.dirname(str(found[0])) if all(isinstance(file, str) for file in found) else None
 
 
 def load_encoder(name: str, folder: str, format_name: str) -> Encoder:
@@ -2556,6 +2631,9 @@ def set_allocator(expandable: bool, max_split_size_mb: int) -> str:
 
 def choose_device(args: argparse.Namespace, world: World) -> torch.device:
     """This process's GPU with its memory capped, or the CPU, with one line for each flag that has no effect there."""
+    for way in ("FSDP", "DEEPSPEED"):  # they would shard the adapters too
+        if os.environ.get(f"ACCELERATE_USE_{way}", "false").lower() == "true":
+            raise InputError(f"accelerate: {way} is on; turn it off with `accelerate config`, or use torchrun")
     if world.size > 1:  # before anything else starts the process group with a shorter timeout
         accelerate.PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
     if not torch.cuda.is_available():
@@ -2778,10 +2856,6 @@ class Training(Trainer):
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(schedule.optimizer, rates)
         return self.lr_scheduler
 
-    def floating_point_ops(self, inputs):
-        """Skip a count that walks through all parameters for each batch and is wrong for LoRA."""
-        return 0
-
     def evaluation_loop(self, dataloader, description, *_, metric_key_prefix="eval", **__):
         """Mean loss of all trained tokens; Trainer's own is a mean of batch means."""
         self.model.eval()
@@ -2857,12 +2931,6 @@ class Checkpoints(TrainerCallback):
             return
         # Trainer would remember a best between two --save-steps, but keep the checkpoint of another step.
         control.should_save |= state.best_metric is None or metrics["eval_loss"] < state.best_metric
-        if evaluations_since_best(state.log_history) == RISING:
-            best = f"step {state.best_global_step} had the best held-out loss"
-            text = f"{best}, {RISING} evaluations ago: the data is being learned by heart. The adapter will be of that step"
-            merge = f"merge_lora.py --adapter {state.best_model_checkpoint}"
-            ended = state.global_step == state.max_steps
-            print_field("advice", text if ended else f"{text}; to end now, press Ctrl-C and merge it with {merge}")
         answers = generate_answers(self.trainer.model, self.trainer.processing_class, self.trainer.prompts)
         if state.is_world_process_zero:
             write_samples(self.output / "samples.md", self.name, f"Step {state.global_step}", answers)
@@ -2873,15 +2941,6 @@ class Checkpoints(TrainerCallback):
             complete_checkpoint(self.output / f"checkpoint-{state.global_step}")
             rotate = transformers.trainer_utils.rotate_checkpoints
             rotate(str(self.output), self.limit, state.best_model_checkpoint)
-
-
-RISING = 3  # evaluations without a better held-out loss: more than chance
-
-
-def evaluations_since_best(history: list[dict]) -> int:
-    """How many evaluations ago the held-out loss was best, in a Trainer's log history."""
-    losses = [log["eval_loss"] for log in history if "eval_loss" in log]
-    return len(losses) - 1 - int(np.argmin(losses))
 
 
 def restore_paging(optimizer) -> None:
@@ -2949,7 +3008,6 @@ def claim_output(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
     if used and overwrite and not ours:
         problem = "not created by this script; refusing to overwrite it"
         raise InputError(f"--output {folder}: {problem}; name another folder")
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115 - closed below
@@ -2963,11 +3021,9 @@ def claim_output(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # someone else has deleted the folder, or put a file into a new one
+            with contextlib.suppress(OSError):  # someone else has deleted the folder
                 if os.listdir(folder) == [".lock"]:
-                    (folder / ".lock").unlink()
-                    for path in new:
-                        path.rmdir()
+                    shutil.rmtree(folder)
 
 
 def clear_output(folder: Path) -> None:
@@ -3243,18 +3299,6 @@ def plot_losses(history: list[dict], results: dict[str, Any], tokens_per_step: f
     pyplot.close(figure)
 
 
-SNIPPET = """\
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-folder = "."  # this folder, or its name on the Hub
-model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-chat = [{"role": "user", "content": @question@}]
-inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-output = model.generate(**inputs, max_new_tokens=200)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
-
-
 def write_card(output: Path, args: argparse.Namespace, record: dict[str, Any]) -> None:
     """The adapter's README.md: a model card with what was done, measured and answered."""
     from huggingface_hub import ModelCardData
@@ -3273,14 +3317,12 @@ def write_card(output: Path, args: argparse.Namespace, record: dict[str, Any]) -
         lines += ["", f"**{one_line(prompt)}**"]
         for when, text in (("before", before.get(prompt, "(not asked)")), ("after", after[prompt])):
             lines += ["", f"*{when}*", "", *quote(text)]
-    question = json.dumps(one_line(next(iter(after), "Hello!")), ensure_ascii=False)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     folder = Path(output.name) if output.is_absolute() else output
     merge = shlex.join(["python3", "merge_lora.py", *merge_flags(folder, args.name)])
     train = shlex.join(["python3", "train_sft_dolores.py", *map(without_folder, training_flags(args))])
     lines += ["", "## Merge and run", "", "```bash", merge,
               f"ollama create {args.name} -f {merged_folder(args.name)}/Modelfile", f"ollama run {args.name}", "```", "",
-              "## Use it in Python", "", "```python", SNIPPET.replace("@question@", question), "```", "",
               "## Reproduce", "", "```bash", train, "```", "", f"Versions: {versions}", "",
               "The license of the base model applies to this adapter and to what is merged from it."]  # fmt: skip
     (output / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -138,14 +138,16 @@ LINE = re.compile(re.escape(FILE) + r"(:\d+)?: .+; .+")
 def check_reading():
     """The conversations of FILE, sound, or none where it is refused; all that is said about it fits on a line."""
 
-    def warn(file, line, kind, what):
-        assert file == FILE and line > 0 and kind and what.isprintable() and len(what) < 200, what
-
     try:
-        found = list(sft.read_conversations([FILE], READER, warn))
+        read = list(sft.read_conversations([FILE], READER))
     except sft.InputError as error:
         assert LINE.fullmatch(str(error)) and str(error).isprintable() and len(str(error)) < 400, str(error)
         return []
+    for finding in (finding for conversation in read for finding in conversation.findings):
+        assert finding.file == FILE and finding.line > 0 and finding.kind and len(finding.text) < 400, finding
+        assert finding.level == "note" or finding.text.isprintable()
+        assert finding.level != "error" or LINE.fullmatch(str(finding)), finding
+    found = [conversation for conversation in read if all(f.level != "error" for f in conversation.findings)]
     for conversation in found:
         roles = [turn.role for turn in conversation.turns]
         assert set(roles) <= set(sft.ROLES) and roles[-1] == "assistant"

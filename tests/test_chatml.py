@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -29,15 +28,16 @@ def write(file: str, content) -> str:
 
 
 def read(*files: str, input_format="chatml"):
-    """[[(role, content)]] of each conversation, and the warnings as [(line, kind, text)]."""
-    warned = []
-
-    def warn(file, *warning):
-        assert file in files
-        warned.append(warning)
-
-    found = sft.read_conversations(list(files), input_format, warn)
-    return [[(turn.role, turn.content) for turn in conversation.turns] for conversation in found], warned
+    """[[(role, content)]] of each conversation, and the warnings as [(line, kind, text)]; InputError for an error."""
+    conversations, warned = [], []
+    for conversation in sft.read_conversations(list(files), input_format):
+        for level, file, line, kind, text in conversation.findings:
+            assert file in files
+            if level == "error":
+                raise sft.InputError(f"{file}:{line}: {text}")
+            warned += [(line, kind, text)] if level == "warning" else []
+        conversations.append([(turn.role, turn.content) for turn in conversation.turns])
+    return conversations, warned
 
 
 def chatml(content):
@@ -130,8 +130,9 @@ def test_escapes():
 
 
 ATOMS = ["\n", "\n\n", "\\", "\\\\", " ", "<|user|>", "<|system|>", "<|im_start|>user", "<|im_end|>", "<|endoftext|>",
-         "<|eot_id|>", "<|oops|>", "<|", "|>", "{{ x }}", "é", "🙂", "\0", "\u202e", "\x85", "\u2028", "a"]  # fmt: skip
-contents = st.lists(st.sampled_from(ATOMS), min_size=1, max_size=12).map("".join).map(str.strip).filter(bool)
+         "<|eot_id|>", "<|oops|>", "<|", "|>", "{{ x }}", "é", "🙂", "\u202e", "\x85", "\u2028", "a"]  # fmt: skip
+contents = st.lists(st.sampled_from(ATOMS), min_size=1, max_size=12).map("".join).map(str.strip)
+contents = contents.filter(sft.VISIBLE.search).filter(lambda text: not sft.UNSEEN_BEFORE_TAG.search(text))
 chats = st.tuples(contents | st.none(), st.lists(st.tuples(contents, contents), min_size=1, max_size=3))
 
 
@@ -222,7 +223,7 @@ def test_a_file_without_read_permission(name, tmp_path, monkeypatch, capsys):
 U, A = "<|user|>\nq\n", "<|assistant|>\na\n"
 CHATML_ERRORS = [  # (text, place, a fact in the message)
     (OK.encode() + b"<|user|>\ncaf\xe9\n", "d.chatml:6", "0xe9"),
-    (OK.encode("utf-16"), "d.chatml:1", "0xff"),
+    (OK.encode("utf-16"), "d.chatml", "UTF-16"),
     (U.encode() + b"\xed\xa0\x80", "d.chatml:3", "0xed"),
     (U + "<|assitant|>\na\n", "d.chatml:3", "<|assistant|>"),
     (U + "<|Assistant|>\na\n", "d.chatml:3", "<|assistant|>"),
@@ -297,9 +298,12 @@ def test_all_errors_of_the_data_are_listed():
     places = [line.split(": ")[0] for line in lines]
     assert places[:5] == ["d:9", "d:11", "d:17", "d:26", "e:9"] and len(lines) == 6
     assert "5 errors" in lines[5] and "--skip-bad" in lines[5]
-    write("d", bad * 30)
+    write("d", "<|endoftext|>\n" + OK + "".join(bad.replace("usr", f"r{i}") for i in range(30)))
     lines = listed()
-    assert len(lines) == 21 and all(re.match(r"d:\d+: ", line) for line in lines[:20]) and "40 more" in lines[20]
+    assert len(lines) == 21 and all(re.match(r"d:\d+: ", line) for line in lines[:20]) and "11 more" in lines[20]
+    assert lines[0].endswith(" (30 times)") and "60 errors" in lines[20] and "--skip-bad" in lines[20]
+    write("d", bad)
+    assert len(listed()) == 2, "--skip-bad would leave nothing"
 
 
 def test_an_unknown_role_does_not_hide_the_next():
@@ -311,8 +315,8 @@ def test_skip_bad():
     write("d", OK + "<|endoftext|>\n<|user|>\nq\n<|assitant|>\na\n<|endoftext|>\n" + OK.replace("q", "r"))
     found, warned = survey("d", skip_bad=True)
     assert (found["conversations"], found["skipped"]) == (2, 1)
-    ((file, line, kind, text),) = warned
-    assert (file, line, kind) == ("d", 8, "skipped") and "<|assistant|>" in text
+    ((level, file, line, kind, text),) = warned
+    assert (level, file, line, kind) == ("warning", "d", 8, "skipped") and "<|assistant|>" in text
     write("d", A)
     assert_says(listed(skip_bad=True)[0], "d", "--skip-bad")
 
@@ -423,31 +427,16 @@ def test_a_separator_at_the_end_of_a_line():
     assert (line, kind) == (1, "end token")
 
 
-CODE = "<|assistant|>\nSo:\n```\n<|user|>\nq\n```\nThere.\n"
-
-
-def test_a_tag_in_a_code_block():
-    ((line, kind, text),) = warned(U + CODE + A)
-    assert (line, kind) == (6, "code block") and "line 3" in text and "<|user|>" in text
-    assert [w[:2] for w in warned(U + CODE.replace("user", "endoftext").replace("q\n```", U + A))] == [
-        (6, "code block")
-    ]
-    assert warned(U + CODE.replace("<|user|>", "\\<|user|>") + OK) == []
-    assert warned(U + "<|assistant|>\n```\na\n```\n" + U + "<|assistant|>\nWrite ``` to open it.\n" + OK) == []
-    im = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n```\n<|user|>\n<|im_end|>\n"
-    assert [w[1] for w in warned(im + OK)] == ["tag"], "here a tag cuts nothing"
-
-
 def surveyed(*files: str) -> list[tuple]:
     """[(file, line, kind)] of the warnings that the survey adds, apart from copies."""
     warnings = survey(*files, input_format="auto")[1]
-    return [tuple(warning[:3]) for warning in warnings if warning[2] != "duplicate"]
+    return [(w.file, w.line, w.kind) for w in warnings if w.kind != "duplicate"]
 
 
 def test_dialogues_that_nothing_separates():
     write("d", OK * 12)
-    ((_, _, _, text),) = survey("d", input_format="auto")[1]
-    assert text.startswith("12 exchanges are one conversation") and "<|endoftext|>" in text
+    (warning,) = survey("d", input_format="auto")[1]
+    assert warning.text.startswith("12 exchanges are one conversation") and "<|endoftext|>" in warning.text
     assert surveyed("d") == [("d", 1, "several exchanges")]
     assert surveyed(write("e", "\n" + OK * 2)) == [("e", 2, "several exchanges")]
     assert surveyed("d", "e") == [], "a file for each dialogue is a usual layout"
@@ -612,39 +601,20 @@ AUTO_ERRORS = [  # (name, content, place, facts)
     ("d.csv", "prompt,completion\nq,\n", "d.csv:2", ("empty assistant",)),
     ("d.csv", "prompt,completion\n", "d.csv", ("README",)),
     ("d.jsonl", '{"question": "q", "answer": "a"}', "d.jsonl:1", ("question, answer", "prompt")),
-    ("d.jsonl", json.dumps({**ALPACA, "history": [["q", "a"]]}), "d.jsonl:1", ("history", "messages")),
+    ("d.jsonl", json.dumps({**ALPACA, "history": [["q", "a"]]}), "d.jsonl:1", ("history",)),
     ("d.jsonl", json.dumps({**PROMPT, "prompt": None}), "d.jsonl:1", ("user",)),
     ("d.jsonl", json.dumps({**ALPACA, "input": 1}), "d.jsonl:1", ("user",)),
     ("d.txt", "Bonjour\n" + OK, "d.txt:1", ("<|user|>",)),
     ("d.parquet", b"PAR1 ...", "d.parquet", ("Parquet",)),
-    ("mes données.txt", "<|user|>\nÉté à la mer ?\n".encode("cp1252"), "mes données.txt:2",
-     ("Windows-1252", "iconv -f Windows-1252 -t UTF-8 'mes données.txt' > 'mes données.utf8.txt'")),
-    ("d.jsonl", row(("user", "é"), QA[1]).encode("utf-16"), "d.jsonl:1", ("UTF-16", "iconv -f UTF-16 -t UTF-8 d.jsonl > d.utf8.jsonl")),
-    ("d.chatml", OK.encode("utf-16-le"), "d.chatml:1", ("iconv -f UTF-16LE -t UTF-8 d.chatml > d.utf8.chatml",)),
-    ("d.chatml", OK.encode("utf-16-be"), "d.chatml:1", ("iconv -f UTF-16BE -t UTF-8",)),
-    ("d.chatml", OK.encode("utf-32"), "d.chatml:1", ("iconv -f UTF-32 -t UTF-8",)),
-    ("d.csv", "prompt;completion\nça;a\n".encode("cp1252"), "d.csv:2", ("Windows-1252",)),
+    ("mes données.txt", "<|user|>\nÉté à la mer ?\n".encode("cp1252"), "mes données.txt:2", ("0xc9", "UTF-8")),
+    ("d.jsonl", row(("user", "é"), QA[1]).encode("utf-16"), "d.jsonl", ("UTF-16",)),
+    ("d.chatml", OK.encode("utf-16-le"), "d.chatml:1", ("NUL", "UTF-8")),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, content, place, facts", AUTO_ERRORS)
 def test_errors_of_detected_formats(name, content, place, facts):
     assert_says(error_of(read, write(name, content), input_format="auto"), place, *facts)
-
-
-def test_the_proposed_iconv_command_works():
-    for name, encoding in (("a b.txt", "cp1252"), ("c.txt", "utf-16"), ("d.txt", "utf-16-le"), ("e.txt", "utf-32")):
-        text = OK.replace("q", "« Où ? » – l’été…")
-        error = error_of(read, write(name, text.encode(encoding)), input_format="auto")
-        subprocess.run(re.search(r"iconv .*", error)[0], shell=True, check=True)
-        assert Path(name.replace(".txt", ".utf8.txt")).read_text(encoding="utf-8").removeprefix("\ufeff") == text
-
-
-def test_damaged_utf8_is_not_called_another_encoding():
-    """Converting the whole file would destroy the characters that are right."""
-    error = error_of(read, write("d", OK.replace("q", "été à").encode() + b"<|user|>\n\xe9"), input_format="auto")
-    assert_says(error, "d:6", "0xe9")
-    assert "iconv" not in error
 
 
 def test_the_flag_overrides():
@@ -668,8 +638,6 @@ def test_a_folder_means_its_data_files():
 
 def test_hostile_contents_are_unchanged():
     for hostile in (
-        "\0",
-        "x\0\0y",
         "\u202e\u2066abc\u2069",
         "\x1b[31m",
         "a\x0b\x0cb",
@@ -683,7 +651,7 @@ def test_hostile_contents_are_unchanged():
 
 HOSTILE = {
     "a long line": lambda n: "x" * n,
-    "a long line of blanks": lambda n: "a" + " " * n + "b",
+    "a long line of blanks": lambda n: ("a" + " " * 999_999) * (n // 1_000_000) + "b",
     "empty lines": lambda n: "a" + "\n" * (n // 10) + "b",
     "backslashes": lambda n: "\\" * n,
     "tags that do not close": lambda n: "x" + "<|im_end" * (n // 8) + "<|" * (n // 2),

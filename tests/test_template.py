@@ -49,7 +49,7 @@ MESSAGES = [
 def training_ids(encode: sft.Encoder, messages: list[dict]) -> list[int]:
     """What training makes of these messages, read as it reads all data."""
     turns = [sft.Turn(message["role"], message["content"], 1) for message in messages]
-    conversation = sft.build_conversation(turns, "d.chatml", lambda *_: None)
+    conversation = sft.check_conversation("d.chatml", turns, [])
     return encode([conversation.turns])[0].input_ids.tolist()
 
 

@@ -154,13 +154,6 @@ def test_the_command_in_the_card_is_the_run(trained):
     assert repeated["model"] == Path(written["model"]).name
 
 
-def test_the_python_in_the_card_runs(trained):
-    (code,) = re.findall(r"```python\n(.*?)```", (trained / "out/README.md").read_text(), re.S)
-    command = [sys.executable, "-c", code.replace("200", "3")]
-    done = subprocess.run(command, cwd=trained / "out", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_headings_in_an_answer_stay_in_its_quotation(tmp_path):
     sft.write_samples(tmp_path / "s.md", "cook", "Before training", {"# a\n\nb": "## c\n\n```\nd"})
     lines = (tmp_path / "s.md").read_text().splitlines()
