@@ -381,7 +381,7 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
     print_plan(plan)
     report = plan.counts | {"findings": [finding._asdict() for finding in plan.findings], "advice": plan.advice}
     if plan.base:
-        report["memory_gib"] = print_memory(plan, capacity=24, device="a 24 GiB GPU")
+        report["memory_gib"] = print_memory(plan)
         print_time(plan)
         print_rows(plan.train_rows, args.preview, plan.base.encode.tokenizer)
         if not args.preview and world.size == 1:  # a launcher's command is not known here
@@ -2029,19 +2029,26 @@ def optimizer_bytes(optim: str) -> int:
     return 2 if "8bit" in optim else 8
 
 
-def print_memory(plan: Plan, capacity: float, device: str) -> dict[str, float]:
-    """Print and return what a step needs of a device of `capacity` GiB."""
+GPUS = (12, 16, 24)  # GiB
+
+
+def print_memory(plan: Plan, capacity: float | None = None, device: str = "") -> dict[str, float]:
+    """Print and return what a step needs of a device of `capacity` GiB, or of common GPUs."""
     if not layer_weights(plan.base.config):
         return {}
     args, parts = plan.args, memory_plan(plan)
-    need, limit = sum(parts.values()), capacity * args.torch_memory_fraction
-    rows = f"rows of {args.max_length:,} x {args.train_batch_size}"
-    verdict = (
-        f"enough for {rows}"
-        if need <= limit
-        else f"too little for {rows}; try {' '.join(saving_flags(args, checkpointed=True))}"
-    )
-    print_field("memory", f"{need:.1f} of {limit:.1f} GiB ({args.torch_memory_fraction:.0%} of {device}): {verdict}")
+    need, share = sum(parts.values()), args.torch_memory_fraction
+    rows, limit = f"rows of {args.max_length:,} x {args.train_batch_size}", (capacity or GPUS[-1]) * share
+    fix = f"; try {' '.join(saving_flags(args, checkpointed=True))}" if need > limit else ""
+    if capacity:
+        verdict = f"of {limit:.1f} GiB ({share:.0%} of {device}): {'too little' if fix else 'enough'} for {rows}"
+    else:
+        on = ", ".join(f"{'enough' if need <= gpu * share else 'too little'} on {gpu}" for gpu in GPUS)
+        verdict = f"GiB for {rows}, not measured: {on} GiB"
+        without = plan._replace(args=argparse.Namespace(**vars(args) | {"bnb_nf4": False}))
+        if args.bnb_nf4 and args.bf16 and (larger := sum(memory_plan(without).values())) <= limit:
+            verdict += f"; with --no-bnb-nf4 {larger:.1f} GiB and faster"
+    print_field("memory", f"{need:.1f} {verdict}{fix}")
     return parts | {"total": need, "limit": limit}
 
 
@@ -2980,7 +2987,9 @@ def restore_paging(optimizer) -> None:
             state[name] = optimizer.get_state_buffer(parameter, dtype=state[name].dtype).copy_(state[name])
 
 
-OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED|DefaultCPUAllocator", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(
+    "out of memory|ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|DefaultCPUAllocator", re.IGNORECASE
+)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -32,7 +32,8 @@ def loaded(name: str, precision: str):
     args = arguments("--model", families.family(name), *PRECISIONS[precision])
     base = sft.find_base(args, args.model)
     torch.manual_seed(0)
-    model = sft.add_lora(sft.load_base(args, base.folder, torch.device("cpu")), args, base.targets, None)
+    targets = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"]
+    model = sft.add_lora(sft.load_base(args, base.folder, torch.device("cpu")), args, targets, None)
     model.forward = torch.autocast("cpu", torch.bfloat16, enabled=args.bf16)(model.forward)
     return model, OneRow(base.config["vocab_size"])
 
