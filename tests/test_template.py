@@ -8,7 +8,7 @@ import parts
 import pytest
 import torch
 from families import TRAINABLE, family, template
-from runs import assert_says, error_of
+from runs import arguments, assert_says, error_of
 from transformers import AutoModelForCausalLM
 
 import train_sft_dolores as sft
@@ -23,8 +23,8 @@ class Setup:
     def __init__(self, base: str, name: str):
         sft.load_libraries()
         self.folder = str({"llama31": parts.tiny_llama31, "smollm2": parts.smollm2}[base]())
-        self.encode = sft.load_encoder(self.folder, self.folder, name)
-        self.tokenizer = sft.load_tokenizer(self.folder, self.folder, self.encode)
+        base = sft.find_base(arguments("--model", self.folder, "--chat-format", name), self.folder)
+        self.encode, self.tokenizer = base.encode, sft.load_tokenizer(self.folder, base)
 
     def ids(self, messages, **options) -> list[int]:
         options = {"tokenize": True, "return_dict": True, **options}
@@ -49,7 +49,7 @@ MESSAGES = [
 def training_ids(encode: sft.Encoder, messages: list[dict]) -> list[int]:
     """What training makes of these messages, read as it reads all data."""
     turns = [sft.Turn(message["role"], message["content"], 1) for message in messages]
-    conversation = sft.check_conversation("d.chatml", turns, [])
+    conversation = sft.check_conversation("d.chatml", turns)
     return encode([conversation.turns])[0].input_ids.tolist()
 
 
@@ -88,7 +88,7 @@ def test_the_template_renders_what_ollama_rendered(case):
 def test_answers_are_greedy_with_llama31s_own_settings(capfd):
     """Its generation_config samples: two seeds, one answer, no random number drawn, nothing printed."""
     setup = Setup("llama31", "dolores")
-    model = AutoModelForCausalLM.from_pretrained(setup.folder, attn_implementation=sft.packed_attention())
+    model = AutoModelForCausalLM.from_pretrained(setup.folder, attn_implementation="sdpa")
     settings = model.generation_config
     assert settings.do_sample and settings.temperature == 0.6 and settings.top_p == 0.9
     ids = setup.ids([{"role": "user", "content": "Qui es-tu ?"}], add_generation_prompt=True)
