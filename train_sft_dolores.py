@@ -1100,8 +1100,8 @@ def read_rows(file: str, kind: str) -> Iterator[list[Turn | Finding]]:
                 said += [Finding("note", file, row, "message", name) for name in unread]
                 if found := TAG.search(turn.content):
                     said.append(Finding("warning", file, row, *describe_tag(found[0], by_row=True)))
-                if turn not in said or turn.role != "system":  # it may stand in a column and in a message
-                    said.append(turn)
+                if turn.role != "system" or [other for other in said if isinstance(other, Turn)] != [turn]:
+                    said.append(turn)  # a system turn in a column and in the first message is one
         except InputError as error:
             said = [mistake(file, row, str(error))]
         yield said

@@ -615,6 +615,7 @@ LAYOUTS = {
     "prompt of messages": ({"prompt": OPENAI[:2], "completion": OPENAI[2:]}, SQA),
     "prompt with system": ({**PROMPT, "system": "S"}, SQA),
     "system twice": ({"messages": OPENAI, "system": " S"}, SQA),
+    "system again": ({"messages": [*OPENAI, *OPENAI]}, SQA * 2),
     "developer": ({"messages": [{"role": "developer", "content": "S"}, *OPENAI[1:]]}, SQA),
     "Alpaca": (ALPACA, QA),
     "Alpaca with input": ({**ALPACA, "input": "r"}, [("user", "q\n\nr"), QA[1]]),

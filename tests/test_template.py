@@ -23,8 +23,8 @@ class Setup:
     def __init__(self, base: str, name: str):
         sft.load_libraries()
         self.folder = str({"llama31": parts.tiny_llama31, "smollm2": parts.smollm2}[base]())
-        base = sft.find_base(arguments("--model", self.folder, "--chat-format", name), self.folder)
-        self.encode, self.tokenizer = base.encode, sft.load_tokenizer(self.folder, base)
+        self.encode = sft.load_encoder(self.folder, self.folder, name)
+        self.tokenizer = sft.load_tokenizer(self.folder, self.folder, self.encode)
 
     def ids(self, messages, **options) -> list[int]:
         options = {"tokenize": True, "return_dict": True, **options}
@@ -151,6 +151,25 @@ def test_base_format_gives_the_ids_of_the_bases_own_template(name):
         assert tokenizer.decode(trained).startswith(tokenizer.decode(theirs))
         end = encode.special_ids[encode.chat.eos_token]
         assert trained.count(end) == theirs.count(end) + 1 and end in trained[-2:]
+
+
+LATE = [{"role": role, "content": role} for role in (SYSTEM, USER, ASSISTANT, SYSTEM, USER, SYSTEM, ASSISTANT)]
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_a_system_turn_in_mid_chat(name, tmp_path, monkeypatch):
+    """Either training sees what the base's own template writes, or the conversation is refused."""
+    encode, tokenizer = base_encoder(name)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    file, args = tmp_path / "d.jsonl", arguments("--max-length", 512)
+    file.write_text(json.dumps({"messages": LATE}))
+    assert encode.late_system == (name in ("qwen2", "qwen3", "phi3", "phi4"))
+    if not encode.late_system:
+        assert_says(error_of(sft.read_data, {str(file): ""}, args, encode), f"{file}:1", "--chat-format")
+        return
+    ids = sft.read_data({str(file): ""}, args, encode)[2][0]["input_ids"]
+    theirs = tokenizer.apply_chat_template(LATE[:-1], add_generation_prompt=True).input_ids
+    assert tokenizer.decode(ids).startswith(tokenizer.decode(theirs))
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
