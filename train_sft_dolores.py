@@ -93,6 +93,19 @@ def first_line(error: Exception) -> str:
     return f"no {error} in it" if isinstance(error, KeyError) else str(error).strip().split("\n")[0].rstrip(".")
 
 
+@contextlib.contextmanager
+def any_terminal() -> Iterator[None]:
+    """Print as escapes what the terminal's encoding lacks, and end quietly where nobody reads on (`| head`)."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its exit
+        sys.exit(128 + signal.SIGPIPE)
+
+
 def check_name(name: str) -> None:
     """InputError for a file name whose bytes are not UTF-8: no JSON file can hold it."""
     if re.search("[\ud800-\udfff]", name):
@@ -316,6 +329,7 @@ class Plan(NamedTuple):
     advised: Sequence[str] = ()  # the flags that the advice names
 
 
+@any_terminal()
 def main() -> None:
     """Look at the data, or train. An error that the user can fix ends in one line and exit status 2."""
     if np is None:
@@ -325,6 +339,8 @@ def main() -> None:
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process prints for all
     try:
+        for name in (os.getcwd(), *sys.argv[1:]):
+            check_name(name)
         if args.init_adapter:
             args = inherit_lora(args)
         dry_run(args, world) if args.dry_run else train(args, world)
@@ -359,7 +375,7 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
     """Show the data, the memory that a step needs, and what is trained on; torch is not imported."""
     Stop(world)
     if args.json:
-        check_writable(args.json)
+        check_report(args.json)
     folder = model_on_disk(args.model)
     plan = make_plan(args, world, find_base(args, folder) if folder else None)
     print_plan(plan)
@@ -388,6 +404,7 @@ def train(args: argparse.Namespace, world: World) -> None:
         base = find_base(args, *resolve_model(args.model))
         headers = read_headers(args.model, base.folder)
         plan = make_plan(args, world, base)
+        check_apart(args.output, [*plan.files, args.model, args.sample_prompts, args.init_adapter])
         print_plan(plan)
         device = start_torch(args, world)
         targets = check_weights(args.model, base.folder, headers, args.lora_target_modules)
@@ -401,7 +418,7 @@ def train(args: argparse.Namespace, world: World) -> None:
         if args.resume and not world.rank:
             checkpoint = resume_point(args.output, record, args.force_resume)
         model = load_model(plan, targets, device)
-        trainer = make_trainer(plan, model, load_tokenizer(args.model, base), stop)
+        trainer = make_trainer(plan, model, load_tokenizer(args.model, base.folder, base.encode), stop)
         fit(plan, trainer, record, checkpoint)
         if not world.rank:
             finish(plan, trainer, record)
@@ -671,6 +688,19 @@ def base_format(vocabulary: Vocabulary) -> ChatFormat:
     return chat
 
 
+def takes_late_system(chat: ChatFormat, vocabulary: Vocabulary) -> bool:
+    """Whether the base's own template writes a system turn in mid-chat as the format does."""
+    from jinja2 import TemplateError
+
+    roles = ("system", "user", "assistant", "system", "user", "system")
+    messages = [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
+    templates = (vocabulary.chat_template or "", chat_template(chat))
+    with contextlib.suppress(TemplateError, TypeError):
+        theirs, ours = (chat_renderer(template, vocabulary)(messages) for template in templates)
+        return theirs == ours
+    return False
+
+
 def derive_format(render: Callable, vocabulary: Vocabulary) -> tuple[ChatFormat, bool]:
     """A format from the texts that a template puts around turns, and whether the template takes a system turn."""
     from jinja2 import TemplateError
@@ -765,11 +795,9 @@ class Turn(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """Something to say about the data. With an error a conversation is not trained on."""
+    """Something to say about the data. A conversation with an error is not trained on."""
 
-    level: (
-        str  # error, warning, or note: a column (kind "row") or key (kind "message") that is not read, its name as text
-    )
+    level: str  # error, warning, or note: `text` is the name of a column (kind row) or key (message) that is not read
     file: str
     line: int  # 0: `text` names the place
     kind: str
@@ -804,8 +832,6 @@ UNSEEN = (
 )
 VISIBLE = re.compile(rf"[^\s{UNSEEN}]")
 UNSEEN_BEFORE_TAG = re.compile(rf"[{UNSEEN}](?<![^\n].)[{UNSEEN}]*(?=<\|)")  # the BOM of a joined file
-# Ten million blanks in a row make Llama 3.1's tokenizer panic. The look-behind keeps the search linear.
-BLANKS = re.compile(r"(?<![^\S\r\n])[^\S\r\n]{1000000}")
 ROW_FILES = {".json": "JSON", ".jsonl": "JSON", ".ndjson": "JSON", ".csv": "CSV", ".tsv": "CSV", ".parquet": "Parquet"}
 CONTEXT = "assistant:context"  # an answer that is not trained
 ROLE_NAMES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", CONTEXT: "assistant"}
@@ -826,16 +852,15 @@ FLAGS = ("weight", "train", "training", "trainable", "loss")  # false or 0: this
 TEXT_PARTS = ("text", "input_text", "output_text")  # the last two are those of OpenAI's Responses
 NOT_SPACE = re.compile(r"[^\s\ufeff]")
 QUOTED = re.compile(r'^"((?:[^"]|"")*)"$')
-# The first bytes of files that cannot be read here: what to do, and what they are.
+# The first bytes of files that hold no text of ours: what to do, and what they are.
 NOT_DATA = {
-    "unpack it first": {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd",
-                        b"7z\xbc\xaf": "7-Zip", b"Rar!": "RAR"},
+    "unpack it first": {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"7z\xbc\xaf": "7-Zip"},
     "unpack it, or open it and save its text as UTF-8": {b"PK\3\4": "a zip archive or an Office document"},
-    "open it and save its text as UTF-8": {b"\xd0\xcf\x11\xe0": "an old Office document", b"{\\rtf": "RTF", b"%PDF": "a PDF",
-                                           b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"},
-    "write its rows as JSON lines, CSV or Parquet": {b"SQLite format 3": "an SQLite database", b"ARROW1": "an Arrow file",
+    "open it and save its text as UTF-8": {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"{\\rtf": "RTF", b"%PDF": "a PDF",
+                                           b"\xd0\xcf\x11\xe0": "an old Office document"},
+    "write its rows as JSON lines, CSV or Parquet": {b"SQLite format": "an SQLite database", b"ARROW1": "an Arrow file",
                                                      b"\xff\xff\xff\xff": "an Arrow stream", b"<?xml": "XML"},
-    "download the file itself": {b"<!doctype html": "HTML", b"<html": "HTML", b"version https://git-lfs": "a Git LFS pointer"},
+    "download the file itself": {b"<!doctype": "HTML", b"<html": "HTML", b"version https://git-lfs": "a Git LFS pointer"},
 }  # fmt: skip
 
 
@@ -885,9 +910,9 @@ def read_conversations(files: Iterable[str], input_format: str) -> Iterator[Conv
     """
     for file in files:
         found, kind = False, detect_format(file, input_format)
-        for turns, findings in read_chatml(file) if kind == "chatml" else read_rows(file, kind):
+        for said in read_chatml(file) if kind == "chatml" else read_rows(file, kind):
             found = True
-            yield check_conversation(file, turns, findings)
+            yield check_conversation(file, said)
         if not found:
             raise InputError(f"{file}: no conversation in it; see the README on the data format")
 
@@ -919,43 +944,41 @@ def detect_format(file: str, input_format: str = "auto") -> str:
     return by_name or "JSON" if input_format == "messages" and kind == "chatml" else kind
 
 
-def read_chatml(file: str) -> Iterator[tuple[list[Turn], list[Finding]]]:
+def read_chatml(file: str) -> Iterator[list[Turn | Finding]]:
     """Yield the turns of each conversation of a file in either dialect, and what there is to say about them.
 
     Role tags at the start of a line (`<|user|>`, content on the same line or the next ones), or
     `<|im_start|>user` … `<|im_end|>`. A backslash before a tag makes it text. A conversation starts at the
     file's start, at a system turn or at a line `<|endoftext|>`.
     """
-    turns: list[Turn] = []
-    findings: list[Finding] = []
+    said: list[Turn | Finding] = []
     opened = 0  # the line of the turn before, if it needs <|im_end|>
     for line, tag, text in split_at_tags(file):
         im, opened = opened, 0
         if im and tag:
-            findings.append(mistake(file, im, NOT_CLOSED))
+            said.append(mistake(file, im, NOT_CLOSED))
         name, escaped = tag, ESCAPED_TAG
         if tag == "im_start":
             opened, escaped = line, ESCAPED_IM_START
             name, newline, text = text.partition("\n")
             name, text = name.strip(), newline + text.replace("\\<|im_end|>", "<|im_end|>")
         role = ROLE_NAMES.get(name or "")
-        if (turns or findings) and (role == "system" or tag == "endoftext"):
-            yield turns, findings
-            turns, findings = [], []
+        if said and (role == "system" or tag == "endoftext"):
+            yield said
+            said = []
         if role:
             content, warnings = unescape_tags(file, line, text, escaped)
-            turns.append(Turn(role, content.strip(), line, name != CONTEXT))
-            findings += warnings
+            said += [Turn(role, content.strip(), line, name != CONTEXT), *warnings]
         elif tag == "endoftext":
-            findings += stray_text(file, line, text, "after <|endoftext|>; put the separator alone on its line")
+            said += stray_text(file, line, text, "after <|endoftext|>; put the separator alone on its line")
         elif tag:
-            findings.append(mistake(file, line, unknown_role(name, is_tag=not opened)))
+            said.append(mistake(file, line, unknown_role(name, is_tag=not opened)))
         else:
-            findings += stray_text(file, line, text, "after <|im_end|>; put it inside a turn" if im else None)
+            said += stray_text(file, line, text, "after <|im_end|>; put it inside a turn" if im else None)
     if opened:
-        findings.append(mistake(file, opened, NOT_CLOSED))
-    if turns or findings:
-        yield turns, findings
+        said.append(mistake(file, opened, NOT_CLOSED))
+    if said:
+        yield said
 
 
 def split_at_tags(file: str) -> Iterator[tuple[int, str | None, str]]:
@@ -985,15 +1008,12 @@ def read_blocks(file: str) -> Iterator[tuple[int, str]]:
     with open(file, "rb") as source, bar:
         while raw := source.read(1 << 20) + source.readline():
             bar.update(len(raw))
-            bad = None
+            bad, problem = raw.find(0), "a NUL character (U+0000); delete it, or save the file as UTF-8"
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 bad, problem = error.start, f"not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
-            else:
-                if "\0" in text:
-                    bad, problem = raw.index(0), "a NUL character (U+0000); delete it, or save the file as UTF-8"
-            if bad is not None:
+            if bad >= 0:
                 number += raw.count(b"\n", 0, bad)
                 raise InputError(f"{file}:{number}: {problem}")
             if "\r" in text:  # the test is much faster
@@ -1066,40 +1086,34 @@ def describe_tag(tag: str, by_row: bool = False) -> tuple[str, str]:
     return "tag", f"{shown} inside a turn is text, not a tag"
 
 
-def read_rows(file: str, kind: str) -> Iterator[tuple[list[Turn], list[Finding]]]:
-    """Yield the turns of each row of JSON, CSV or Parquet, and what there is to say about them."""
+def read_rows(file: str, kind: str) -> Iterator[list[Turn | Finding]]:
+    """Yield the turns of each row of JSON, CSV or Parquet, and what there is to say about them; of errors the first."""
     for row, record in {"JSON": read_json_rows, "CSV": read_csv, "Parquet": read_parquet}[kind](file):
-        if isinstance(record, Finding):
-            yield [], [record]
-            continue
-        turns: list[Turn] = []
-        findings: list[Finding] = []
-        messages: list = []
+        said: list[Turn | Finding] = []
         try:
+            if isinstance(record, InputError):
+                raise record
             messages, unread = row_messages(record)
-            findings += [Finding("note", file, row, "row", name) for name in unread]
-        except InputError as error:
-            findings.append(mistake(file, row, str(error)))
-        for message in messages:
-            try:
+            said += [Finding("note", file, row, "row", name) for name in unread]
+            for message in messages:
                 turn, unread = message_turn(message, row)
-            except InputError as error:
-                findings.append(mistake(file, row, str(error)))
-                continue
-            turns.append(turn)
-            findings += [Finding("note", file, row, "message", name) for name in unread]
-            if found := TAG.search(turn.content):
-                findings.append(Finding("warning", file, row, *describe_tag(found[0], by_row=True)))
-        twice = len(turns) > 1 and turns[0][:2] == turns[1][:2]  # the system turn: as a column and as a message
-        yield turns[1:] if twice and turns[0].role == "system" else turns, findings
+                said += [Finding("note", file, row, "message", name) for name in unread]
+                if found := TAG.search(turn.content):
+                    said.append(Finding("warning", file, row, *describe_tag(found[0], by_row=True)))
+                if turn not in said or turn.role != "system":  # it may stand in a column and in a message
+                    said.append(turn)
+        except InputError as error:
+            said = [mistake(file, row, str(error))]
+        yield said
 
 
 def given(record: dict[str, Any]) -> dict[str, Any]:
-    """What a row or message holds; InputError, without a place, where a name in it may change what is to be trained."""
+    """What a row or message holds; InputError, without a place, where a name in it decides what may be trained."""
     fields = {name: value for name, value in record.items() if value not in (None, "", [], {})}
     if refused := [name for name in fields if name.lower() in REFUSED]:
-        fix = "keep what is to be trained, then delete it"
-        raise InputError(f"{refused[0]!r} is not read, and may change what is to be trained; {fix}")
+        raise InputError(
+            f"{refused[0]!r} is not read, but decides what may be trained; choose the rows, then delete it"
+        )
     return fields
 
 
@@ -1115,13 +1129,12 @@ def row_messages(record: Any) -> tuple[list, list[str]]:
     columns = layout(fields) or layout(row)
     if columns[:1] == ("instruction",) and "input" in fields:
         columns = (*(name for name in ("instruction", "input") if name in fields), "output")
+    messages = []
+    for name in columns:
+        role = "assistant" if name in ("completion", "output") else "user"
+        messages += row[name] if isinstance(row[name], list) else [{"role": role, "content": row[name]}]
     if len(columns) == 1:
         messages = row[columns[0]]
-    else:
-        messages = []
-        for name in columns:
-            role = "assistant" if name in ("completion", "output") else "user"
-            messages += row[name] if isinstance(row[name], list) else [{"role": role, "content": row[name]}]
     if not (messages and isinstance(messages, list)):
         problem = f"no messages in {' and '.join(columns)}" if columns else f"no {WANTED}"
         if fields and not columns:
@@ -1141,10 +1154,8 @@ def message_turn(message: Any, row: int) -> tuple[Turn, list[str]]:
     who, what = "role" if "role" in fields else "from", "content" if "content" in fields else "value"
     name, content = fields.get(who), fields.get(what, "")
     role = ROLE_NAMES.get(SHAREGPT.get(name, name)) if isinstance(name, str) else None
-    if fields.keys() & {"tool_calls", "function_call"}:
-        raise InputError(NO_TOOLS)
-    if not role:
-        raise InputError(unknown_role(name))
+    if not role or fields.keys() & {"tool_calls", "function_call"}:
+        raise InputError(NO_TOOLS if role else unknown_role(name))
     flags = [flag for flag in FLAGS if flag in fields and role == "assistant"]
     unread = [key for key in fields if key not in (who, what, *flags)]
     if isinstance(content, list):
@@ -1152,26 +1163,22 @@ def message_turn(message: Any, row: int) -> tuple[Turn, list[str]]:
         unread += [key for part in parts for key in given(part) if key not in ("type", "text")]
         texts = [part["text"] for part in parts if part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str)]
         content = "".join(texts) if len(texts) == len(parts) else None
-    problem = ""
     if not isinstance(content, str):
-        problem = f"the content of a {role} message is neither a text nor a list of {{'type': 'text', 'text': …}}"
-        problem += "; only text can be trained on"
-    elif not content and not message.keys() & {"content", "value"}:
-        problem = f"no 'content' in a {role} message of {shorten(', '.join(message))}; write its text there"
-    elif broken := re.search("[\0\ud800-\udfff]", content):
-        problem = f"{escape_controls(broken[0])} in a {role} message, a NUL or a lone surrogate; delete it"
-    elif strange := [flag for flag in flags if fields[flag] not in (0, 1)]:
-        fix = "write 1 for a trained answer, 0 for one that is only context"
-        problem = f"unknown {strange[0]} {shorten(fields[strange[0]])}; {fix}"
-    if problem:
-        raise InputError(problem)
+        problem = f"the content of a {role} message is neither text nor a list of {{'type': 'text', 'text': …}}"
+        raise InputError(f"{problem}; only text can be trained on")
+    if not message.keys() & {"content", "value"}:
+        raise InputError(f"no 'content' in a {role} message of {shorten(', '.join(message))}; write its text there")
+    if broken := re.search("[\0\ud800-\udfff]", content):
+        raise InputError(f"a NUL or lone surrogate ({escape_controls(broken[0])}) in a {role} message; delete it")
+    if strange := [f"{flag} {shorten(fields[flag])}" for flag in flags if fields[flag] not in (0, 1)]:
+        raise InputError(f"unknown {strange[0]}; write 1 for a trained answer, 0 for one that is only context")
     return Turn(role, content.strip(), row, name != CONTEXT and all(fields[flag] for flag in flags)), unread
 
 
 def read_json_rows(file: str) -> Iterator[tuple[int, Any]]:
     """Yield (line, record) of JSON lines or of objects over several lines, (row, record) of a JSON list.
 
-    The record of a line that is not JSON is a Finding.
+    The record of a line that is not JSON is an InputError without a place.
     """
     lines, decode = read_lines(file), json.JSONDecoder().raw_decode
     number, text = next(((number, line) for number, line in lines if line.strip()), (1, "[]"))
@@ -1193,7 +1200,7 @@ def read_json_rows(file: str) -> Iterator[tuple[int, Any]]:
                 problem += "; write one object per line, or one list"
                 if not by_line:
                     raise InputError(f"{file}:{line}: {problem}") from None
-                yield line, mistake(file, line, problem)
+                yield line, InputError(problem)
                 break
             yield from enumerate(record, 1) if isinstance(record, list) and not by_line else [(line, record)]
             line += text.count("\n", begin, at)
@@ -1202,7 +1209,7 @@ def read_json_rows(file: str) -> Iterator[tuple[int, Any]]:
 def read_csv(file: str) -> Iterator[tuple[int, Any]]:
     """Yield (line, record) of a CSV file with a header; the delimiter is a comma, semicolon or tab.
 
-    The record of a line with too many or too few fields is a Finding.
+    The record of a line with too many or too few fields is an InputError without a place.
     """
     lines = read_lines(file)
     above, header = next(lines)
@@ -1227,7 +1234,7 @@ def read_csv(file: str) -> Iterator[tuple[int, Any]]:
         for values in reader:
             if len(values) != len(names) and values:
                 problem = f"{len(values)} fields where the first line has {len(names)}"
-                yield row, mistake(file, row, f"{problem}; put quotes around texts that contain the delimiter")
+                yield row, InputError(f"{problem}; put quotes around texts that contain the delimiter")
             elif any(values):  # Excel may write empty rows below the last one
                 if plain:
                     values = [QUOTED.sub(lambda found: found[1].replace('""', '"'), value) for value in values]
@@ -1250,42 +1257,42 @@ def read_parquet(file: str) -> Iterator[tuple[int, dict]]:
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
-def check_conversation(file: str, turns: list[Turn], findings: list[Finding]) -> Conversation:
+def check_conversation(file: str, said: list[Turn | Finding]) -> Conversation:
     """Join neighboring turns of one role as Ollama does, and say what is wrong or left out."""
-    line = (turns or findings)[0].line
-    said, wrong = [turn for turn in turns if VISIBLE.search(turn.content)], []
+    findings = [part for part in said if isinstance(part, Finding)]
+    every = [part for part in said if isinstance(part, Turn)]
+    turns, line = [turn for turn in every if VISIBLE.search(turn.content)], said[0].line
     if any(finding.level == "error" for finding in findings):  # what it hides would only look like another one
-        return Conversation(said, file, line, findings)
-    for turn in turns:
-        if not VISIBLE.search(turn.content) and turn.role == "system":
-            findings.append(Finding("warning", file, turn.line, "empty system", "an empty system turn is ignored"))
-        elif not VISIBLE.search(turn.content):
-            wrong.append((turn.line, f"empty {turn.role} turn; fill it or delete it"))
-        elif BLANKS.search(turn.content):
-            wrong.append((turn.line, "a million spaces or tabs in a row; delete them"))
-        elif turn.content.endswith(("</s>", "<end_of_turn>", "<eos>")):  # TAG has found those with bars
-            end = turn.content[turn.content.rindex("<") :]
-            findings.append(Finding("warning", file, turn.line, *describe_tag(end)))
-    answers = [turn for turn in said if turn.role == "assistant"]
-    mixed = [b for a, b in pairwise(said) if a.role == b.role and a.trained != b.trained]
-    if not wrong:
-        if not answers:
-            wrong = [(line, "a conversation without an assistant turn; add an answer or delete it")]
-        elif next(turn.role for turn in said if turn.role != "system") == "assistant":
-            wrong = [(answers[0].line, "the assistant speaks first; put a user turn before it")]
-        elif not any(turn.trained for turn in answers):
-            wrong = [(line, "every answer is only context; let one be trained, or delete the conversation")]
-        elif mixed:
-            problem = "neighboring answers, one trained and one only context"
-            wrong = [(mixed[0].line, f"{problem}; mark both alike or join them")]
-    findings += [mistake(file, *place_and_text) for place_and_text in wrong]
-    joined = join_neighbors(said)
-    if not wrong and joined[-1].role != "assistant":
-        unanswered = f"the last {joined[-1].role} turn has no answer and is ignored"
-        findings.append(Finding("warning", file, joined[-1].line, "no answer", unanswered))
-        while joined[-1].role != "assistant":
-            joined.pop()
-    return Conversation(joined, file, line, findings)
+        return Conversation(turns, file, line, findings)
+    wrong = []  # (line, what is wrong; fix)
+    for role, content, at, _ in every:
+        if not VISIBLE.search(content) and role == "system":
+            findings.append(Finding("warning", file, at, "empty system", "an empty system turn is ignored"))
+        elif not VISIBLE.search(content):
+            wrong.append((at, f"empty {role} turn; fill it or delete it"))
+        elif " " * 1_000_000 in content:  # ten million make Llama 3.1's tokenizer panic
+            wrong.append((at, "a million spaces in a row; delete them"))
+        elif content.endswith(("</s>", "<end_of_turn>", "<eos>")):  # TAG has found those with bars
+            findings.append(Finding("warning", file, at, *describe_tag(content[content.rindex("<") :])))
+    answers = [turn for turn in turns if turn.role == "assistant"]
+    mixed = [b.line for a, b in pairwise(turns) if a.role == b.role and a.trained != b.trained]
+    if wrong:
+        pass
+    elif not answers:
+        wrong = [(line, "a conversation without an assistant turn; add an answer or delete it")]
+    elif next(turn for turn in turns if turn.role != "system") in answers:
+        wrong = [(answers[0].line, "the assistant speaks first; put a user turn before it")]
+    elif not any(turn.trained for turn in answers):
+        wrong = [(line, "every answer is only context; let one be trained, or delete the conversation")]
+    elif mixed:
+        wrong = [(mixed[0], "neighboring answers, one trained and one only context; mark both alike or join them")]
+    turns = join_neighbors(turns)
+    if not wrong and (last := turns[-1]).role != "assistant":
+        no_answer = f"the last {last.role} turn has no answer and is ignored"
+        findings.append(Finding("warning", file, last.line, "no answer", no_answer))
+        while turns[-1].role != "assistant":
+            turns.pop()
+    return Conversation(turns, file, line, findings + [mistake(file, *place_and_text) for place_and_text in wrong])
 
 
 def join_neighbors(turns: list[Turn]) -> list[Turn]:
@@ -1302,8 +1309,9 @@ def shorten(value: Any) -> str:
 
 
 def escape_controls(text: str, keep: str = "") -> str:
-    """Write control characters as escapes: the content of a file must not control the terminal."""
-    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+    """Write controls and what nobody sees as escapes: the content of a file must not control the terminal."""
+    keep += " \u00a0\u202f\u3000\u200c\u200d\ufe0f"  # spaces of French and Chinese, joiners of Persian, Hindi and emoji
+    return "".join(c if c in keep or (c.isprintable() and VISIBLE.match(c)) else ascii(c)[1:-1] for c in text)
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:
@@ -1367,6 +1375,8 @@ class Encoder:
     `<|eot_id|>` stays text.
     """
 
+    late_system = True  # whether a system turn may stand in mid-chat
+
     def __init__(self, vocabulary: Vocabulary, chat: ChatFormat):
         self.tokenizer, self.chat = vocabulary.backend_tokenizer, chat
         self.tokenizer.no_padding()  # a tokenizer that was saved after padded training would pad and cut here too
@@ -1429,12 +1439,7 @@ class Encoder:
 
 
 def encode_conversations(
-    conversations: list[Conversation],
-    encode: Encoder,
-    max_length: int,
-    overlong: str,
-    counts: dict[str, Any],
-    findings: list[Finding],
+    conversations: list[Conversation], encode: Encoder, max_length: int, overlong: str, counts: dict, findings: list
 ) -> list[Sample]:
     """The samples of these conversations, none longer than max_length (`overlong` is --overlong).
 
@@ -1529,17 +1534,16 @@ def read_data(
     """
     counts: dict[str, Any] = {"split": 0, "dropped": 0, "dropped_exchanges": 0, "lost_trained_tokens": 0}
     findings: list[Finding] = []
-    conversations = survey(files, args.input_format, args.skip_bad, counts, findings)
+    late_system = encode is None or encode.late_system
+    conversations = survey(files, args, late_system, counts, findings)
 
     def samples() -> Iterator[dict[str, Any]]:
-        some = False
         assert encode
         while batch := list(islice(conversations, 256)):
             for sample in encode_conversations(batch, encode, args.max_length, args.overlong, counts, findings):
-                some = True
                 yield sample._asdict()
         raise_errors(counts, findings)
-        if not some:
+        if counts["dropped"] == counts["conversations"]:
             raise InputError(f"{', '.join(files)}: no answer fits into --max-length {args.max_length}; raise it")
 
     if not encode:
@@ -1549,10 +1553,9 @@ def read_data(
     import datasets
     from huggingface_hub.constants import HF_HOME
 
-    tokenizer = hashlib.sha256(encode.tokenizer.to_str().encode()).hexdigest()
-    settings = (args.input_format, args.skip_bad, args.max_length, args.overlong)
-    depends_on = [Path(__file__).read_text(encoding="utf-8"), *settings, *files.items(), tokenizer, encode.chat]
-    key = hashlib.sha256(repr(depends_on).encode()).hexdigest()
+    code, tokenizer = Path(__file__).read_text(encoding="utf-8"), encode.tokenizer.to_str()
+    settings = (args.input_format, args.skip_bad, args.max_length, args.overlong, late_system, encode.chat)
+    key = hashlib.sha256(repr([code, tokenizer, *settings, *files.items()]).encode()).hexdigest()
     ids = datasets.List(datasets.Value("int32"))
     types = (ids, ids, *(datasets.Value(name) for name in ("int32", "int64", "string", "int32", "int32")))
     features = datasets.Features(dict(zip(Sample._fields, types, strict=True)))
@@ -1563,8 +1566,8 @@ def read_data(
     except datasets.exceptions.DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
     except OSError as error:
-        problem = f"the cache cannot be written ({str(error.strerror).lower()})"
-        raise InputError(f"{error.filename}: {problem}; set HF_HOME to a folder that can be") from None
+        problem = f"the cache cannot be {'locked' if error.errno in NO_LOCKS else 'written'} ({error.strerror})"
+        raise InputError(f"{error.filename or cache}: {problem}; set HF_HOME to a folder on a local disk") from None
     report = Path(made.cache_files[0]["filename"]).with_name("found.json")
     if "conversations" in counts:  # it was not in the cache
         write_json(report, [counts, findings])
@@ -1580,14 +1583,10 @@ def measure(samples, eval_files: Iterable[str] = ()) -> tuple[np.ndarray, ...]:
     import pyarrow as pa
     from pyarrow.compute import is_in, list_value_length
 
-    files = pa.array(eval_files, pa.string())
-    columns = [(*(np.zeros(0, np.int64),) * 4, np.zeros(0, bool))]
-    for batch in samples.with_format("arrow").iter(10_000):
-        lengths = list_value_length(batch["input_ids"]).to_numpy()
-        trained, part = (batch[name].to_numpy().astype(np.int64) for name in ("trained", "part"))
-        for_eval = is_in(batch["file"], value_set=files).to_numpy()
-        columns.append((batch["digest"].to_numpy(), lengths, trained, part, for_eval))
-    return tuple(np.concatenate(column) for column in zip(*columns, strict=True))
+    table = samples.with_format("arrow")[:]  # mapped, not loaded
+    digests, trained, part = (table[name].to_numpy().astype(np.int64) for name in ("digest", "trained", "part"))
+    lengths = list_value_length(table["input_ids"]).to_numpy().astype(np.int64)
+    return digests, lengths, trained, part, is_in(table["file"], value_set=pa.array(eval_files, pa.string())).to_numpy()
 
 
 def hold_out(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -1709,11 +1708,12 @@ MANY_EXCHANGES, FEW_EXCEPTIONS = 30, 5
 
 
 def survey(
-    files: Iterable[str], input_format: str, skip_bad: bool, counts: dict[str, Any], findings: list[Finding]
+    files: Iterable[str], args: argparse.Namespace, late_system: bool, counts: dict[str, Any], findings: list[Finding]
 ) -> Iterator[Conversation]:
     """Read and check all files: yield their conversations, and fill `counts` and `findings`.
 
-    With skip_bad, each mistake in a conversation is a warning. After an error nothing is yielded.
+    With --skip-bad each mistake in a conversation is a warning. After an error nothing is yielded.
+    late_system: whether the chat format takes a system turn in mid-chat.
     """
     counts |= {"files": list(files), "conversations": 0, "skipped": 0, "turns": Counter(), "exchanges": Counter()}
     counts |= {"characters": 0, "system": None, "not_read": {"row": Counter(), "message": Counter()}}
@@ -1723,8 +1723,12 @@ def survey(
     failed = False
     for name in files:
         try:
-            for conversation in read_conversations([name], input_format):
+            for conversation in read_conversations([name], args.input_format):
                 said, file, line, found = conversation
+                if not late_system and (late := [turn.line for turn in said[1:] if turn.role == "system"]):
+                    problem = "a system turn in mid-chat, which the base's template cannot follow"
+                    fix = "write it into the first system turn or a user turn, or use another --chat-format"
+                    found = [*found, mistake(file, late[0], f"{problem}; {fix}")]
                 bad = any(finding.level == "error" for finding in found)
                 if not bad:
                     found = [*found, *unusual(conversation)]
@@ -1738,12 +1742,12 @@ def survey(
                 for finding in found:
                     if finding.level == "note":
                         counts["not_read"][finding.kind][finding.text] += 1
-                    elif skip_bad and finding.level == "error":
+                    elif args.skip_bad and finding.level == "error":
                         findings.append(finding._replace(level="warning", kind="skipped"))
                     else:
                         findings.append(finding)
                 counts["skipped"] += bad
-                failed |= bad and not skip_bad
+                failed |= bad and not args.skip_bad
                 if not bad and not failed:
                     yield conversation
         except InputError as error:
@@ -1774,13 +1778,12 @@ def count_turns(turns: list[Turn], counts: dict[str, Any]) -> int:
 
 def unusual(conversation: Conversation) -> Iterator[Finding]:
     """Yield warnings about what is legal in a conversation but probably a mistake."""
-    turns, file, _, _ = conversation
+    turns, file, line, _ = conversation
     if sum(turn.role == "assistant" for turn in turns) >= MANY_EXCHANGES:
         yield not_separated(conversation)
     for _, content, line, _ in turns:
         if wrong := MOJIBAKE.search(content):
-            text = f"{wrong[0]!r} looks like text decoded with a wrong encoding"
-            yield Finding("warning", file, line, "encoding", text)
+            yield Finding("warning", file, line, "encoding", f"{wrong[0]!r} looks like text in a wrong encoding")
         if len(content) > LONG_TURN:
             yield Finding("warning", file, line, "long", f"a turn of {len(content):,} characters")
 
@@ -1789,23 +1792,21 @@ def not_separated(conversation: Conversation) -> Finding:
     """The warning that dialogues may have been read as one conversation, and what to do about it."""
     turns, file, line, _ = conversation
     fix = "put a line <|endoftext|> between them" if detect_format(file) == "chatml" else "give each a row of its own"
-    exchanges = sum(turn.role == "assistant" for turn in turns)
-    text = f"{exchanges} exchanges are one conversation; if they are separate dialogues, {fix}"
+    exchanges = f"{sum(turn.role == 'assistant' for turn in turns)} exchanges are one conversation"
+    text = f"{exchanges}; if they are separate dialogues, {fix}"
     return Finding("warning", file, line, "several exchanges", text)
 
 
 def raise_errors(counts: dict[str, Any], findings: list[Finding], shown: int = 20) -> None:
     """InputError that lists the errors among the findings, equal ones in a file as one; the first ones of many."""
-    alike: dict[tuple[str, str], list[Finding]] = {}
-    for finding in findings:
-        if finding.level == "error":
-            alike.setdefault((finding.file, finding.text), []).append(finding)
-    lines = [f"{first}{f' ({len(others) + 1:,} times)' if others else ''}" for first, *others in alike.values()]
-    if lines:
-        kinds, total = {errors[0].kind for errors in alike.values()}, sum(map(len, alike.values()))
-        last = [f"and {len(lines) - shown:,} more"] if len(lines) > shown else []
-        if kinds == {"mistake"} and counts["conversations"] and total > 1:
-            last.append(f"{total:,} errors in all; --skip-bad trains without these conversations")
+    errors = [finding for finding in findings if finding.level == "error"]
+    alike = Counter((finding.file, finding.text) for finding in errors)
+    first = {(finding.file, finding.text): str(finding) for finding in reversed(errors)}
+    lines = [first[key] + (f" ({count:,} times)" if count > 1 else "") for key, count in alike.items()]
+    last = [f"and {len(lines) - shown:,} more"] if len(lines) > shown else []
+    if len(errors) > 1 and counts["conversations"] and all(finding.kind == "mistake" for finding in errors):
+        last.append(f"{len(errors):,} errors in all; --skip-bad trains without these conversations")
+    if errors:
         raise InputError("\n".join([*lines[:shown], *([", ".join(last)] if last else [])]))
     if not counts["conversations"]:
         files = ", ".join(counts["files"])
@@ -1819,17 +1820,15 @@ def print_survey(counts: dict[str, Any], shown: int = 5) -> None:
         bins[str(count) if int(count) < 3 else "3-8" if int(count) < 9 else "9+"] += conversations
     more = f", … and {len(names) - shown:,} more" if len(names) > shown else ""
     print_field("files", ", ".join(names[:shown]) + more)
-    print_field(
-        "data", f"{plural(counts['conversations'], 'conversation')}, {plural(counts['characters'], 'character')}"
-    )
+    size = plural(counts["conversations"], "conversation"), plural(counts["characters"], "character")
+    print_field("data", ", ".join(size))
     print_field("turns", ", ".join(f"{turns.get(role, 0):,} {role}" for role in ROLES))
     print_field("exchanges", ", ".join(f"{bins[name]:,} with {name}" for name in sorted(bins)))
     if counts["skipped"]:
         print_field("skipped", f"{counts['skipped']:,} conversations that have errors (--skip-bad)")
-    unread = [f"{escape_controls(name)[:40]} ({plural(count, noun)})" for noun, names in counts["not_read"].items()
-              for name, count in names.items()]  # fmt: skip
+    unread = [(name, plural(n, noun)) for noun, names in counts["not_read"].items() for name, n in names.items()]
     if unread:
-        print_field("not read", ", ".join(unread))
+        print_field("not read", ", ".join(f"{escape_controls(name)[:40]} ({number})" for name, number in unread))
 
 
 def print_findings(findings: list[Finding], shown: int = 5) -> None:
@@ -1988,7 +1987,7 @@ def print_rows(rows: Rows, count: int, tokenizer) -> None:
             edges = [0, *(np.flatnonzero(np.diff(labels != IGNORE)) + 1), len(ids)]
             for begin, end in pairwise(edges):
                 text = tokenizer.decode(ids[begin:end].tolist(), skip_special_tokens=False)
-                text = escape_controls(text, keep="\n\t\u00a0\u202f")
+                text = escape_controls(text, keep="\n\t")
                 print(f"{on}{text}{off}" if labels[begin] != IGNORE else text, end="")
             print()
 
@@ -2179,7 +2178,16 @@ def find_base(args: argparse.Namespace, folder: str, revision: str | None = None
     with explain(f"--model {args.model}", hint, ValueError, OSError):
         config = dict(read_json(Path(folder, "config.json")))
     check_base(args, config)
-    return Base(folder, revision, config, load_encoder(args.model, folder, args.chat_format))
+    encode = load_encoder(args.model, folder, args.chat_format)
+    check_vocabulary(args.model, encode, config["vocab_size"])
+    return Base(folder, revision, config, encode)
+
+
+def check_vocabulary(name: str, encode: Encoder, rows: int) -> None:
+    """Refuse a tokenizer with more tokens than the embedding has rows: neither the merge nor Ollama could use it."""
+    if (last := max(encode.tokenizer.get_vocab().items(), key=lambda item: item[1]))[1] >= rows:
+        problem = f"its tokenizer has the token {last[0]!r} (id {last[1]:,}), its embedding only {rows:,} rows"
+        raise InputError(f"--model {name}: {problem}; delete such tokens from tokenizer.json, or resize the embedding")
 
 
 HUB_NAME = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -2244,6 +2252,9 @@ def resolve_model(name: str) -> tuple[str, str | None]:
             check_download(name, sum(file.file_size or 0 for file in fetch(dry_run=True) if file.will_download))
         folder = fetch()
     check_whole_model(name, folder)
+    if not all(file.is_file() for file in weight_files(folder)):  # offline, what is in the cache counts as all there is
+        problem = "its weights are not in the local cache, and the Hub cannot be reached or has no *.safetensors"
+        raise InputError(f"--model {name}: {problem}; go online or give a local folder")
     return folder, os.path.basename(folder)
 
 
@@ -2278,17 +2289,19 @@ def load_encoder(name: str, folder: str, format_name: str) -> Encoder:
         if isinstance(template, list):  # several by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
     vocabulary = Vocabulary(backend, eos, bos, template)
-    return Encoder(vocabulary, chat_format(format_name, vocabulary))
+    encode = Encoder(vocabulary, chat_format(format_name, vocabulary))
+    encode.late_system = format_name != "base" or takes_late_system(encode.chat, vocabulary)
+    return encode
 
 
 TOKENIZER_HINT = "its tokenizer does not load ({error}); complete the folder"
 
 
-def load_tokenizer(name: str, base: Base):
-    """transformers' tokenizer of the base, for saving and generating, with the chat template of the run's format."""
+def load_tokenizer(name: str, folder: str, encode: Encoder):
+    """transformers' tokenizer of the base, for saving and generating, with the chat template of the encoder's format."""
     with explain(f"--model {name}", TOKENIZER_HINT, ValueError, OSError, KeyError):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder)
-    tokenizer.chat_template = chat_template(base.encode.chat, adds_bos=bool(base.encode.start))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = chat_template(encode.chat, adds_bos=bool(encode.start))
     return tokenizer
 
 
@@ -2457,8 +2470,6 @@ ADAPTER_HINT = "{error}; give a folder that training wrote"
 def inherit_lora(args: argparse.Namespace) -> argparse.Namespace:
     """The flags with the rank, alpha, dropout and targets of --init-adapter in place of their own."""
     folder, place = args.init_adapter, f"--init-adapter {args.init_adapter}"
-    if args.overwrite and args.output.resolve() in (folder.resolve(), *folder.resolve().parents):
-        raise InputError(f"{place}: --overwrite would delete it; give another --output")
     with explain(place, ADAPTER_HINT, OSError, ValueError, KeyError):
         config = read_json(folder / "adapter_config.json")
         sha256(folder / "adapter_model.safetensors")
@@ -2881,7 +2892,9 @@ class Training(Trainer):
         """The model's answers by their questions, each announced: on a CPU it takes a while."""
         answers = {}
         for number, prompt in enumerate(self.prompts, 1):
-            print_field(when, f"question {number} of {len(self.prompts)}: {one_line(prompt.text, 200)}")
+            print_field(
+                when, f"question {number} of {len(self.prompts)}: {escape_controls(one_line(prompt.text, 200))}"
+            )
             answers |= generate_answers(self.model, self.processing_class, [prompt])
         return answers
 
@@ -2933,6 +2946,7 @@ class Checkpoints(TrainerCallback):
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         restore_paging(optimizer)  # after Trainer has loaded its state
+        follow_schedule(self.trainer.lr_scheduler, args.learning_rate)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if not state.global_step:  # before training
@@ -2949,6 +2963,15 @@ class Checkpoints(TrainerCallback):
             complete_checkpoint(self.output / f"checkpoint-{state.global_step}")
             rotate = transformers.trainer_utils.rotate_checkpoints
             rotate(str(self.output), self.limit, state.best_model_checkpoint)
+
+
+def follow_schedule(scheduler, learning_rate: float) -> None:
+    """Set the rate of this run's schedule: a checkpoint brings that of the run before, which --force-resume may change."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
+    rates = [learning_rate * rate(scheduler.last_epoch) for rate in scheduler.lr_lambdas]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"], group["initial_lr"] = rate, learning_rate
+    scheduler.base_lrs, scheduler._last_lr = [learning_rate] * len(rates), rates
 
 
 def restore_paging(optimizer) -> None:
@@ -2992,10 +3015,19 @@ def format_duration(seconds: float) -> str:
 
 # ---- Checkpoints and the run's record ------------------------------------------------------------
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems
 # These may differ when a run is resumed; batch size and accumulation may as long as their product does not.
-MAY_DIFFER = {"output", "name", "input_format", "resume", "force_resume", "overwrite", "dry_run", "preview", "json", "report_to", "sample_prompts",
+MAY_DIFFER = {"model", "train_files", "eval_files", "init_adapter", "output", "name", "input_format", "resume", "force_resume", "overwrite", "dry_run", "preview", "json", "report_to", "sample_prompts",
               "train_batch_size", "grad_accum", "eval_batch_size", "logging_steps", "save_steps", "save_total_limit",
               "gradient_checkpointing", "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb"}  # fmt: skip
+
+
+def check_apart(output: Path, inputs: Iterable[Any]) -> None:
+    """InputError for an input inside the output folder, which a new run empties."""
+    for name in inputs:
+        path = Path(str(name)).resolve()
+        if path.exists() and output.resolve() in (path, *path.parents):
+            raise InputError(f"--output {output}: {name} lies in it and would be deleted; name another folder")
 
 
 @contextlib.contextmanager
@@ -3026,7 +3058,9 @@ def claim_output(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
         problem = "another process is training there"
         raise InputError(f"--output {folder}: {problem}; wait for it or name another folder") from None
     except OSError as error:
-        raise InputError(f"--output {folder}: {error.strerror}; name a folder that can be written") from None
+        if error.errno not in NO_LOCKS:
+            raise InputError(f"--output {folder}: {error.strerror}; name a folder that can be written") from None
+        print_field("output", "its file system has no locks: start no second run in this folder")
     with lock:
         try:
             yield
@@ -3126,12 +3160,20 @@ def run_record(plan: Plan, fingerprint: str) -> dict[str, Any]:
 
 
 def comparable(record: dict) -> dict[str, Any]:
-    """The fields of a record that must not change when it is resumed, under names the user knows."""
+    """The fields of a record that must not change when it is resumed, under names the user knows.
+
+    Names of files and folders may: the same bytes in another place are the same run.
+    """
+    data = record["data"]
     return {
-        **{f"data {file}": digest for file, digest in record["data"]["sha256"].items()},
-        **{f"base {key}": value for key, value in record["base"].items()},
-        **{f"--init-adapter's {key}": value for key, value in (record.get("init_adapter") or {}).items()},
-        "rows per step (--train-batch-size x --grad-accum x processes)": record["data"]["rows_per_step"],
+        "the contents of --train-files and --eval-files": [
+            data["trained_on"],
+            data["held_out"],
+            *data["sha256"].values(),
+        ],
+        "the weights of --model": record["base"]["fingerprint"],
+        "the weights of --init-adapter": (record["init_adapter"] or {}).get("sha256"),
+        "rows per step (--train-batch-size x --grad-accum x processes)": data["rows_per_step"],
         **{f"--{key.replace('_', '-')}": value for key, value in record["args"].items() if key not in MAY_DIFFER},
     }
 
@@ -3153,16 +3195,18 @@ def read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def check_writable(file: Path) -> None:
-    """InputError for a file that cannot be written, before any work is done for it."""
-    try:
-        if file.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "is a folder")
+def check_report(file: Path) -> None:
+    """InputError for a --json file that cannot be written, or that is no earlier report, before any work is done for it."""
+    place, fix = f"--json {file}", "name a new file"
+    with explain(place, f"is not an earlier report; {fix}", ValueError, RecursionError, TypeError):
+        if file.is_file() and file.stat().st_size and "conversations" not in dict(read_json(file)):
+            raise ValueError
+    with explain(place, f"cannot be written ({{error}}); {fix}", OSError):
+        if file.exists() and not file.is_file():
+            raise OSError("not a file")
         partial = file.with_name(file.name + ".partial")
         partial.touch()
         partial.unlink()
-    except OSError as error:
-        raise InputError(f"--json {file}: {str(error.strerror).lower()}; name a file that can be written") from None
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -3250,13 +3294,12 @@ def generate_answers(model, tokenizer, prompts: list[Prompt], max_new_tokens=80)
 
 
 def write_samples(file: Path, name: str, heading: str, answers: dict[str, str]) -> None:
-    """Append answers to samples.md; the first ones come below a title."""
-    lines = [] if file.exists() else [f"# {name}: answers before and during training", ""]
-    lines += [f"## {heading}", ""]
+    """Append answers to samples.md, below a title; after --resume in place of those of the same and later steps."""
+    written = file.read_text(encoding="utf-8") if file.exists() else f"# {name}: answers before and during training\n\n"
+    lines = [written.partition(f"\n## {heading}\n")[0].rstrip("\n"), "", f"## {heading}", ""]
     for question, answer in answers.items():
         lines += [f"**{one_line(question)}**", "", *quote(answer), ""]
-    with open(file, "a", encoding="utf-8") as samples:
-        samples.write("\n".join(lines) + "\n")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def one_line(text: str, width: int = 300) -> str:

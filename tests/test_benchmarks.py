@@ -1,6 +1,7 @@
 """The benchmarks run, at sizes that take seconds, and count correctly. No times are asserted."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -43,14 +44,22 @@ def test_interval_of_three_seeds():
     assert learning.interval([1, 2, 3]) == "2.000 ± 2.484"  # t = 4.303, standard error 1 / sqrt(3)
 
 
+@pytest.mark.slow
+def test_learning_runs_and_prints_a_table(tmp_path, tiny_llama31):
+    options = ("--most", 1, "--base", tiny_llama31, "--precision=--no-bf16", "--folder", tmp_path / "runs")
+    out = benchmark(tmp_path, "learning.py", *options)
+    assert out.count("-seed") == 3 and re.search(r"^\| center: 50-.* ± ", out, re.M), out
+    assert "center: 50-" in benchmark(tmp_path, "learning.py", "--table", "--folder", tmp_path / "runs")
+
+
 # ---- prep.py, gpu.py ----
 
 
 @pytest.mark.slow
 def test_prep_makes_the_same_tokens_as_trl(tmp_path):
-    out = benchmark(tmp_path, "prep.py", "--conversations", 300, "--rounds", 1, "--sides", "TRL 1.16", "ours, ChatML", "ours, second start")  # fmt: skip
+    out = benchmark(tmp_path, "prep.py", "--conversations", 300, "--rounds", 1, "--sides", "TRL 1.16", "ours", "ours, second start")  # fmt: skip
     rows = table(out, 20)
-    tokens, trained, packed, fill = rows["ours, ChatML"][3:]
+    tokens, trained, packed, fill = rows["ours"][3:]
     assert rows["TRL 1.16"][3:5] == rows["ours, second start"][3:5] == [tokens, trained]
     assert abs(int(rows["TRL 1.16"][5]) - int(packed)) <= 1 and float(fill.rstrip("%")) > 90
 

@@ -217,7 +217,7 @@ def test_what_is_evaluated_is_not_trained_on(cache, encode):
     Path("e").write_text(dialogue("q", "a") + dialogue("r", "b"))
     both = ("--train-files", "d", "e", "--eval-files")
     plan = prepare(arguments(*both, "e"), encode)
-    train, held_out, counts, warnings = plan.train_rows, plan.eval_rows, plan.counts, plan.warnings
+    train, held_out, counts, warnings = plan.train_rows, plan.eval_rows, plan.counts, plan.findings
     assert sorted(samples_of(held_out)) == sorted(expected_samples("e", encode))
     copies = {sample[2] for sample in expected_samples("e", encode)}
     assert sorted(samples_of(train)) == sorted(s for s in expected_samples("d", encode) if s[2] not in copies)
