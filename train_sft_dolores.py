@@ -2017,8 +2017,9 @@ def memory_plan(plan: Plan) -> dict[str, float]:
         # NF4: 4 bits, and for each block of 64 weights an 8-bit scale.
         "base": layer_weights(config) * (0.52 if args.bnb_nf4 else size) + heads * config["vocab_size"] * h * size,
         "adapters and optimizer": adapters * (4 + 4 + optimizer_bytes(args.optim)),
-        "activations": tokens * size * (layers * h + 9 * h + 9 * f),  # each layer's input, and one layer whole
-        "loss": 12 * trained * config["vocab_size"],  # logits in float32, their copy and their gradient
+        "activations": tokens * size * (layers + 2) * h,  # each layer's input
+        # Not at once: one layer whole; logits in float32, their copy and their gradient.
+        "one layer or the loss": max(tokens * size * 9 * (h + f), 12 * trained * config["vocab_size"]),
         "CUDA": 0.7 * 2**30,
     }
     return {name: amount / 2**30 for name, amount in parts.items()}
