@@ -485,16 +485,14 @@ def load_model(plan: Plan, targets: list[str], device: torch.device):
 
 
 def fit(plan: Plan, trainer, record: dict, checkpoint: str | None) -> None:
-    """Evaluate, train, answer; fills record["results"]. Exits on a signal."""
+    """Measure, train, measure again; fills record["results"]. Exits on a signal."""
     args = plan.args
     # Only the first process has read the checkpoint folder.
     checkpoint, results = accelerate.utils.broadcast_object_list([checkpoint, record.get("results") or {}])
     record["results"] = results
     if not results:
         if plan.eval_rows:
-            print_field("before", f"the loss of {plural(plan.counts['held_out'], 'held-out conversation')}")
-            results["eval_loss_before"] = trainer.evaluate()["eval_loss"]
-            print_field("before", f"held-out loss {results['eval_loss_before']:.4f}")
+            results |= measure_before(plan, trainer)
         results["samples"] = {"before": trainer.answer("before")}
         if not plan.world.rank:
             clear_output(args.output)
@@ -513,7 +511,24 @@ def fit(plan: Plan, trainer, record: dict, checkpoint: str | None) -> None:
     results |= {"seconds": seconds, "resumed": bool(checkpoint), "device": device}
     if trainer.state.global_step < trainer.state.max_steps:
         explain_early_end(trainer.state, trainer.stop, args.early_stopping, plan.world)
+    if plan.eval_rows and "held_out" in results:
+        print_field("after", "the loss of each held-out conversation")
+        results["held_out"]["after"] = trainer.losses(plan.eval_rows)
     results["samples"]["after"] = trainer.answer("after")
+
+
+def measure_before(plan: Plan, trainer) -> dict[str, Any]:
+    """What the untouched base makes of the held-out conversations, alone and after examples: a part of the results."""
+    print_field("before", f"the loss of {plural(plan.counts['held_out'], 'held-out conversation')}")
+    loss = trainer.evaluate()["eval_loss"]
+    print_field("before", f"held-out loss {loss:.4f}")
+    held_out = {"tokens": trainer.trained_tokens, "before": trainer.measured}
+    rows, examples = rows_with_examples(plan)
+    if len(rows):
+        behind = f"{examples:.2g} training conversations as examples in the prompt"
+        print_field("before", f"the loss of {plural(len(rows), 'held-out conversation')}, each after {behind}")
+        held_out["with_examples"] = trainer.losses(rows)
+    return {"eval_loss_before": loss, "examples": examples, "held_out": held_out}
 
 
 def explain_early_end(state, stop: Stop, early_stopping: int | None, world: World) -> None:
@@ -536,15 +551,16 @@ def finish(plan: Plan, trainer, record: dict) -> None:
     results["steps"] = state.global_step
     if state.best_metric is not None:
         results |= {"eval_loss_after": state.best_metric, "best_step": state.best_global_step}
+    if answers := results["samples"]["after"]:
+        results["copied"] = count_copied(answers.values(), training_answers(plan, results))
+        write_samples(args.output / "samples.md", args.name, "After training", answers, verdict(results).get("copied"))
     write_json(args.output / RECORD, record)
     write_card(args.output, args, record)
     tokens_per_step = plan.counts["tokens"] / plan.counts["steps_per_epoch"]
     plot_losses(state.log_history, results, tokens_per_step, args.name, args.output / "loss.png")
     print_field("adapter", f"{args.output}/adapter_model.safetensors; README.md and loss.png describe the run")
-    if "eval_loss_before" in results:
-        before, after = results["eval_loss_before"], results["eval_loss_after"]
-        change = f"loss {before:.4f} -> {after:.4f}, perplexity {np.exp(before):.2f} -> {np.exp(after):.2f}"
-        print_field("held out", f"{change} (step {results['best_step']})")
+    for name, text in verdict(results).items():
+        print_field(name, text)
     print_next(str(Path(sys.argv[0]).with_name("merge_lora.py")), *merge_flags(args.output, args.name))
 
 
@@ -2649,6 +2665,8 @@ class Training(Trainer):
     stop: Stop
     tokens = 0  # seen by this process
     documents: tuple[str, ...] = ()  # of the current step
+    measured: dict[str, float]  # of the last evaluation: each conversation's loss, by file:line
+    trained_tokens: Counter[str]  # and its tokens
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Keep the documents' places, which are no input of the model. Callbacks do not see the inputs."""
@@ -2682,17 +2700,33 @@ class Training(Trainer):
         return 0
 
     def evaluation_loop(self, dataloader, description, *_, metric_key_prefix="eval", **__):
-        """Mean loss of all trained tokens; Trainer's own is a mean of batch means."""
+        """Mean loss of all trained tokens; Trainer's own is a mean of batch means. Keeps each conversation's loss."""
         self.model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, tokens
+        found = []
         for inputs in dataloader:
-            del inputs["documents"]
+            places, targets = inputs.pop("documents"), inputs.pop("shift_labels")[0]
+            del inputs["labels"]
             with torch.no_grad():
-                loss = self.model(**self._prepare_inputs(inputs), num_items_in_batch=1).loss  # a sum
-            total += torch.stack([loss.double(), torch.tensor(inputs["labels"].numel(), device=loss.device)])
-        loss, count = self.accelerator.reduce(total, "sum").tolist()
-        metrics = {f"{metric_key_prefix}_loss": loss / count}
+                logits = self.model(**self._prepare_inputs(inputs)).logits[0]
+                losses = torch.nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
+            ends, kept = (inputs[name].cpu().numpy() for name in ("cu_seq_lens_q", "logits_to_keep"))
+            document, count = np.searchsorted(ends, kept, side="right") - 1, len(places)
+            sums = np.bincount(document, losses.double().cpu().numpy(), count)
+            found += zip(places, sums.tolist(), np.bincount(document, minlength=count).tolist(), strict=True)
+        sums, self.trained_tokens = Counter(), Counter()  # by file:line: parts of a conversation are added up
+        for place, loss, tokens in accelerate.utils.gather_object(found):
+            sums[place] += loss
+            self.trained_tokens[place] += tokens
+        self.trained_tokens = +self.trained_tokens  # without empty rows
+        self.measured = {place: round(sums[place] / tokens, 6) for place, tokens in self.trained_tokens.items()}
+        metrics = {f"{metric_key_prefix}_loss": sums.total() / self.trained_tokens.total()}
         return transformers.trainer_utils.EvalLoopOutput(None, None, metrics, len(self.eval_dataset))
+
+    def losses(self, rows: Rows) -> dict[str, float]:
+        """The mean loss of each conversation's trained tokens, by file:line."""
+        padded = rows.padded(self.args.world_size * self.args.per_device_eval_batch_size)
+        self.evaluation_loop(self.get_eval_dataloader(padded), "")
+        return self.measured
 
     def answer(self, when: str) -> dict[str, str]:
         """The model's answers by their questions, each announced: on a CPU it takes a while."""
@@ -3082,12 +3116,13 @@ def generate_answers(model, tokenizer, prompts: list[Prompt], max_new_tokens=80)
     return answers
 
 
-def write_samples(file: Path, name: str, heading: str, answers: dict[str, str]) -> None:
+def write_samples(file: Path, name: str, heading: str, answers: dict[str, str], note: str | None = None) -> None:
     """Append answers to samples.md; the first ones come below a title."""
     lines = [] if file.exists() else [f"# {name}: answers before and during training", ""]
     lines += [f"## {heading}", ""]
     for question, answer in answers.items():
         lines += [f"**{one_line(question)}**", "", *quote(answer), ""]
+    lines += [f"Copied: {note}", ""] if note else []
     with open(file, "a", encoding="utf-8") as samples:
         samples.write("\n".join(lines) + "\n")
 
@@ -3100,6 +3135,125 @@ def one_line(text: str, width: int = 300) -> str:
 def quote(text: str) -> list[str]:
     """Text as a Markdown quotation: a heading in it does not break the page."""
     return [f"> {line}".rstrip() for line in text.split("\n")]
+
+
+def rows_with_examples(plan: Plan, most: int = 50, examples: int = 5) -> tuple[Rows, float]:
+    """Rows of held-out conversations, each after training conversations as its earlier turns; and how many on average.
+
+    That is what a user can do without training. Only the held-out answers are labels. What leaves no room for an
+    example in a row of --max-length is left out.
+    """
+    import datasets
+
+    args, encode, random = plan.args, plan.base.encode, np.random.default_rng(plan.args.seed)
+
+    def draw(rows: Rows, count: int) -> list[tuple[str, int]]:
+        chosen = rows.samples.select(random.permutation(np.concatenate(rows.plan))[:count])
+        places = ((place["file"], int(place["line"])) for place in chosen.select_columns(["file", "line"]))
+        return list(dict.fromkeys(places))  # once, even if it has several parts
+
+    held_out, shown = draw(plan.eval_rows, most), draw(plan.train_rows, examples * most)
+    wanted = {*held_out, *shown}
+    found = {(c.file, c.line): c.turns for c in read_again(plan) if (c.file, c.line) in wanted}
+    pool = [[turn._replace(trained=False) for turn in found[place] if turn.role != "system"] for place in shown]
+    sizes, samples, used = [len(tokens.input_ids) for tokens in encode(pool)], [], 0
+    for place, alone in zip(held_out, encode([found[place] for place in held_out]), strict=True):
+        system = [turn for turn in found[place][:1] if turn.role == "system"]
+        room, before = args.max_length - len(alone.input_ids), []
+        for i in random.permutation(len(pool)).tolist():
+            if sizes[i] <= room and len(before) < examples:
+                room -= sizes[i]
+                before.append(pool[i])
+        (tokens,) = encode([join_neighbors([*system, *chain(*before), *found[place][len(system) :]])])
+        if before and len(tokens.input_ids) <= args.max_length:
+            samples.append(tokens._asdict() | {"file": place[0], "line": place[1]})
+            used += len(before)
+    rows = [np.array([i]) for i in range(len(samples))]
+    return Rows(datasets.Dataset.from_list(samples), rows), used / max(1, len(samples))
+
+
+def read_again(plan: Plan) -> Iterator[Conversation]:
+    """The conversations of all data files: those with errors were reported before."""
+    return read_conversations(plan.files, plan.args.input_format, refuse=lambda *_: None)
+
+
+def training_answers(plan: Plan, results: dict[str, Any]) -> Iterator[str]:
+    """The answers that were trained on."""
+    held_out = results.get("held_out", {}).get("tokens", ())
+    for turns, file, line in read_again(plan):
+        if f"{file}:{line}" not in held_out:
+            yield from (turn.content for turn in turns if turn.role == "assistant" and turn.trained)
+
+
+def count_copied(answers: Iterable[str], training: Iterable[str], size: int = 8) -> dict[str, int]:
+    """How many runs of eight words in the answers stand in the training answers too, and the words of the longest."""
+
+    def runs(text: str) -> list[tuple[str, ...]]:
+        words = re.findall(r"\w+", text.lower())
+        return [tuple(words[i : i + size]) for i in range(len(words) - size + 1)]
+
+    own = [run for answer in answers for run in runs(answer)]
+    wanted, found, longest = set(own), set(), 0
+    for text in training:
+        length = size - 1
+        for run in runs(text):
+            length = length + 1 if run in wanted else size - 1
+            if length >= size:
+                found.add(run)
+                longest = max(longest, length)
+    return {"runs": len(own), "copied": sum(run in found for run in own), "longest": longest}
+
+
+def paired_change(before: np.ndarray, after: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
+    """Change of the mean loss of all tokens, and half of its 95 % interval over the choice of conversations.
+
+    Loss and tokens of each conversation: float64 [N]. The variance is the jackknife's: the change with each conversation
+    left out in turn. A long one counts for what it is then, and with few of them Student's t is wider.
+    """
+    changes, n = (after - before) * tokens, len(tokens)
+    change = float(changes.sum() / tokens.sum())
+    if n == 1:
+        return change, float("inf")
+    without = (changes.sum() - changes) / (tokens.sum() - tokens)
+    error = ((n - 1) / n * ((without - without.mean()) ** 2).sum()) ** 0.5
+    # Student's t for 95 % and n - 1 degrees of freedom, within 0.3 %; scipy is not among the requirements.
+    return change, float(np.polyval([1.407, 1.589, 2.556, 2.822, 2.372, 1.960], 1 / (n - 1)) * error)
+
+
+def verdict(results: dict[str, Any]) -> dict[str, str]:
+    """Whether it worked, a line each, for the screen and the card."""
+    said, held_out, copied = {}, results.get("held_out", {}), results.get("copied", {"runs": 0})
+
+    def compare(*names: str) -> tuple[list[str], float, float]:
+        """Their mean losses on the conversations they share, and the change from the last but one to the last."""
+        places = sorted(set.intersection(*(set(held_out[name]) for name in names)))
+        *losses, tokens = (np.array([held_out[name][place] for place in places]) for name in (*names, "tokens"))
+        means = [f"{np.average(loss, weights=tokens):.3f}" for loss in losses]
+        return means, *paired_change(losses[-2], losses[-1], tokens)
+
+    def judge(change: float, half: float, better: str, unsure: str, worse: str) -> str:
+        return unsure if abs(change) <= half else better if change < 0 else worse
+
+    if "after" in held_out:
+        (before, after), change, half = compare("before", "after")
+        count = plural(len(held_out["after"]), "conversation")
+        within = f"± {half:.3f}, {count}" if half < float("inf") else f"{count}, too few for an interval"
+        comment = judge(change, half, "", ": zero is within it, so nothing certain was learned", ": worse than before")
+        said["held out"] = f"loss {before} -> {after} ({change:+.3f} {within}){comment}"
+    if "after" in held_out and held_out.get("with_examples"):
+        (alone, shown, after), change, half = compare("before", "with_examples", "after")
+        better, worse = (
+            f"{what} better, by {abs(change):.3f} ± {half:.3f}" for what in ("training does", "examples do")
+        )
+        comment = judge(change, half, better, "examples do about as well", worse)
+        shown = f"{shown} with {results['examples']:.2g} examples in the prompt"
+        said["examples"] = f"loss {alone} untrained, {shown}, {after} trained: {comment}"
+    if copied["runs"]:
+        share = copied["copied"] / copied["runs"]
+        longest = f", the longest of {copied['longest']} words" if share else ""
+        found = f"{share:.0%} of the answers' eight-word runs stand in the training data{longest}"
+        said["copied"] = f"{found}{': learned by heart' if share > 0.05 else ''}"
+    return said
 
 
 def plot_losses(history: list[dict], results: dict[str, Any], tokens_per_step: float, title: str, file: Path) -> None:
@@ -3219,11 +3373,12 @@ def card_rows(record: dict[str, Any]) -> dict[str, str]:
         "training time": f"{format_duration(results['seconds'])} on {results['device']}"
         + (", after the last --resume" if results["resumed"] else ""),
     }
-    if "eval_loss_before" in results:
-        before, after = results["eval_loss_before"], results["eval_loss_after"]
-        rows["held-out loss"] = f"{before:.4f} → {after:.4f}"
-        rows["held-out perplexity"] = f"{np.exp(before):.2f} → {np.exp(after):.2f}"
+    rows |= verdict(results)
+    if "best_step" in results:
         rows["adapter from"] = f"step {results['best_step']}, the best by held-out loss"
+    if after := results.get("held_out", {}).get("after"):
+        worst = sorted(after, key=after.__getitem__, reverse=True)[:3]
+        rows["learned worst"] = ", ".join(f"`{without_folder(place)}` ({after[place]:.2f})" for place in worst)
     return rows | {f"`{without_folder(name)}`": f"sha256 `{value[:16]}…`" for name, value in data["sha256"].items()}
 
 
