@@ -1890,12 +1890,13 @@ def more_steps(args, processes: int, counts: dict[str, Any], kept: float = 1) ->
     if args.packing and rows * MOST_EPOCHS < ENOUGH_STEPS * batch and counts["trained_on"] > counts["rows"]:
         rows, flags = kept * counts["trained_on"], ["--no-packing"]  # a row for each conversation makes more steps
     batches, most = int(np.ceil(rows / batch)), max(1, MOST_ROWS // batch)
-    epochs = args.epochs if batches / most >= PLENTY_STEPS else max(args.epochs, MOST_EPOCHS)
+    plenty = batches / most >= PLENTY_STEPS  # in one pass
+    epochs = args.epochs if plenty else max(args.epochs, MOST_EPOCHS)
     accum = min(args.grad_accum, most, max(1, int(batches * epochs) // ENOUGH_STEPS))
     per_epoch = -(-batches // accum)
     flags += ["--grad-accum", f"{accum}", *(["--epochs", f"{epochs:g}"] if epochs != args.epochs else [])]
-    if counts["held_out"]:  # evaluations after each pass, or four times in a long one
-        every = per_epoch if per_epoch < args.eval_steps else max(args.eval_steps, per_epoch // 4)
+    if counts["held_out"]:  # after each pass, or four times in a long one: with more held out, each takes longer
+        every = max(args.eval_steps, per_epoch // 4) if plenty else min(args.eval_steps, per_epoch)
         flags += ["--eval-steps", f"{every}"] if every != args.eval_steps else []
         flags += ["--early-stopping", f"{args.early_stopping or 2}"] if epochs > 1 else []
     return flags, int(np.ceil(epochs * per_epoch))
