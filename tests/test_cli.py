@@ -126,6 +126,7 @@ def test_help(tmp_path):
         "input_format": "auto",
         "train_files": "train.chatml",
         "save_steps": "--eval-steps",
+        "lora_alpha": "twice --lora-r",
         "lora_target_modules": "all seven projections of a Llama layer",
     }
     for name, value in shown.items():

@@ -51,7 +51,7 @@ def interrupted(folder: Path, number, moment, *options) -> tuple[int, str]:
 
 
 IN_TRAINING = {
-    "evaluation": (signal.SIGTERM, ("evaluation_loop", 2)),
+    "evaluation": (signal.SIGTERM, ("evaluation_loop", 3)),  # two come before training
     "sampling": (signal.SIGINT, ("generate_answers", 2)),
     "saving": (signal.SIGTERM, ("on_save", 1)),
 }

@@ -134,7 +134,7 @@ def test_a_normal_run_prints_no_warning(trained):
 def test_the_model_card_describes_the_run(trained):
     card = (trained / "out/README.md").read_text()
     results = record(trained)["results"]
-    assert f"{results['eval_loss_before']:.4f} → {results['eval_loss_after']:.4f}" in card
+    assert f"loss {results['eval_loss_before']:.3f} -> {results['eval_loss_after']:.3f} " in card
     (question,) = results["samples"]["after"]  # the one held-out conversation's
     assert f"<|user|>\n{question}\n" in (trained / "train.chatml").read_text()
     assert f"**{question}**" in card and card.count("*after*") == 1
