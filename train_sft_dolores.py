@@ -128,14 +128,16 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class OneLineParser(argparse.ArgumentParser):
     """argparse that reports a wrong flag in one line instead of printing the whole usage."""
 
+    positional = "--train-files"  # the flag for what is typed without one
+
     def error(self, message: str):
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
             flag = unknown[1].split("=")[0]
             near = get_close_matches(flag.replace("_", "-"), self._option_string_actions, n=1, cutoff=0.6)
-            near = [KNOWN_ELSEWHERE[flag]] if flag in KNOWN_ELSEWHERE else near
+            near = [known for known in [KNOWN_ELSEWHERE.get(flag)] if known in self._option_string_actions] or near
             message = f"unknown option {flag}" + (f"; did you mean {near[0]}?" if near else "")
             if not flag.startswith("-"):
-                message = f"unexpected argument {flag}; did you mean --train-files {flag}?"
+                message = f"unexpected argument {flag}; did you mean {self.positional} {flag}?"
         self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}; see --help\n")
 
 
@@ -262,8 +264,9 @@ def checkpointing_mode(text: str) -> str | int:
 
 def model_name(text: str) -> str:
     """A name that Ollama, the Hub and a shell take as it is."""
-    if not re.fullmatch(r"(?:[a-z0-9][\w.-]*/)?[a-z0-9][\w.-]*", text, re.ASCII | re.IGNORECASE):
-        raise argparse.ArgumentTypeError(f"{text!r} must be letters, digits, '-', '_' and '.', such as my-model")
+    if not re.fullmatch(r"(?:[a-z0-9][\w-]*/)?[a-z0-9][\w.-]*", text, re.ASCII | re.IGNORECASE) or len(text) > 80:
+        rule = "must be letters, digits, '-', '_' and '.', such as my-model: at most 80, no '.' before a '/'"
+        raise argparse.ArgumentTypeError(f"{text!r} {rule}")
     return text
 
 
@@ -2121,19 +2124,33 @@ def resolve_model(name: str) -> tuple[str, str | None]:
     """(local folder, Hub revision or None) of a folder or Hub name; downloads what is missing."""
     if folder := local_model(name):
         return folder, None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    offline = (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError)
-    unreachable = "not in the local cache, and cannot reach the Hugging Face Hub; go online or give a local folder"
-    unknown = "not found on the Hub; check the name, or run `hf auth login` if it is private"
-    gated = f"access is gated; accept the license at hf.co/{name}, then run `hf auth login`"
-    hub = functools.partial(explain, f"--model {name}")
-    with hub(unreachable, *offline), hub(unknown, RepositoryNotFoundError), hub(gated, GatedRepoError):
-        patterns = ["*.json", "*.safetensors", "*.jinja"]
-        folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
+    folder = download_model(f"--model {name}", name, ["*.json", "*.safetensors", "*.jinja"])
     check_whole_model(name, folder)
     return folder, os.path.basename(folder)
+
+
+def download_model(place: str, name: str, patterns: list[str], revision: str | None = None) -> str:
+    """The folder of a Hub model in the local cache; downloads what is missing. `place` begins the error's line."""
+    from huggingface_hub import errors, snapshot_download
+
+    offline = (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError)
+    unreachable = "not in the local cache, and cannot reach the Hugging Face Hub; go online or give a local folder"
+    unwritable = "cannot use the Hugging Face cache ({error}); set HF_HOME to a folder that can be written to"
+    unknown = "not found on the Hub; check the name, or run `hf auth login` if it is private"
+    no_revision = f"no revision {revision} on the Hub; give a local folder"
+    gated = f"access is gated; accept the license at hf.co/{name}, then run `hf auth login`"
+    hub = functools.partial(explain, place)
+    with (  # the last one that fits counts
+        hub(unwritable, OSError),
+        hub(unreachable, *offline),
+        hub("neither a folder nor a Hub name", errors.HFValidationError),
+        hub(unknown, errors.RepositoryNotFoundError),
+        hub(no_revision, errors.RevisionNotFoundError),
+        hub(gated, errors.GatedRepoError),
+    ):
+        return snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+        )
 
 
 def cached_model(name: str) -> str | None:
@@ -2203,32 +2220,36 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def read_headers(name: str, folder: str | Path) -> dict[str, StoredTensor]:
-    """The base's tensors by name, or {} where files are missing; InputError for a damaged file.
-
-    A safetensors file is 8 bytes of length, a JSON header, the data.
-    """
+    """The base's tensors by name, or {} where files are missing; InputError for a damaged file."""
     files = weight_files(folder)
     if not all(file.is_file() for file in files):
         return {}
     tensors = {}
     for file in files:
-        hint, size = f"{file.name} is damaged or incomplete; copy or download it again", file.stat().st_size
-        # A file that is not safetensors may have any bytes here.
-        damaged = explain(f"--model {name}", hint, ValueError, KeyError, TypeError, AttributeError)
-        with damaged, open(file, "rb") as stream:
-            data = 8 + int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(data - 8) if data <= size else "")
-            header.pop("__metadata__", None)
-            for key, tensor in header.items():
-                start, end = (data + offset for offset in tensor["data_offsets"])
-                tensors[key] = StoredTensor(file, tensor["dtype"], tensor["shape"], start, end)
-                if end > size:
-                    raise ValueError
+        tensors |= read_header(f"--model {name}", file)
+    return tensors
+
+
+def read_header(place: str, file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file by name: 8 bytes of length, a JSON header, the data."""
+    tensors = {}
+    hint, size = f"{file.name} is damaged or incomplete; copy or download it again", file.stat().st_size
+    # A file that is not safetensors may have any bytes here.
+    damaged = explain(place, hint, ValueError, KeyError, TypeError, AttributeError)
+    with damaged, open(file, "rb") as stream:
+        data = 8 + int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(data - 8) if data <= size else "")
+        header.pop("__metadata__", None)
+        for key, tensor in header.items():
+            start, end = (data + offset for offset in tensor["data_offsets"])
+            tensors[key] = StoredTensor(file, tensor["dtype"], tensor["shape"], start, end)
+            if end > size:
+                raise ValueError
     return tensors
 
 
 def fingerprint(headers: dict[str, StoredTensor]) -> str:
-    """A sha256 that tells models of the same shape apart; merge_lora.py computes the same.
+    """A sha256 that tells models of the same shape apart; merge_lora.py compares it.
 
     Hashes, for every tensor in the order of their names, the line "name dtype [shape]" and the first 4096 bytes.
     """
