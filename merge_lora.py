@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -32,7 +33,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -198,9 +199,10 @@ def main(argv: list[str] | None = None) -> int:
         notes += write_run_files(adapter, plan, folder, f"./{gguf.file.name}" if gguf else ".")
         write_card(adapter, plan, folder, name, args, gguf)
         check_disk(output.parent, (0 if args.gguf_only else weights) + (gguf.size if gguf else 0))
-        source = plan if args.gguf_only else merge_shards(plan, folder)
+        if not args.gguf_only:
+            merge_shards(plan, folder)
         if gguf:
-            gguf.write(source)
+            gguf.write()
         checks = check_result(adapter, plan, folder, gguf)
         size = sum(file.stat().st_size for file in folder.iterdir())
 
@@ -251,17 +253,10 @@ class Adapter(NamedTuple):
     folder: Path
     config: dict[str, Any]  # adapter_config.json, as PEFT wrote it
     training: dict[str, Any]  # training_args.json: chat_format, base, quantization, data, args
-    base_config: dict[str, Any]  # config.json of the base; empty for a checkpoint of a run that has not ended
-    tokenizer: TokenizerFacts
-
-
-class TokenizerFacts(NamedTuple):
-    """What merging needs to know about the tokenizer, which is not kept itself: it takes tens of MiB."""
-
     end_token_id: int  # of the chat format's end token
     largest_id: int
     adds_bos: bool
-    added: dict[str, dict[str, Any]]  # added tokens by id, as in tokenizer_config.json
+    added_tokens: dict[str, dict[str, Any]]  # by id, as in tokenizer_config.json
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -278,19 +273,18 @@ def read_adapter(folder: Path) -> Adapter:
                 fix += f": continue it with --resume, or merge what is there with --adapter {saved[-1]}"
             raise InputError(f"{file}: missing; {fix}")
     config, training = read_json(folder / "adapter_config.json"), read_json(run_folder / "training_args.json")
-    base_config = read_json(run_folder / "config.json") if (run_folder / "config.json").exists() else {}
     for key, inner in (("chat_format", CHAT_FORMAT), ("base", ("model", "fingerprint"))):
         if not isinstance(training.get(key), dict) or any(k not in training[key] for k in inner):
             raise InputError(f"{run_folder}/training_args.json: no {key} in it; train_sft_dolores.py writes it")
     check_mergeable(folder / "adapter_config.json", config)
-    tokenizer = read_tokenizer(folder / "tokenizer.json", training["chat_format"]["eos_token"])
-    return Adapter(folder, config, training, base_config, tokenizer)
+    return Adapter(folder, config, training, *read_tokenizer(folder, training["chat_format"]["eos_token"]))
 
 
-def read_tokenizer(file: Path, end_token: str) -> TokenizerFacts:
-    """Read a tokenizer.json; InputError if it is damaged or lacks the end token."""
+def read_tokenizer(folder: Path, end_token: str) -> tuple[int, int, bool, dict[str, dict[str, Any]]]:
+    """What an Adapter says about its tokenizer, which is not kept: it takes tens of MiB."""
     from tokenizers import Tokenizer
 
+    file = folder / "tokenizer.json"
     with explain(str(file), "{error}; copy it from the base", Exception):  # tokenizers raises plain Exception
         tokenizer = Tokenizer.from_file(str(file))
     end_token_id = tokenizer.token_to_id(end_token)
@@ -298,12 +292,8 @@ def read_tokenizer(file: Path, end_token: str) -> TokenizerFacts:
         raise InputError(f"{file}: has no {end_token}, the chat format's end token; is it the right adapter?")
     keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     added = tokenizer.get_added_tokens_decoder()
-    return TokenizerFacts(
-        end_token_id,
-        max(tokenizer.get_vocab().values()),
-        bool(tokenizer.encode("").ids),
-        {str(number): {key: getattr(token, key) for key in keys} for number, token in added.items()},
-    )
+    described = {str(i): {key: getattr(token, key) for key in keys} for i, token in added.items()}
+    return end_token_id, max(tokenizer.get_vocab().values()), bool(tokenizer.encode("").ids), described
 
 
 def check_mergeable(place: Path, config: dict[str, Any]) -> None:
@@ -352,7 +342,6 @@ class Plan(NamedTuple):
 
 def plan_merge(adapter: Adapter, base: Path) -> Plan:
     """Match adapter and base by their headers; InputError if they do not fit each other."""
-    check_same_architecture(adapter, base)
     tensors = read_base_headers(base)
     trainer.load_libraries()
     from transformers import AutoConfig
@@ -360,8 +349,8 @@ def plan_merge(adapter: Adapter, base: Path) -> Plan:
     hint = "{error}; name a causal language model with --base"
     with explain(str(base / "config.json"), hint, ValueError, OSError, KeyError):
         config = AutoConfig.from_pretrained(base)
-    if adapter.tokenizer.largest_id >= config.vocab_size:
-        problem = f"has token id {adapter.tokenizer.largest_id}, but the base's embedding {config.vocab_size} rows"
+    if adapter.largest_id >= config.vocab_size:
+        problem = f"has token id {adapter.largest_id}, but the base's embedding {config.vocab_size} rows"
         raise InputError(f"{adapter.folder}/tokenizer.json: {problem}; name the right --base")
     return Plan(config, tensors, match_layers(adapter, tensors))
 
@@ -395,29 +384,17 @@ def match_layers(adapter: Adapter, tensors: dict[str, StoredTensor]) -> dict[str
     return layers
 
 
-def check_same_architecture(adapter: Adapter, base: Path) -> None:
-    """Refuse a base whose config.json has another size or type than the base of the training."""
-    config, trained_on = read_json(base / "config.json"), adapter.base_config
-    if "quantization_config" in config:
-        raise InputError(f"{base}: already quantized; name the 16-bit base that it was made from with --base")
-    for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        if trained_on and config.get(key) != trained_on.get(key):
-            here, there = config.get(key), trained_on.get(key)
-            raise InputError(f"{base}: {key} is {here}, but the adapter's base had {there}; name the right --base")
-
-
 # ---- Merging -------------------------------------------------------------------------------------
 
 
-def merge_shards(plan: Plan, folder: Path) -> Plan:
+def merge_shards(plan: Plan, folder: Path) -> None:
     """Write every shard of the base into `folder`, a few rows at a time, with the adapted tensors merged.
 
-    A merged tensor has the shape and dtype of the base's, so the header and every offset stay as they are. Returns
-    where the result can be read.
+    A merged tensor has the shape and dtype of the base's, so the header and every offset stay as they are.
     """
     import torch
 
-    for shard in shards(plan.tensors):
+    for shard in sorted({tensor.file for tensor in plan.tensors.values()}):
         tensors = sorted((t.start, name) for name, t in plan.tensors.items() if t.file == shard)
         with open(folder / shard.name, "wb") as target:
             with open(shard, "rb") as source:
@@ -425,7 +402,6 @@ def merge_shards(plan: Plan, folder: Path) -> Plan:
             for _, name in tensors:
                 for rows in merged_rows(plan, name):
                     target.write(rows.view(torch.uint8).numpy())
-    return Plan(plan.config, {n: t._replace(file=folder / t.file.name) for n, t in plan.tensors.items()}, {})
 
 
 def merged_rows(plan: Plan, name: str) -> Iterator[Tensor]:
@@ -445,7 +421,7 @@ def merged_rows(plan: Plan, name: str) -> Iterator[Tensor]:
         for first in range(0, stored.shape[0], height):
             count = min(height, stored.shape[0] - first) * width
             rows = torch.frombuffer(bytearray(source.read(count * dtype.itemsize)), dtype=dtype).view(-1, width)
-            if layer:
+            if layer and b is not None:
                 rows = torch.mm(b[first : first + height], a).mul_(layer.scale).add_(rows).to(dtype)
             if not finite(rows):
                 problem = f"NaN or infinity in {name}, from the base or the adapter"
@@ -463,11 +439,6 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     return torch.frombuffer(data, dtype=getattr(torch, DTYPES[stored.dtype])).view(stored.shape)
 
 
-def shards(tensors: dict[str, StoredTensor]) -> list[Path]:
-    """The files of these tensors, in order."""
-    return sorted({tensor.file for tensor in tensors.values()})
-
-
 def finite(numbers: Tensor) -> bool:
     """Whether none is NaN or infinite. One that is makes their sum so too, which takes one fast pass; it may overflow."""
     return bool(numbers.sum().isfinite() or numbers.isfinite().all())
@@ -483,7 +454,7 @@ def arrange_gguf(
     if args.gguf == "none":
         return None, []
     # By this name llama.cpp knows that the control tokens swallow the white space after them.
-    strips = plan.config.model_type == "phi3" and any(token["rstrip"] for token in adapter.tokenizer.added.values())
+    strips = plan.config.model_type == "phi3" and any(token["rstrip"] for token in adapter.added_tokens.values())
     try:
         return Gguf(plan, folder, f"Phi-3 {name}" if strips else name, name.rpartition("/")[2], args.gguf), []
     except (NotImplementedError, ValueError, KeyError, TypeError) as error:
@@ -504,17 +475,29 @@ class Gguf:
         for log in ("hf-to-gguf", "gguf", "metadata"):
             logging.getLogger(log).setLevel(logging.ERROR)
         import gguf
+        import torch
         from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
+        from conversion.base import LazyTorchTensor
 
-        self.plan, self.file, types = plan, folder / f"{name}-{kind}.gguf", gguf.GGMLQuantizationType
+        def whole(name: str) -> Tensor:  # for those that are small or that the converter rearranges: queries and keys
+            return torch.cat([rows.float() for rows in merged_rows(plan, name)]).view(plan.tensors[name].shape)
+
+        def lazy(name: str) -> Any:
+            return LazyTorchTensor(meta=torch.empty(plan.tensors[name].shape, device="meta"), args=(name,), func=whole)
+
+        def quantize(data: Any, to: Any) -> Any:
+            later = to != types.F32 and isinstance(data, gguf.LazyNumpyTensor)
+            return Encoded(plan, data, to) if later else own_quantize(data, to)
+
         known = get_model_class(get_model_architecture(ModelBase.load_hparams(folder, False), ModelType.TEXT))
-        lazy_tensor = self.lazy_tensor
+        self.file, types = folder / f"{name}-{kind}.gguf", gguf.GGMLQuantizationType
 
         class Converter(known):  # type: ignore[valid-type, misc]
             model_arch = known.model_arch
 
             def index_tensors(self, **_: object) -> dict[str, Any]:
-                return dict(filter(None, (self.filter_tensors((name, lazy_tensor(name))) for name in plan.tensors)))
+                found = (self.filter_tensors((name, functools.partial(lazy, name))) for name in plan.tensors)
+                return dict(filter(None, found))
 
             def tensor_force_quant(self, name: str, new_name: str, bid: int | None, n_dims: int) -> Any:
                 forced = super().tensor_force_quant(name, new_name, bid, n_dims)
@@ -523,40 +506,22 @@ class Gguf:
                 width, tied = self.model_tensors[name]().shape[-1], "lm_head.weight" not in self.model_tensors
                 return types[weight_type(kind, new_name, bid or 0, self.block_count, width, tied)]
 
-        def encode_later(data: Any, to: int) -> Any:
-            return plain(data, to) if to == types.F32 else Encoded(self, data, to)
-
-        # The converter has no hook for this. Its own encoder knows no K-quants, and takes ten times as long.
-        plain, gguf.quants.quantize = gguf.quants.quantize, encode_later
+        # The converter has no hook for its encoder, which knows no K-quants and takes ten times as long as ggml's.
+        own_quantize, gguf.quants.quantize = gguf.quants.quantize, quantize
         try:
             converter = Converter(folder, gguf.LlamaFileType[f"MOSTLY_{kind}"], self.file, model_name=title)
+            converter.dir_model_card = folder / name  # none: this folder's own name would get into the file
             converter.prepare_tensors()
             converter.prepare_metadata(vocab_only=False)
         finally:
-            gguf.quants.quantize = plain
+            gguf.quants.quantize = own_quantize
         self.writer = converter.gguf_writer
         self.keys = {key: entry.value for key, entry in self.writer.kv_data[0].items()}
         self.types = {name: tensor.dtype.name for name, tensor in self.writer.tensors[0].items()}
         self.size = sum(tensor.nbytes for tensor in self.writer.tensors[0].values())
 
-    def lazy_tensor(self, name: str) -> Any:
-        """What makes the converter's lazy tensor for one of the base's."""
-        import torch
-        from conversion.base import LazyTorchTensor
-
-        stored = self.plan.tensors[name]
-        meta = torch.empty(stored.shape, dtype=getattr(torch, DTYPES[stored.dtype]), device="meta")
-        return lambda: LazyTorchTensor(meta=meta, args=(name,), func=self.whole_tensor)
-
-    def whole_tensor(self, name: str) -> Tensor:
-        """A merged tensor, for those that are small or that the converter rearranges: queries and keys."""
-        import torch
-
-        return torch.cat(list(merged_rows(self.plan, name))).view(self.plan.tensors[name].shape)
-
-    def write(self, plan: Plan) -> None:
-        """Write the file with the weights of `plan`: minutes for the K-quants, so with a progress bar."""
-        self.plan = plan
+    def write(self) -> None:
+        """Write the file: minutes for the K-quants, so with a progress bar."""
         self.writer.write_header_to_file(path=self.file)
         self.writer.write_kv_data_to_file()
         self.writer.write_tensors_to_file(progress=sys.stderr.isatty())
@@ -568,15 +533,12 @@ def weight_type(kind: str, name: str, layer: int, layers: int, width: int, tied:
     if kind == "BF16":
         return kind
     chosen = kind.removesuffix("_M")
-    # Errors in these cost most, and in these layers.
-    more_bits = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
-    value = any(part in name for part in ("attn_v.", "attn_qkv."))
-    if name == ("token_embd.weight" if tied else "output.weight") and chosen != "Q8_0":
-        chosen = "Q6_K"
-    elif kind.endswith("_M") and more_bits and (value or "ffn_down" in name):
-        chosen = "Q6_K"
-    elif chosen == "Q4_K" and value and layers == 80:  # a 70B
-        chosen = "Q5_K"
+    if chosen != kind:  # in a mix, what costs most: the head, and values and ffn_down in a half of the layers
+        value = "attn_v." in name or "attn_qkv." in name
+        chosen = "Q5_K" if value and layers == 80 else chosen  # a 70B
+        more_bits = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+        head = name == ("token_embd.weight" if tied else "output.weight")
+        chosen = "Q6_K" if head or (more_bits and (value or "ffn_down." in name)) else chosen
     if width % 256:  # the blocks of the K-quants have 256 weights, all others 32
         chosen = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}.get(chosen, chosen)
     return "F16" if width % 32 else chosen
@@ -585,46 +547,38 @@ def weight_type(kind: str, name: str, layer: int, layers: int, width: int, tied:
 class Encoded:
     """A tensor as the converter's writer takes one, encoded while it is written: a few rows at a time, on all cores."""
 
-    def __init__(self, gguf: Gguf, data: Any, kind: int):
+    def __init__(self, plan: Plan, data: Any, kind: Any):
         import numpy as np
         from gguf import quant_shape_to_byte_shape
 
-        self.gguf, self.data, self.kind = gguf, data, kind
+        self.plan, self.data, self.kind = plan, data, kind
         self.shape, self.dtype = quant_shape_to_byte_shape(data.shape, kind), np.dtype(np.uint8)
         self.nbytes = math.prod(self.shape)
 
     def tofile(self, stream: BinaryIO) -> None:
         """Write the encoded rows in order."""
-        cores = len(os.sched_getaffinity(0))
-        encode, rows = ggml_encoder(), self.rows()
+        cores, rows, encode = os.cpu_count() or 1, self.rows(), ggml_encoder(self.kind)
         with ThreadPoolExecutor(cores) as pool:
-            waiting = [pool.submit(encode, block, self.kind) for block in islice(rows, 4 * cores)]
+            waiting = [pool.submit(encode, block) for block in islice(rows, 4 * cores)]
             while waiting:
                 stream.write(waiting.pop(0).result())
-                waiting += [pool.submit(encode, block, self.kind) for block in islice(rows, 1)]
+                waiting += [pool.submit(encode, block) for block in islice(rows, 1)]
 
     def rows(self) -> Iterator[Tensor]:
-        """The values in blocks of rows: as they come from the base, or of the whole tensor that the converter made."""
+        """The values in blocks of rows: from the base, or of the whole tensor where the converter has rearranged it."""
         import torch
         from gguf import LazyNumpyTensor
-        from gguf.lazy import LazyBase
 
-        chain = [self.data]
-        while chain[-1]._args and isinstance(chain[-1]._args[0], LazyBase):
-            chain.append(chain[-1]._args[0])
-        name = chain[-1]._args[0]
-        copied = (
-            2 if chain[-1].dtype in (torch.float16, torch.float32) else 3
-        )  # .to(float32), which those need not; .numpy()
-        if isinstance(name, str) and len(chain) == copied:
-            yield from merged_rows(self.gguf.plan, name)
+        made_from = self.data._args[0]._args[0]  # `lazy` gives a tensor of the base its name; others have a tensor here
+        if isinstance(made_from, str):
+            yield from merged_rows(self.plan, made_from)
         else:
             whole = torch.from_numpy(LazyNumpyTensor.to_eager(self.data))
             yield from whole.split(max(1, BLOCK // whole.shape[-1]))
 
 
-def ggml_encoder() -> Any:
-    """ggml's own encoder: (rows of weights, type) → bytes. It lets go of Python's lock."""
+def ggml_encoder(kind: Any) -> Callable[[Tensor], memoryview]:
+    """ggml's own encoder: rows of weights → the bytes of this type. It lets go of Python's lock."""
     import ctypes
 
     import libggml
@@ -635,10 +589,9 @@ def ggml_encoder() -> Any:
     quantize, pointer, integer = ctypes.CDLL(str(library)).ggml_quantize_chunk, ctypes.c_void_p, ctypes.c_int64
     quantize.argtypes, quantize.restype = (ctypes.c_int, pointer, pointer, *[integer] * 3, pointer), ctypes.c_size_t
 
-    def encode(rows: Tensor, kind: int) -> memoryview:
+    def encode(rows: Tensor) -> memoryview:
         rows, encoded = rows.float().contiguous(), np.empty(quant_shape_to_byte_shape(rows.shape, kind), np.uint8)
-        size = quantize(kind, rows.data_ptr(), encoded.ctypes.data, 0, *rows.shape, None)
-        assert size == encoded.nbytes
+        assert quantize(kind, rows.data_ptr(), encoded.ctypes.data, 0, *rows.shape, None) == encoded.nbytes
         return encoded.data
 
     return encode
@@ -658,10 +611,8 @@ def write_small_files(adapter: Adapter, base: Path, plan: Plan, folder: Path, wi
     config = read_json(base / "config.json")
     config.pop("auto_map", None)  # points to the base's own Python files, which are not copied
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", generation_config(base, adapter.tokenizer.end_token_id))
-    write_json(
-        folder / "tokenizer_config.json", tokenizer_config_for_all_readers(adapter, plan.config.model_type, folder)
-    )
+    write_json(folder / "generation_config.json", generation_config(base, adapter.end_token_id))
+    write_json(folder / "tokenizer_config.json", tokenizer_config(adapter, plan.config.model_type, folder))
 
 
 def generation_config(base: Path, end_token: int) -> dict[str, Any]:
@@ -674,7 +625,7 @@ def generation_config(base: Path, end_token: int) -> dict[str, Any]:
     return {**config, "eos_token_id": eos if len(eos) > 1 else eos[0]}
 
 
-def tokenizer_config_for_all_readers(adapter: Adapter, model_type: str, folder: Path) -> dict[str, Any]:
+def tokenizer_config(adapter: Adapter, model_type: str, folder: Path) -> dict[str, Any]:
     """Without what only transformers 5 understands, and with what llama.cpp's converter looks for."""
     config = read_json(adapter.folder / "tokenizer_config.json")
     for key in ("backend", "is_local", "local_files_only", "chat_template", "auto_map"):
@@ -682,9 +633,9 @@ def tokenizer_config_for_all_readers(adapter: Adapter, model_type: str, folder: 
     if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 expects a dict
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     # The converter finds tokens that tokenizer.model lacks only here.
-    config["added_tokens_decoder"] = adapter.tokenizer.added
+    config["added_tokens_decoder"] = adapter.added_tokens
     config["eos_token"] = adapter.training["chat_format"]["eos_token"]
-    config["add_bos_token"] = adapter.tokenizer.adds_bos  # else llama.cpp adds one to Phi-3's prompts
+    config["add_bos_token"] = adapter.adds_bos  # else llama.cpp adds one to Phi-3's prompts
     # By this class the converter tells Phi-4 from Phi-3.
     phi4 = model_type == "phi3" and not (folder / "tokenizer.model").is_file()
     return {**config, "tokenizer_class": "GPT2Tokenizer" if phi4 else "PreTrainedTokenizerFast"}
@@ -800,18 +751,13 @@ def is_metas_llama(model: str, folder: Path) -> bool:
 
 def check_result(adapter: Adapter, plan: Plan, folder: Path, gguf: Gguf | None) -> list[str]:
     """Check the folder that was written. Returns one line per check; one that fails is a bug of ours."""
-    from transformers import AutoConfig
-
-    end, checks = adapter.tokenizer.end_token_id, []
-    written = [file for file in shards(plan.tensors) if (folder / file.name).exists()]
-    for shard in written:
-        ours, theirs = read_header(str(folder), folder / shard.name), read_header(str(shard), shard)
-        assert {n: t[1:] for n, t in ours.items()} == {n: t[1:] for n, t in theirs.items()}, shard.name
-    if written:
-        checks.append(f"{len(plan.tensors)} tensors with the base's names, shapes and dtypes, no NaN or infinity")
+    end = adapter.end_token_id
+    checks = (
+        []
+        if gguf and not any(folder.glob("*.safetensors"))
+        else [f"{len(plan.tensors)} tensors of the base, no NaN or infinity"]
+    )
     checks.append(f"{2 * len(plan.layers)} adapter tensors used once each, in {len(plan.layers)} layers")
-    rope = getattr(plan.config, "rope_parameters", None)
-    assert getattr(AutoConfig.from_pretrained(folder), "rope_parameters", None) == rope
     eos = read_json(folder / "generation_config.json")["eos_token_id"]
     assert end in (eos if isinstance(eos, list) else [eos]), eos
     assert "chat_template" not in read_json(folder / "tokenizer_config.json")
@@ -820,7 +766,7 @@ def check_result(adapter: Adapter, plan: Plan, folder: Path, gguf: Gguf | None) 
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         assert gguf.keys["tokenizer.chat_template"] == template and "tool" not in template
         assert gguf.keys["tokenizer.ggml.eos_token_id"] == end
-        assert gguf.keys.get("tokenizer.ggml.add_bos_token", False) == adapter.tokenizer.adds_bos
+        assert gguf.keys.get("tokenizer.ggml.add_bos_token", False) == adapter.adds_bos
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(gguf.types.values()).most_common())
         checks.append(f"{gguf.file.name}: {kinds}; end of answer {adapter.training['chat_format']['eos_token']}")
     return checks
@@ -928,9 +874,7 @@ def load_chat(folder: Path, base: str | None) -> tuple[PreTrainedModel, Any, lis
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     if (folder / "adapter_config.json").is_file() or not folder.is_dir():
         adapter = read_adapter(folder)
         stops = stop_texts(adapter.training["chat_format"])
