@@ -190,13 +190,12 @@ def main(argv: list[str] | None = None) -> int:
         problem = "not the base that the adapter was trained on, its weights differ"
         raise InputError(f"{base}: {problem}; name the right --base, or merge anyway with --force")
 
-    output.parent.mkdir(parents=True, exist_ok=True)
     weights = sum(tensor.end - tensor.start for tensor in plan.tensors.values())
     print(f"merging    {adapter.folder} into {base} ({gigabytes(weights)})", flush=True)
     with written_beside(output) as folder:
         write_small_files(adapter, base, plan, folder, with_weights=not args.gguf_only)
-        gguf, notes = arrange_gguf(adapter, plan, folder, name, args)
-        notes += write_run_files(adapter, plan, folder, f"./{gguf.file.name}" if gguf else ".")
+        gguf = arrange_gguf(adapter, plan, folder, name, args)
+        write_run_files(adapter, plan, folder, f"./{gguf.file.name}" if gguf else ".")
         write_card(adapter, plan, folder, name, args, gguf)
         check_disk(output.parent, (0 if args.gguf_only else weights) + (gguf.size if gguf else 0))
         if not args.gguf_only:
@@ -209,8 +208,6 @@ def main(argv: list[str] | None = None) -> int:
     print(f"written    {args.output} ({gigabytes(size)}) in {time.monotonic() - start:.0f} s")
     for check in checks:
         print(f"checked    {check}")
-    for note in notes:
-        print(note)
     create = ["ollama", "create", name, "-f", f"{args.output}/Modelfile"]
     print("next      ", shlex.join(create if gguf else [sys.executable, sys.argv[0], "--chat", str(args.output)]))
     return 0
@@ -298,13 +295,13 @@ def read_tokenizer(folder: Path, end_token: str) -> tuple[int, int, bool, dict[s
 
 def check_mergeable(place: Path, config: dict[str, Any]) -> None:
     """Refuse an adapter_config.json with a setting that merging tensor by tensor would lose."""
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"{place}: {config.get('peft_type')} adapter; only a plain LoRA can be merged here")
     # PiSSA, OLoRA, LoftQ and the like change the base when training starts: the published base no longer fits.
     unusual = [key for key in sorted(config.keys() - PLAIN_LORA) if config[key] and config[key] != "none"]
     unusual += ["init_lora_weights"] if config.get("init_lora_weights", True) not in (True, False, "gaussian") else []
+    unusual += ["peft_type"] if config.get("peft_type") != "LORA" else []
     if unusual:
-        raise InputError(f"{place}: {unusual[0]} is set, which this merge would lose; use PEFT's own merge_and_unload")
+        problem = f"{unusual[0]} is {config.get(unusual[0])!r}, which this merge would lose"
+        raise InputError(f"{place}: {problem}; use PEFT's own merge_and_unload")
 
 
 def find_base(named: str | None, adapter: Adapter) -> Path:
@@ -313,9 +310,6 @@ def find_base(named: str | None, adapter: Adapter) -> Path:
     model = named or recorded["model"]
     if Path(model).is_dir():
         return Path(model)
-    if model.count("/") > 1 or model.startswith((".", "/", "~")):
-        hint = "name it with --base" if named is None else "--base takes a folder or a Hugging Face id"
-        raise InputError(f"{model}: no such base folder; {hint}")
     revision = recorded.get("revision") if model == recorded["model"] else None  # another model has other commits
     patterns = ["*.json", "*.safetensors", *VOCABULARY_FILES, *LICENSE_FILES]
     return Path(trainer.download_model(f"--base {model}", model, patterns, revision))
@@ -423,7 +417,8 @@ def merged_rows(plan: Plan, name: str) -> Iterator[Tensor]:
             rows = torch.frombuffer(bytearray(source.read(count * dtype.itemsize)), dtype=dtype).view(-1, width)
             if layer and b is not None:
                 rows = torch.mm(b[first : first + height], a).mul_(layer.scale).add_(rows).to(dtype)
-            if not finite(rows):
+            # One number that is not makes their sum so too, which takes one fast pass; the sum may overflow.
+            if not (rows.sum().isfinite() or rows.isfinite().all()):
                 problem = f"NaN or infinity in {name}, from the base or the adapter"
                 raise InputError(f"{stored.file}: {problem}; download the base or train the adapter again")
             yield rows
@@ -439,29 +434,23 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     return torch.frombuffer(data, dtype=getattr(torch, DTYPES[stored.dtype])).view(stored.shape)
 
 
-def finite(numbers: Tensor) -> bool:
-    """Whether none is NaN or infinite. One that is makes their sum so too, which takes one fast pass; it may overflow."""
-    return bool(numbers.sum().isfinite() or numbers.isfinite().all())
-
-
 # ---- The GGUF: llama.cpp's converter arranges it, ggml's encoder writes it -----------------------
 
 
-def arrange_gguf(
-    adapter: Adapter, plan: Plan, folder: Path, name: str, args: argparse.Namespace
-) -> tuple[Gguf | None, list[str]]:
-    """The GGUF to write, if any, and a line to print if llama.cpp's converter does not know the base."""
+def arrange_gguf(adapter: Adapter, plan: Plan, folder: Path, name: str, args: argparse.Namespace) -> Gguf | None:
+    """The GGUF to write, if any; a warning if llama.cpp's converter does not know the base."""
     if args.gguf == "none":
-        return None, []
+        return None
     # By this name llama.cpp knows that the control tokens swallow the white space after them.
     strips = plan.config.model_type == "phi3" and any(token["rstrip"] for token in adapter.added_tokens.values())
     try:
-        return Gguf(plan, folder, f"Phi-3 {name}" if strips else name, name.rpartition("/")[2], args.gguf), []
+        return Gguf(plan, folder, f"Phi-3 {name}" if strips else name, name.rpartition("/")[2], args.gguf)
     except (NotImplementedError, ValueError, KeyError, TypeError) as error:
         problem = f"no GGUF: llama.cpp's converter does not know this base ({trainer.first_line(error)})"
-        if args.gguf_only:
-            raise InputError(f"{folder.name}: {problem}; leave --gguf-only out") from None
-        return None, [f"warning    {problem}; make one with a newer llama.cpp and name it after FROM in the Modelfile"]
+    if args.gguf_only:
+        raise InputError(f"--gguf-only: {problem}; leave it out")
+    print(f"warning    {problem}; make one with a newer llama.cpp and name it after FROM in the Modelfile")
+    return None
 
 
 class Gguf:
@@ -547,17 +536,24 @@ def weight_type(kind: str, name: str, layer: int, layers: int, width: int, tied:
 class Encoded:
     """A tensor as the converter's writer takes one, encoded while it is written: a few rows at a time, on all cores."""
 
+    dtype = trainer.np.dtype("uint8") if trainer.np else None
+
     def __init__(self, plan: Plan, data: Any, kind: Any):
-        import numpy as np
         from gguf import quant_shape_to_byte_shape
 
         self.plan, self.data, self.kind = plan, data, kind
-        self.shape, self.dtype = quant_shape_to_byte_shape(data.shape, kind), np.dtype(np.uint8)
+        self.shape = quant_shape_to_byte_shape(data.shape, kind)
         self.nbytes = math.prod(self.shape)
 
     def tofile(self, stream: BinaryIO) -> None:
         """Write the encoded rows in order."""
-        cores, rows, encode = os.cpu_count() or 1, self.rows(), ggml_encoder(self.kind)
+        cores, rows, row_bytes, quantize = os.cpu_count() or 1, self.rows(), self.shape[-1], ggml_encoder()
+
+        def encode(block: Tensor) -> Any:
+            block, encoded = block.float().contiguous(), trainer.np.empty((len(block), row_bytes), "uint8")
+            quantize(self.kind, block.data_ptr(), encoded.ctypes.data, 0, *block.shape, None)
+            return encoded.data
+
         with ThreadPoolExecutor(cores) as pool:
             waiting = [pool.submit(encode, block) for block in islice(rows, 4 * cores)]
             while waiting:
@@ -577,24 +573,16 @@ class Encoded:
             yield from whole.split(max(1, BLOCK // whole.shape[-1]))
 
 
-def ggml_encoder(kind: Any) -> Callable[[Tensor], memoryview]:
-    """ggml's own encoder: rows of weights → the bytes of this type. It lets go of Python's lock."""
+def ggml_encoder() -> Callable[..., int]:
+    """ggml's own encoder, from rows of float32 to the bytes of a type. It lets go of Python's lock."""
     import ctypes
 
     import libggml
-    import numpy as np
-    from gguf import quant_shape_to_byte_shape
 
     library = sorted(Path(libggml.__path__[0]).glob("lib*/libggml-base.*"))[0]
     quantize, pointer, integer = ctypes.CDLL(str(library)).ggml_quantize_chunk, ctypes.c_void_p, ctypes.c_int64
     quantize.argtypes, quantize.restype = (ctypes.c_int, pointer, pointer, *[integer] * 3, pointer), ctypes.c_size_t
-
-    def encode(rows: Tensor) -> memoryview:
-        rows, encoded = rows.float().contiguous(), np.empty(quant_shape_to_byte_shape(rows.shape, kind), np.uint8)
-        assert quantize(kind, rows.data_ptr(), encoded.ctypes.data, 0, *rows.shape, None) == encoded.nbytes
-        return encoded.data
-
-    return encode
+    return quantize
 
 
 # ---- The small files -----------------------------------------------------------------------------
@@ -641,17 +629,16 @@ def tokenizer_config(adapter: Adapter, model_type: str, folder: Path) -> dict[st
     return {**config, "tokenizer_class": "GPT2Tokenizer" if phi4 else "PreTrainedTokenizerFast"}
 
 
-def write_run_files(adapter: Adapter, plan: Plan, folder: Path, source: str) -> list[str]:
-    """Modelfile, and what it says in the files that the Hub hands to Ollama. Returns a line about the system turn."""
+def write_run_files(adapter: Adapter, plan: Plan, folder: Path, source: str) -> None:
+    """Modelfile, and what it says in the files that the Hub hands to Ollama."""
     chat_format = adapter.training["chat_format"]
     settings = parameters(chat_format, plan.config)
-    system, note = ollama_system((adapter.training.get("data") or {}).get("system"))
+    system = ollama_system((adapter.training.get("data") or {}).get("system"))
     (folder / "Modelfile").write_text(modelfile(chat_format, settings, source, system), encoding="utf-8")
     (folder / "template").write_text(go_template(chat_format), encoding="utf-8")
     write_json(folder / "params", settings)
     if system:
         (folder / "system").write_text(system, encoding="utf-8")
-    return note
 
 
 def parameters(chat_format: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
@@ -691,24 +678,22 @@ def fill(template: str, values: dict[str, str]) -> str:
     return re.sub("@([a-z_]+)@", lambda found: values[found[1]], template)
 
 
-def ollama_system(system: str | None) -> tuple[str | None, list[str]]:
-    """The system turn that all conversations share → the text for SYSTEM, and a line to print about it.
+def ollama_system(system: str | None) -> str | None:
+    """The system turn that all conversations share → the text for SYSTEM, and a line about it on the screen.
 
     In a SYSTEM text Ollama drops every character that Go does not call printable, such as the joiners in an emoji of a
     family, and has no way to write three double quotes.
     """
     if not system:
-        return None, []
+        return None
     if '"""' in system:
-        return None, ['warning    the system turn contains """, which a Modelfile cannot hold; set it with /set system']
+        print('warning    the system turn contains """, which a Modelfile cannot hold; set it with /set system')
+        return None
     lost = sorted({c for c in system if not (c.isprintable() or c in "\n\t")})
-    if not lost:
-        return system, ["system     the turn that all conversations share is in the Modelfile"]
-    kept = "".join((" " if c.isspace() else "") if c in lost else c for c in system)
     names = ", ".join(f"U+{ord(c):04X} {unicodedata.name(c, '')}".strip() for c in lost)
-    return kept, [
-        f"warning    Ollama drops {names} from a SYSTEM text: spaces became plain ones; a program can send the turn itself"
-    ]
+    print(f"warning    Ollama drops {names} from a SYSTEM text; a program can send the turn itself" if lost else
+          "system     the turn that all conversations share is in the Modelfile")  # fmt: skip
+    return "".join((" " if c.isspace() else "") if c in lost else c for c in system)
 
 
 def stop_texts(chat_format: dict[str, Any]) -> list[str]:
@@ -751,39 +736,31 @@ def is_metas_llama(model: str, folder: Path) -> bool:
 
 def check_result(adapter: Adapter, plan: Plan, folder: Path, gguf: Gguf | None) -> list[str]:
     """Check the folder that was written. Returns one line per check; one that fails is a bug of ours."""
-    end = adapter.end_token_id
-    checks = (
-        []
-        if gguf and not any(folder.glob("*.safetensors"))
-        else [f"{len(plan.tensors)} tensors of the base, no NaN or infinity"]
-    )
-    checks.append(f"{2 * len(plan.layers)} adapter tensors used once each, in {len(plan.layers)} layers")
-    eos = read_json(folder / "generation_config.json")["eos_token_id"]
-    assert end in (eos if isinstance(eos, list) else [eos]), eos
-    assert "chat_template" not in read_json(folder / "tokenizer_config.json")
     assert all(path.is_file() and not path.is_symlink() for path in folder.iterdir())
+    checks = [f"{len(plan.tensors)} tensors of the base, no NaN or infinity",
+              f"{2 * len(plan.layers)} adapter tensors used once each, in {len(plan.layers)} layers"]  # fmt: skip
     if gguf:
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        # A template that mentions tools is one that Ollama may prefer to ours.
         assert gguf.keys["tokenizer.chat_template"] == template and "tool" not in template
-        assert gguf.keys["tokenizer.ggml.eos_token_id"] == end
+        assert gguf.keys["tokenizer.ggml.eos_token_id"] == adapter.end_token_id
         assert gguf.keys.get("tokenizer.ggml.add_bos_token", False) == adapter.adds_bos
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(gguf.types.values()).most_common())
         checks.append(f"{gguf.file.name}: {kinds}; end of answer {adapter.training['chat_format']['eos_token']}")
     return checks
 
 
-# ---- Does a running Ollama send the model what training did? --------------------------------------
-
+# ---- Does a running Ollama send the model what training did? -------------------------------------
 
 HISTORY = [{"role": "user", "content": "My name is Ada."}, {"role": "assistant", "content": "Hello, Ada."}]
-QUESTIONS = (
+QUESTIONS = [
     "Who are you?",
     "Qui es-tu ?",
     "L'été, 12345 fois « déjà » !",
     "日本 🙂",
     "a  b\tc\n\n  d",
-    '{{ .Role }} \\n "x"',
-)
+    "{{ .Role }} \\n",
+]
 CHECKED_CHATS = [[*before, {"role": "user", "content": question}] for before in ([], HISTORY) for question in QUESTIONS]
 
 
@@ -808,9 +785,7 @@ def check_ollama(model: str, folder: Path) -> int:
             for place, (text, count) in (("training", expected), (f"Ollama's {model}", found)):
                 print(f"differs    {place}: {count} tokens, {text!r}")
             return 1
-    print(
-        f"checked    {len(CHECKED_CHATS)} chats: text and number of tokens in Ollama's {model} are those of the training"
-    )
+    print(f"checked    {len(CHECKED_CHATS)} chats: the text and its number of tokens are those of the training")
     print("checked    an answer ends by itself" if ended else f"differs    no answer ends within {CHAT_TOKENS} tokens")
     return int(not ended)
 
@@ -898,20 +873,17 @@ def answer_streamer(tokenizer: Any, stops: list[str]) -> Any:
     """
     from transformers import TextStreamer
 
+    ends = re.compile("|".join(map(re.escape, stops)))
+
     class Streamer(TextStreamer):
         answer = ""
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            text = before_stop(text, stops)
+            text = ends.split(text, maxsplit=1)[0]
             self.answer += text
             super().on_finalized_text(escape_controls(text, "\n\t"), stream_end)
 
     return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
-def before_stop(text: str, stops: list[str]) -> str:
-    """The text up to the first stop in it."""
-    return re.split("|".join(map(re.escape, stops)), text, maxsplit=1)[0]
 
 
 def typed_questions() -> Iterator[str]:
@@ -955,7 +927,7 @@ def check_disk(folder: Path, need: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < need:
         problem = f"{gigabytes(free)} free, {gigabytes(need)} needed"
-        raise InputError(f"{folder}: {problem}; make room, choose another --output, or leave out what --gguf-only does")
+        raise InputError(f"{folder}: {problem}; make room, choose another --output, or a smaller --gguf")
 
 
 def swap_folders(output: Path) -> tuple[Path, Path]:
@@ -968,14 +940,14 @@ def recover_replaced(output: Path) -> None:
     _, old = swap_folders(output)
     if old.exists() and not output.exists():
         old.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def written_beside(output: Path) -> Iterator[Path]:
     """A folder next to `output` that replaces it if all goes well, and is deleted otherwise."""
     partial, old = swap_folders(output)
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial

@@ -2143,7 +2143,7 @@ def download_model(place: str, name: str, patterns: list[str], revision: str | N
     with (  # the last one that fits counts
         hub(unwritable, OSError),
         hub(unreachable, *offline),
-        hub("neither a folder nor a Hub name", errors.HFValidationError),
+        hub("neither a folder nor a Hub name; check the path", errors.HFValidationError),
         hub(unknown, errors.RepositoryNotFoundError),
         hub(no_revision, errors.RevisionNotFoundError),
         hub(gated, errors.GatedRepoError),
