@@ -445,7 +445,7 @@ def arrange_gguf(adapter: Adapter, plan: Plan, folder: Path, name: str, args: ar
     strips = plan.config.model_type == "phi3" and any(token["rstrip"] for token in adapter.added_tokens.values())
     try:
         return Gguf(plan, folder, f"Phi-3 {name}" if strips else name, name.rpartition("/")[2], args.gguf)
-    except (NotImplementedError, ValueError, KeyError, TypeError) as error:
+    except (NotImplementedError, ValueError, KeyError) as error:
         problem = f"no GGUF: llama.cpp's converter does not know this base ({trainer.first_line(error)})"
     if args.gguf_only:
         raise InputError(f"--gguf-only: {problem}; leave it out")
@@ -490,7 +490,7 @@ class Gguf:
 
             def tensor_force_quant(self, name: str, new_name: str, bid: int | None, n_dims: int) -> Any:
                 forced = super().tensor_force_quant(name, new_name, bid, n_dims)
-                if not isinstance(forced, bool):
+                if n_dims < 2 or not isinstance(forced, bool):
                     return forced
                 width, tied = self.model_tensors[name]().shape[-1], "lm_head.weight" not in self.model_tensors
                 return types[weight_type(kind, new_name, bid or 0, self.block_count, width, tied)]
