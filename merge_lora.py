@@ -30,7 +30,6 @@ import sys
 import time
 import unicodedata
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -100,15 +99,8 @@ ollama run @quoted_name@
 LM Studio and llama.cpp open the file `@gguf@`, for instance `llama-cli -m @folder@/@gguf@`.
 From the Hub, where this folder is uploaded: `ollama run hf.co/you/@quoted_name@:@kind@`.
 """
-CARD_TRANSFORMERS = """
-transformers:
-
-```python
-from transformers import pipeline
-
-chat = pipeline("text-generation", "./@folder@")
-print(chat([{"role": "user", "content": "…"}], max_new_tokens=256)[0]["generated_text"][-1]["content"])
-```
+CARD_SAFETENSORS = """
+transformers (`pipeline("text-generation", "./@folder@")`), vLLM and the next training read the folder itself.
 """
 LICENSE_NOTE = "The license of the base model applies to these weights too."
 BUILT_WITH_LLAMA = """**Built with Llama.** The Llama Community License applies to these weights too: keep its notice and its use
@@ -191,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"{base}: {problem}; name the right --base, or merge anyway with --force")
 
     weights = sum(tensor.end - tensor.start for tensor in plan.tensors.values())
-    print(f"merging    {adapter.folder} into {base} ({gigabytes(weights)})", flush=True)
+    print(f"merging    {adapter.folder} into {base} ({weights / 1e9:.2f} GB)", flush=True)
     with written_beside(output) as folder:
         write_small_files(adapter, base, plan, folder, with_weights=not args.gguf_only)
         gguf = arrange_gguf(adapter, plan, folder, name, args)
@@ -205,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
         checks = check_result(adapter, plan, folder, gguf)
         size = sum(file.stat().st_size for file in folder.iterdir())
 
-    print(f"written    {args.output} ({gigabytes(size)}) in {time.monotonic() - start:.0f} s")
+    print(f"written    {args.output} ({size / 1e9:.2f} GB) in {time.monotonic() - start:.0f} s")
     for check in checks:
         print(f"checked    {check}")
     create = ["ollama", "create", name, "-f", f"{args.output}/Modelfile"]
@@ -277,6 +269,12 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(folder, config, training, *read_tokenizer(folder, training["chat_format"]["eos_token"]))
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The content of a JSON file; InputError if there is none, or none that is valid."""
+    with explain(str(file), "not JSON ({error}); copy or write it again", OSError, ValueError):
+        return trainer.read_json(file)
+
+
 def read_tokenizer(folder: Path, end_token: str) -> tuple[int, int, bool, dict[str, dict[str, Any]]]:
     """What an Adapter says about its tokenizer, which is not kept: it takes tens of MiB."""
     from tokenizers import Tokenizer
@@ -318,20 +316,12 @@ def find_base(named: str | None, adapter: Adapter) -> Path:
 # ---- The plan: which tensor gets which adapter, and every check that needs no weights ------------
 
 
-class Layer(NamedTuple):
-    """The adapter of one weight: A, B and the scale of B A."""
-
-    a: StoredTensor
-    b: StoredTensor
-    scale: float
-
-
 class Plan(NamedTuple):
     """What merging needs to know before it reads a weight."""
 
     config: PreTrainedConfig  # of the base
     tensors: dict[str, StoredTensor]  # of the base
-    layers: dict[str, Layer]  # by name of the base's weight
+    layers: dict[str, tuple[StoredTensor, StoredTensor, float]]  # A, B, scale of B A; by name of the base's weight
 
 
 def plan_merge(adapter: Adapter, base: Path) -> Plan:
@@ -362,8 +352,8 @@ def read_base_headers(base: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def match_layers(adapter: Adapter, tensors: dict[str, StoredTensor]) -> dict[str, Layer]:
-    """Give each adapted weight of the base its adapter; every tensor must be used, and every target adapted."""
+def match_layers(adapter: Adapter, tensors: dict[str, StoredTensor]) -> dict[str, tuple]:
+    """Plan.layers: the adapter of each weight; every tensor must be used, and every target adapted."""
     file, config, layers = adapter.folder / "adapter_model.safetensors", adapter.config, {}
     stored, prefix = read_header(str(adapter.folder), file), "base_model.model."
     for module in {key.removeprefix(prefix).partition(".lora_")[0] for key in stored}:
@@ -371,7 +361,7 @@ def match_layers(adapter: Adapter, tensors: dict[str, StoredTensor]) -> dict[str
         base = tensors.get(f"{module}.weight")
         if not (a and b and base) or [b.shape[0], a.shape[1]] != base.shape or a.shape[0] != b.shape[1]:
             raise InputError(f"{file}: {module} fits no layer of the base, or is not complete; name the right --base")
-        layers[f"{module}.weight"] = Layer(a, b, config["lora_alpha"] / a.shape[0])
+        layers[f"{module}.weight"] = (a, b, config["lora_alpha"] / a.shape[0])
     for name in tensors.keys() - layers.keys():
         if name.split(".")[-2] in config["target_modules"] and name.endswith(".weight"):
             raise InputError(f"{file}: no adapter of {name} in it; is it complete, and does it belong to this base?")
@@ -408,15 +398,15 @@ def merged_rows(plan: Plan, name: str) -> Iterator[Tensor]:
     torch.set_num_threads(1)  # the blocks are small: threads that wait for each other take longer
     stored, layer = plan.tensors[name], plan.layers.get(name)
     dtype, width = getattr(torch, DTYPES[stored.dtype]), math.prod(stored.shape[1:])
-    a, b = (read_tensor(layer.a).float(), read_tensor(layer.b).float()) if layer else (None, None)
+    a, b, scale = (read_tensor(layer[0]).float(), read_tensor(layer[1]).float(), layer[2]) if layer else (None, None, 1)
     height = max(16, BLOCK // width // 16 * 16)
     with open(stored.file, "rb") as source, torch.no_grad():
         source.seek(stored.start)
         for first in range(0, stored.shape[0], height):
             count = min(height, stored.shape[0] - first) * width
             rows = torch.frombuffer(bytearray(source.read(count * dtype.itemsize)), dtype=dtype).view(-1, width)
-            if layer and b is not None:
-                rows = torch.mm(b[first : first + height], a).mul_(layer.scale).add_(rows).to(dtype)
+            if a is not None and b is not None:
+                rows = torch.mm(b[first : first + height], a).mul_(scale).add_(rows).to(dtype)
             # One number that is not makes their sum so too, which takes one fast pass; the sum may overflow.
             if not (rows.sum().isfinite() or rows.isfinite().all()):
                 problem = f"NaN or infinity in {name}, from the base or the adapter"
@@ -632,19 +622,14 @@ def tokenizer_config(adapter: Adapter, model_type: str, folder: Path) -> dict[st
 def write_run_files(adapter: Adapter, plan: Plan, folder: Path, source: str) -> None:
     """Modelfile, and what it says in the files that the Hub hands to Ollama."""
     chat_format = adapter.training["chat_format"]
-    settings = parameters(chat_format, plan.config)
+    num_ctx = min(NUM_CTX, plan.config.max_position_embeddings)
+    settings = {"temperature": SAMPLING["temperature"], "num_ctx": num_ctx, "stop": stop_texts(chat_format)}
     system = ollama_system((adapter.training.get("data") or {}).get("system"))
     (folder / "Modelfile").write_text(modelfile(chat_format, settings, source, system), encoding="utf-8")
     (folder / "template").write_text(go_template(chat_format), encoding="utf-8")
     write_json(folder / "params", settings)
     if system:
         (folder / "system").write_text(system, encoding="utf-8")
-
-
-def parameters(chat_format: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
-    """What Ollama samples with, and what ends an answer."""
-    num_ctx = min(NUM_CTX, config.max_position_embeddings)
-    return {"temperature": SAMPLING["temperature"], "num_ctx": num_ctx, "stop": stop_texts(chat_format)}
 
 
 def go_template(chat_format: dict[str, Any]) -> str:
@@ -720,7 +705,7 @@ def write_card(
         "kind": args.gguf,
         "license": BUILT_WITH_LLAMA if is_metas_llama(model, folder) else LICENSE_NOTE,
     }
-    values["run"] = fill((CARD_GGUF if gguf else "") + ("" if args.gguf_only else CARD_TRANSFORMERS), values)
+    values["run"] = fill((CARD_GGUF if gguf else "") + ("" if args.gguf_only else CARD_SAFETENSORS), values)
     (folder / "README.md").write_text(fill(CARD, values), encoding="utf-8")
 
 
@@ -736,7 +721,6 @@ def is_metas_llama(model: str, folder: Path) -> bool:
 
 def check_result(adapter: Adapter, plan: Plan, folder: Path, gguf: Gguf | None) -> list[str]:
     """Check the folder that was written. Returns one line per check; one that fails is a bug of ours."""
-    assert all(path.is_file() and not path.is_symlink() for path in folder.iterdir())
     checks = [f"{len(plan.tensors)} tensors of the base, no NaN or infinity",
               f"{2 * len(plan.layers)} adapter tensors used once each, in {len(plan.layers)} layers"]  # fmt: skip
     if gguf:
@@ -792,10 +776,8 @@ def check_ollama(model: str, folder: Path) -> int:
 
 def ask_ollama(model: str, chat: list[dict[str, str]], **more: Any) -> dict[str, Any]:
     """Ollama's reply to a chat; InputError where there is no server, or no such model."""
-    host = os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
-    address = urllib.parse.urlsplit(host if "://" in host else f"http://{host}")
-    port = address.port or ({"http": 80, "https": 443}[address.scheme] if "://" in host else 11434)
-    url = f"{address.scheme}://{address.hostname or '127.0.0.1'}:{port}/api/chat"
+    host = os.environ.get("OLLAMA_HOST") or "127.0.0.1"
+    url = (host if "://" in host else f"http://{host}" + ("" if ":" in host else ":11434")) + "/api/chat"
     content = json.dumps({"model": model, "messages": chat, "stream": False, **more}).encode()
     try:
         with urllib.request.urlopen(urllib.request.Request(url, content), timeout=600) as reply:
@@ -926,7 +908,7 @@ def check_disk(folder: Path, need: int) -> None:
     need += 64 << 20  # the vocabulary in the GGUF, the file system's own
     free = shutil.disk_usage(folder).free
     if free < need:
-        problem = f"{gigabytes(free)} free, {gigabytes(need)} needed"
+        problem = f"{free / 1e9:.2f} GB free, {need / 1e9:.2f} GB needed"
         raise InputError(f"{folder}: {problem}; make room, choose another --output, or a smaller --gguf")
 
 
@@ -960,20 +942,6 @@ def written_beside(output: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-# ---- Small helpers -------------------------------------------------------------------------------
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The content of a JSON file; InputError if there is none, or none that is valid."""
-    with explain(str(file), "not JSON ({error}); copy or write it again", OSError, ValueError):
-        return trainer.read_json(file)
-
-
-def gigabytes(size: float) -> str:
-    """Bytes as text, in GB of 10^9."""
-    return f"{size / 1e9:.2f} GB"
 
 
 if __name__ == "__main__":

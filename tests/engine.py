@@ -136,12 +136,12 @@ def answers_of_transformers(model: Path, prompts: list[list[int]], max_new_token
 
 
 def gap_at_first_difference(folder: Path, prompt: list[int], mine: list[int], its: list[int]) -> float:
-    """Difference in log probability (nats) of the two tokens where two greedy answers first differ, in float32."""
+    """Difference in log probability (nats) of the two tokens where two greedy answers first differ."""
     import torch
     from transformers import AutoModelForCausalLM
 
     at = next(i for i, (a, b) in enumerate(zip(mine, its, strict=False)) if a != b)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float()
     with torch.no_grad():
         logits = model(torch.tensor([prompt + mine[:at]])).logits[0, -1]
     return float(logits[mine[at]] - logits[its[at]])

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine import answers_of_transformers, fingerprint, known_pre_tokenizer, llama_cpp
+from engine import answers_of_transformers, fingerprint, gap_at_first_difference, known_pre_tokenizer, llama_cpp
 from families import REFUSED, SPLITS, TOKENS, TRAINABLE, family
 from runs import TINY, arguments, assert_same_adapter, assert_says, dialogues, error_of, run
 from safetensors.torch import load_file
@@ -145,9 +145,13 @@ def test_llama_cpp_answers_like_transformers(trained, tmp_path):
     bos = tokenizer.bos_token if TOKENS[name].adds_bos else ""
     assert [bos + text.removeprefix(bos) for text, _ in rendered] == texts
     assert [ids for _, ids in rendered] == prompts
-    for ours, (theirs, reason) in zip(answers_of_transformers(merged, prompts, 24), answers, strict=True):
+    for prompt, ours, (theirs, reason) in zip(
+        prompts, answers_of_transformers(merged, prompts, 24), answers, strict=True
+    ):
         # llama.cpp also ends at control tokens that generation_config.json does not list.
-        assert theirs == ours[: len(theirs)] and (len(theirs) == len(ours) or reason == "stop")
+        equal = theirs == ours[: len(theirs)] and (len(theirs) == len(ours) or reason == "stop")
+        # It rounds activations to bfloat16 too, which decides ties.
+        assert equal or gap_at_first_difference(merged, prompt, ours, theirs) < 0.02
 
 
 def test_the_adapter_folder_in_other_programs(trained):
