@@ -144,14 +144,16 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class OneLineParser(argparse.ArgumentParser):
     """argparse that reports a wrong flag in one line instead of printing the whole usage."""
 
+    positional = "--train-files"  # the flag for what is typed without one
+
     def error(self, message: str):
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
             flag = unknown[1].split("=")[0]
             near = get_close_matches(flag.replace("_", "-"), self._option_string_actions, n=1, cutoff=0.6)
-            near = [KNOWN_ELSEWHERE[flag]] if flag in KNOWN_ELSEWHERE else near
+            near = [known for known in [KNOWN_ELSEWHERE.get(flag)] if known in self._option_string_actions] or near
             message = f"unknown option {flag}" + (f"; did you mean {near[0]}?" if near else "")
             if not flag.startswith("-"):
-                message = f"unexpected argument {flag}; did you mean --train-files {flag}?"
+                message = f"unexpected argument {flag}; did you mean {self.positional} {flag}?"
         self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}; see --help\n")
 
 
@@ -279,8 +281,9 @@ def checkpointing_mode(text: str) -> str | int:
 
 def model_name(text: str) -> str:
     """A name that Ollama, the Hub and a shell take as it is."""
-    if not re.fullmatch(r"(?:[a-z0-9][\w.-]*/)?[a-z0-9][\w.-]*", text, re.ASCII | re.IGNORECASE):
-        raise argparse.ArgumentTypeError(f"{text!r} must be letters, digits, '-', '_' and '.', such as my-model")
+    if not re.fullmatch(r"(?:[a-z0-9][\w-]*/)?[a-z0-9][\w.-]*", text, re.ASCII | re.IGNORECASE) or len(text) > 80:
+        rule = "must be letters, digits, '-', '_' and '.', such as my-model: at most 80, no '.' before a '/'"
+        raise argparse.ArgumentTypeError(f"{text!r} {rule}")
     return text
 
 
@@ -2254,28 +2257,7 @@ def resolve_model(name: str) -> tuple[str, str | None]:
     """(local folder, Hub revision or None) of a folder or Hub name; downloads what is missing."""
     if folder := local_model(name):
         return folder, None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        DryRunError,
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    offline = (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError)
-    unreachable = "not in the local cache, and cannot reach the Hugging Face Hub; go online or give a local folder"
-    unknown = "not found on the Hub; check the name, or run `hf auth login` if it is private"
-    gated = f"access is gated; accept the license at hf.co/{name}, then run `hf auth login`"
-    hub = functools.partial(explain, f"--model {name}")
-    with hub(unreachable, *offline), hub(unknown, RepositoryNotFoundError), hub(gated, GatedRepoError):
-        patterns = ["*.json", "*.safetensors", "*.jinja"]
-        fetch = functools.partial(
-            snapshot_download, name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
-        )
-        with contextlib.suppress(DryRunError):  # offline: nothing to download
-            check_download(name, sum(file.file_size or 0 for file in fetch(dry_run=True) if file.will_download))
-        folder = fetch()
+    folder = download_model(f"--model {name}", name, ["*.json", "*.safetensors", "*.jinja"])
     check_whole_model(name, folder)
     if not all(file.is_file() for file in weight_files(folder)):  # offline, what is in the cache counts as all there is
         problem = "its weights are not in the local cache, and the Hub cannot be reached or has no *.safetensors"
@@ -2283,7 +2265,31 @@ def resolve_model(name: str) -> tuple[str, str | None]:
     return folder, os.path.basename(folder)
 
 
-def check_download(name: str, size: int) -> None:
+def download_model(place: str, name: str, patterns: list[str], revision: str | None = None) -> str:
+    """The folder of a Hub model in the local cache; downloads what is missing. `place` begins the error's line."""
+    from huggingface_hub import errors, snapshot_download
+
+    offline = (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError)
+    unreachable = "not in the local cache, and cannot reach the Hugging Face Hub; go online or give a local folder"
+    unwritable = "cannot use the Hugging Face cache ({error}); set HF_HOME to a folder that can be written to"
+    unknown = "not found on the Hub; check the name, or run `hf auth login` if it is private"
+    hub = functools.partial(explain, place)
+    with (  # the last one that fits counts
+        hub(unwritable, OSError),
+        hub(unreachable, *offline),
+        hub("neither a folder nor a Hub name; check the path", errors.HFValidationError),
+        hub(unknown, errors.RepositoryNotFoundError),
+        hub(f"no revision {revision} on the Hub; give a local folder", errors.RevisionNotFoundError),
+        hub(f"access is gated; accept the license at hf.co/{name}, then run `hf auth login`", errors.GatedRepoError),
+    ):
+        which = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": ["*/*", "consolidated*"]}
+        with contextlib.suppress(errors.DryRunError):  # offline: nothing to download
+            files = snapshot_download(name, dry_run=True, **which)
+            check_download(place, sum(file.file_size or 0 for file in files if file.will_download))
+        return snapshot_download(name, **which)
+
+
+def check_download(place: str, size: int) -> None:
     """Say how many bytes are downloaded, and where to; InputError where they do not fit."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -2291,7 +2297,7 @@ def check_download(name: str, size: int) -> None:
     free = shutil.disk_usage(disk).free
     if size > free:
         problem = f"{size / 1e9:,.1f} GB to download, but {free / 1e9:,.1f} GB free in {HF_HUB_CACHE}"
-        raise InputError(f"--model {name}: {problem}; free some space, or set HF_HOME to a folder on a larger disk")
+        raise InputError(f"{place}: {problem}; free some space, or set HF_HOME to a folder on a larger disk")
     if size > 1e9:
         # Merged weights are as large as the base's, a GGUF in Q8_0 takes 8.5 of their 16 bits.
         later = f"merging will take {1.53 * size / 1e9:,.0f} GB more"
@@ -2348,32 +2354,36 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def read_headers(name: str, folder: str | Path) -> dict[str, StoredTensor]:
-    """The base's tensors by name; InputError for a missing or damaged file.
-
-    A safetensors file is 8 bytes of length, a JSON header, the data.
-    """
+    """The base's tensors by name; InputError for a missing or damaged file."""
     tensors = {}
     for file in weight_files(folder):
         if not file.is_file():
             missing = file.name if file.name != "model.safetensors" else "*.safetensors"
             raise InputError(f"--model {name}: no {missing} in it; give a folder with the weights")
-        hint, size = f"{file.name} is damaged or incomplete; copy or download it again", file.stat().st_size
-        # A file that is not safetensors may have any bytes here.
-        damaged = explain(f"--model {name}", hint, ValueError, KeyError, TypeError, AttributeError)
-        with damaged, open(file, "rb") as stream:
-            data = 8 + int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(data - 8) if data <= size else "")
-            header.pop("__metadata__", None)
-            for key, tensor in header.items():
-                start, end = (data + offset for offset in tensor["data_offsets"])
-                tensors[key] = StoredTensor(file, tensor["dtype"], tensor["shape"], start, end)
-                if end > size:
-                    raise ValueError
+        tensors |= read_header(f"--model {name}", file)
+    return tensors
+
+
+def read_header(place: str, file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file by name: 8 bytes of length, a JSON header, the data."""
+    tensors = {}
+    hint, size = f"{file.name} is damaged or incomplete; copy or download it again", file.stat().st_size
+    # A file that is not safetensors may have any bytes here.
+    damaged = explain(place, hint, ValueError, KeyError, TypeError, AttributeError)
+    with damaged, open(file, "rb") as stream:
+        data = 8 + int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(data - 8) if data <= size else "")
+        header.pop("__metadata__", None)
+        for key, tensor in header.items():
+            start, end = (data + offset for offset in tensor["data_offsets"])
+            tensors[key] = StoredTensor(file, tensor["dtype"], tensor["shape"], start, end)
+            if end > size:
+                raise ValueError
     return tensors
 
 
 def fingerprint(headers: dict[str, StoredTensor]) -> str:
-    """A sha256 that tells models of the same shape apart; merge_lora.py computes the same.
+    """A sha256 that tells models of the same shape apart; merge_lora.py compares it.
 
     Hashes, for every tensor in the order of their names, the line "name dtype [shape]" and the first 4096 bytes.
     """
@@ -3376,7 +3386,7 @@ def prompted_rows(plan: Plan, held_out: list[str], examples: int = 5) -> tuple[R
     found = {place: one for one in read_again(plan) if (place := f"{one.file}:{one.line}") in wanted}
     texts = [found[place].turns for place in shown if place in found]  # a file may have been edited since
     pool = [[turn._replace(trained=False) for turn in turns if turn.role != "system"] for turns in texts]
-    for number, (own, file, line) in enumerate(found[place] for place in held_out if place in found):
+    for number, (own, file, line, _) in enumerate(found[place] for place in held_out if place in found):
         system = [turn for turn in own[:1] if turn.role == "system"]
         for count in range(min(examples, len(pool)), 0, -1):
             before = chain(*(pool[(examples * number + i) % len(pool)] for i in range(count)))
@@ -3391,7 +3401,8 @@ def prompted_rows(plan: Plan, held_out: list[str], examples: int = 5) -> tuple[R
 
 def read_again(plan: Plan) -> Iterator[Conversation]:
     """The conversations of all data files; those with errors were reported before."""
-    return read_conversations(plan.files, plan.args.input_format, refuse=lambda *_: None)
+    found = read_conversations(plan.files, plan.args.input_format)
+    return (one for one in found if not any(finding.level == "error" for finding in one.findings))
 
 
 def training_answers(plan: Plan, held_out: Iterable[str]) -> Iterator[str]:
