@@ -1132,9 +1132,8 @@ def given(record: dict[str, Any]) -> dict[str, Any]:
     """What a row or message holds; InputError, without a place, where a name in it decides what may be trained."""
     fields = {name: value for name, value in record.items() if value not in (None, "", [], {})}
     if refused := [name for name in fields if name.lower() in REFUSED]:
-        raise InputError(
-            f"{refused[0]!r} is not read, but decides what may be trained; choose the rows, then delete it"
-        )
+        problem = f"{refused[0]!r} is not read, but decides what may be trained"
+        raise InputError(f"{problem}; delete it, and what should not be trained without it")
     return fields
 
 
@@ -1185,12 +1184,12 @@ def message_turn(message: Any, row: int) -> tuple[Turn, list[str]]:
         texts = [part["text"] for part in parts if part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str)]
         content = "".join(texts) if len(texts) == len(parts) else None
     if not isinstance(content, str):
-        problem = f"the content of a {role} message is neither text nor a list of {{'type': 'text', 'text': …}}"
+        problem = f"the {role} message's content is neither text nor a list of {{'type': 'text', 'text': …}}"
         raise InputError(f"{problem}; only text can be trained on")
     if not message.keys() & {"content", "value"}:
-        raise InputError(f"no 'content' in a {role} message of {shorten(', '.join(message))}; write its text there")
+        raise InputError(f"no 'content' in the {role} message of {shorten(', '.join(message))}; write its text there")
     if broken := re.search("[\0\ud800-\udfff]", content):
-        raise InputError(f"a NUL or lone surrogate ({escape_controls(broken[0])}) in a {role} message; delete it")
+        raise InputError(f"a NUL or lone surrogate ({escape_controls(broken[0])}) in the {role} message; delete it")
     if strange := [f"{flag} {shorten(fields[flag])}" for flag in flags if fields[flag] not in (0, 1)]:
         raise InputError(f"unknown {strange[0]}; write 1 for a trained answer, 0 for one that is only context")
     return Turn(role, content.strip(), row, name != CONTEXT and all(fields[flag] for flag in flags)), unread
@@ -1251,6 +1250,8 @@ def read_csv(file: str) -> Iterator[tuple[int, Any]]:
                 f"no columns 'prompt' and 'completion', or 'instruction' and 'output' in {shorten(','.join(names))}"
             )
             raise InputError(f"{file}:{row}: {problem}; rename the columns in the first line")
+        if twice := [name for name in names if name and names.count(name) > 1]:
+            raise InputError(f"{file}:{row}: two columns {twice[0]!r}; rename one in the first line")
         row = above + reader.line_num
         for values in reader:
             if len(values) != len(names) and values:
@@ -1849,7 +1850,9 @@ def print_survey(counts: dict[str, Any], shown: int = 5) -> None:
         print_field("skipped", f"{counts['skipped']:,} conversations that have errors (--skip-bad)")
     unread = [(name, plural(n, noun)) for noun, names in counts["not_read"].items() for name, n in names.items()]
     if unread:
-        print_field("not read", ", ".join(f"{escape_controls(name)[:40]} ({number})" for name, number in unread))
+        print_field(
+            "not read", ", ".join(f"{escape_controls(name)[:40] or 'unnamed'} ({number})" for name, number in unread)
+        )
 
 
 def print_findings(findings: list[Finding], shown: int = 5) -> None:

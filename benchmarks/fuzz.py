@@ -35,22 +35,10 @@ READER = "chatml" if KIND == "chatml" else "messages"
 FILE = str(Path(tempfile.mkdtemp(prefix="fuzz")) / ("d.parquet" if KIND == "parquet" else "d"))
 NAMES = ["system", "user", "assistant", "assistant:context", "endoftext", "im_start", "im_end", "usr", "User", "eot_id", "é", "\x1b[31m", "a;b"]  # fmt: skip
 ATOMS = [*(f"<|{name}|>" for name in NAMES), "<|im_start|>user\n", "<|im_start|> assistant \n", "<|im_end|>\n", "\n", "\n\n",
-         "\r\n", "\r", "\\", "\\<|user|>", "\\\\<|im_end|>", "<|user", "|user|>", "<| user |>", "<user|>", " ", "\t", "\0", "\ufeff",
+         "\r\n", "\r", "\\", "\\<|user|>", "\\\\<|im_end|>", "\u200b<|user|>", "<|user", "|user|>", "<| user |>", "<user|>", " ", "\t", "\0", "\ufeff",
          "\u202e", "\x85", "\u2028", "\x1b[2J", "Ã©", "é", "e\u0301", "🙂", "\U0010ffff", "q ?", "a.", "{{ x }}", "<s>"]  # fmt: skip
-KEYS = [
-    "messages",
-    "conversations",
-    "prompt",
-    "completion",
-    "system",
-    "weight",
-    "role",
-    "content",
-    "from",
-    "value",
-    "type",
-    "text",
-]
+KEYS = ["messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system", "role", "content",
+        "from", "value", "type", "text", "weight", "loss", "train", "label", "images", "tool_calls", "name", "data"]  # fmt: skip
 VALUES = ["user", "assistant", "system", "human", "gpt", "tool", "", "q", "text", "\ud800", *ATOMS]
 
 

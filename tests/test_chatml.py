@@ -395,6 +395,7 @@ AUTO_ERRORS = [  # (name, content, place, a fact)
     ("d.csv", 'prompt,completion\nq,a\n"q,a\nq,a\n', "d.csv:3", "CSV"),
     ("d.csv", "sep=;\nprompt;completion\nq;\n", "d.csv:3", "empty assistant"),
     ("d.csv", "prompt,completion,Label\nq,a,true\n", "d.csv:2", "'label'"),
+    ("d.csv", "prompt,completion,Prompt\nq,a,r\n", "d.csv:1", "'prompt'"),
     ("d.csv", "prompt,completion\n", "d.csv", "README"),
     ("d.jsonl", '{"question": "q", "answer": "a"}', "d.jsonl:1", "question, answer"),
     ("d.txt", "Bonjour\n" + OK, "d.txt:1", "<|user|>"),
