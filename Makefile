@@ -33,7 +33,7 @@ lint: .venv/dev
 	.venv/bin/mypy
 
 bench: .venv/dev
-	$(python) benchmarks/flops.py
+	$(python) benchmarks/fake_cuda.py
 	$(python) benchmarks/prep.py
 	$(python) benchmarks/train_cpu.py
 	$(python) benchmarks/merge.py

@@ -15,6 +15,7 @@ its self-check, its measured choice of layers. Speed is the median over the step
 import argparse
 import json
 import multiprocessing
+import re
 import sys
 import tempfile
 import time
@@ -161,15 +162,12 @@ def main() -> None:
     for name in options.variants:
         with tempfile.TemporaryDirectory(prefix="gpu-benchmark-") as folder:
             command = [sys.executable, *sys.argv, "--variants", name, "--folder", folder]
-            environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "COLUMNS": "200"}
             log, left = Path(folder, "log"), deadline - time.monotonic()
-            code, _, _ = llama.measured(command, log, timeout=max(1, left), **environment)
-            text = log.read_text()
+            allocator = "expandable_segments:True"  # the same for all
+            code, _, _ = llama.measured(command, log, timeout=max(1, left), PYTORCH_ALLOC_CONF=allocator)
+            text = re.sub(r"\n {11}", " ", log.read_text())  # what print_field wrapped
         if code:
-            print(
-                f"{name:<27}  exit status {code}: {text.strip().splitlines()[-1][:150] if text.strip() else ''}",
-                flush=True,
-            )
+            print(f"{name:<27}  exit status {code}: {(text.splitlines() or [''])[-1][:150]}", flush=True)
             print(text[-3000:], file=sys.stderr)
             continue
         result = json.loads(text.splitlines()[-1])

@@ -91,6 +91,14 @@ def test_gpu_prints_a_line_for_each_variant(tmp_path):
 
 
 @pytest.mark.slow
+def test_train_cpu(tmp_path, short_smollm2):
+    """Both sides start from the same loss."""
+    options = ("--base", short_smollm2, "--rounds", 1, "--steps", 2, "--length", 256, "--sides", "TRL", "ours")
+    rows = table(benchmark(tmp_path, "train_cpu.py", *options), 24)
+    assert abs(float(rows["TRL"][4]) - float(rows["ours"][4])) < 0.01
+
+
+@pytest.mark.slow
 def test_fake_cuda_prints_a_table(tmp_path):
     out = benchmark(tmp_path, "fake_cuda.py", "--layers", 2)
     rows = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith(("| NF4", "| bf16"))]
