@@ -33,7 +33,7 @@ lint: .venv/dev
 	.venv/bin/mypy
 
 bench: .venv/dev
-	$(python) benchmarks/flops.py
+	$(python) benchmarks/fake_cuda.py
 	$(python) benchmarks/prep.py
 	$(python) benchmarks/train_cpu.py
 	$(python) benchmarks/merge.py
@@ -46,7 +46,7 @@ test-ollama: .venv/dev
 
 .venv/demo: .venv/bin/python requirements.txt constraints.txt
 	@echo "downloading and installing about 2 GB: some minutes"
-	$(python) -m pip install -q --disable-pip-version-check -r requirements.txt gguf==0.19.0
+	$(python) -m pip install -q --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 .venv/dev: .venv/bin/python requirements.txt requirements-dev.txt constraints.txt

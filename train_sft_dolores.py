@@ -93,6 +93,25 @@ def first_line(error: Exception) -> str:
     return f"no {error} in it" if isinstance(error, KeyError) else str(error).strip().split("\n")[0].rstrip(".")
 
 
+@contextlib.contextmanager
+def any_terminal() -> Iterator[None]:
+    """Print as escapes what the terminal's encoding lacks, and end quietly where nobody reads on (`| head`)."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its exit
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def check_name(name: str) -> None:
+    """InputError for a file name whose bytes are not UTF-8: no JSON file can hold it."""
+    if re.search("[\ud800-\udfff]", name):
+        raise InputError(f"{name!a}: the name is not UTF-8; rename it")
+
+
 # ---- Flags ---------------------------------------------------------------------------------------
 
 EXAMPLES = """\
@@ -125,14 +144,16 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class OneLineParser(argparse.ArgumentParser):
     """argparse that reports a wrong flag in one line instead of printing the whole usage."""
 
+    positional = "--train-files"  # the flag for what is typed without one
+
     def error(self, message: str):
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
             flag = unknown[1].split("=")[0]
             near = get_close_matches(flag.replace("_", "-"), self._option_string_actions, n=1, cutoff=0.6)
-            near = [KNOWN_ELSEWHERE[flag]] if flag in KNOWN_ELSEWHERE else near
+            near = [known for known in [KNOWN_ELSEWHERE.get(flag)] if known in self._option_string_actions] or near
             message = f"unknown option {flag}" + (f"; did you mean {near[0]}?" if near else "")
             if not flag.startswith("-"):
-                message = f"unexpected argument {flag}; did you mean --train-files {flag}?"
+                message = f"unexpected argument {flag}; did you mean {self.positional} {flag}?"
         self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}; see --help\n")
 
 
@@ -260,8 +281,9 @@ def checkpointing_mode(text: str) -> str | int:
 
 def model_name(text: str) -> str:
     """A name that Ollama, the Hub and a shell take as it is."""
-    if not re.fullmatch(r"(?:[a-z0-9][\w.-]*/)?[a-z0-9][\w.-]*", text, re.ASCII | re.IGNORECASE):
-        raise argparse.ArgumentTypeError(f"{text!r} must be letters, digits, '-', '_' and '.', such as my-model")
+    if not re.fullmatch(r"(?:[a-z0-9][\w-]*/)?[a-z0-9][\w.-]*", text, re.ASCII | re.IGNORECASE) or len(text) > 80:
+        rule = "must be letters, digits, '-', '_' and '.', such as my-model: at most 80, no '.' before a '/'"
+        raise argparse.ArgumentTypeError(f"{text!r} {rule}")
     return text
 
 
@@ -302,7 +324,7 @@ class Plan(NamedTuple):
     world: World
     files: dict[str, str]  # name: sha256
     counts: dict[str, Any]
-    warnings: list[DataWarning]
+    findings: list[Finding]
     questions: list[str] | None  # of --sample-prompts; None: those of held-out conversations
     base: Base = None  # type: ignore[assignment]  # None, with all that follows, until its tokenizer is on this machine
     train_rows: Rows = None  # type: ignore[assignment]
@@ -312,6 +334,7 @@ class Plan(NamedTuple):
     advised: Sequence[str] = ()  # the flags that the advice names
 
 
+@any_terminal()
 def main() -> None:
     """Look at the data, or train. An error that the user can fix ends in one line and exit status 2."""
     if np is None:
@@ -321,6 +344,8 @@ def main() -> None:
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process prints for all
     try:
+        for name in (os.getcwd(), *sys.argv[1:]):
+            check_name(name)
         if args.init_adapter:
             args = inherit_lora(args)
         dry_run(args, world) if args.dry_run else train(args, world)
@@ -355,13 +380,13 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
     """Show the data, the memory that a step needs, and what is trained on; torch is not imported."""
     Stop(world)
     if args.json:
-        check_writable(args.json)
+        check_report(args.json)
     folder = model_on_disk(args.model)
     plan = make_plan(args, world, find_base(args, folder) if folder else None)
     print_plan(plan)
-    report = plan.counts | {"warnings": [warning._asdict() for warning in plan.warnings], "advice": plan.advice}
+    report = plan.counts | {"findings": [finding._asdict() for finding in plan.findings], "advice": plan.advice}
     if plan.base:
-        report["memory_gib"] = print_memory(plan, capacity=24, device="a 24 GiB GPU")
+        report["memory_gib"] = print_memory(plan)
         print_time(plan)
         print_rows(plan.train_rows, args.preview, plan.base.encode.tokenizer)
         if not args.preview and world.size == 1:  # a launcher's command is not known here
@@ -384,6 +409,7 @@ def train(args: argparse.Namespace, world: World) -> None:
         base = find_base(args, *resolve_model(args.model))
         headers = read_headers(args.model, base.folder)
         plan = make_plan(args, world, base)
+        check_apart(args.output, [*plan.files, args.model, args.sample_prompts, args.init_adapter])
         print_plan(plan)
         device = start_torch(args, world)
         targets = check_weights(args.model, base.folder, headers, args.lora_target_modules)
@@ -397,7 +423,7 @@ def train(args: argparse.Namespace, world: World) -> None:
         if args.resume and not world.rank:
             checkpoint = resume_point(args.output, record, args.force_resume)
         model = load_model(plan, targets, device)
-        trainer = make_trainer(plan, model, load_tokenizer(args.model, base), stop)
+        trainer = make_trainer(plan, model, load_tokenizer(args.model, base.folder, base.encode), stop)
         fit(plan, trainer, record, checkpoint)
         if not world.rank:
             finish(plan, trainer, record)
@@ -408,9 +434,9 @@ def make_plan(args: argparse.Namespace, world: World, base: Base | None = None) 
     """Read and check the data; given a base, encode, hold out and pack it. InputError where nothing would be trained."""
     train_files, eval_files = find_files(args.train_files), find_files(args.eval_files)
     files, questions = train_files | eval_files, read_prompts(args.sample_prompts)
-    counts, warned, samples = read_data(files, args, base and base.encode)
+    counts, findings, samples = read_data(files, args, base and base.encode)
     if not base:
-        return Plan(args, world, files, counts, warned, questions)
+        return Plan(args, world, files, counts, findings, questions)
     tokens, trained, part, for_train, for_eval, more = split_data(samples, train_files, eval_files, args)
     held_out = np.flatnonzero(for_eval)
     check_evaluation(args, len(held_out))
@@ -440,26 +466,25 @@ def make_plan(args: argparse.Namespace, world: World, base: Base | None = None) 
     eval_rows = make_rows(samples, held_out, tokens, args) if len(held_out) else None
     advice = advise(args, world.size, counts)
     return Plan(
-        args, world, files, counts, warned + more, questions, base, train_rows, eval_rows, tokens[chosen], *advice
+        args, world, files, counts, findings + more, questions, base, train_rows, eval_rows, tokens[chosen], *advice
     )
 
 
 def split_data(samples, train_files: dict[str, str], eval_files: dict[str, str], args: argparse.Namespace) -> tuple:
     """(tokens, trained tokens, part, whether trained on, whether held out) of each sample, [N] each; and warnings."""
     digests, tokens, trained, part, for_eval = measure(samples, eval_files)
-    warned, both = [], [file for file in train_files if file in eval_files]
-    warned += [DataWarning(file, 1, "held out", "also in --eval-files: not trained on") for file in both]
+    both = [file for file in train_files if file in eval_files]
+    found = [Finding("warning", file, 1, "held out", "also in --eval-files: not trained on") for file in both]
     copies = np.zeros_like(for_eval)
     if eval_files:
         copies = ~for_eval & np.isin(digests, digests[for_eval])
-        warned += warn_held_out(samples, copies)
+        found += warn_held_out(samples, copies)
     else:
         for_eval = hold_out(digests, args.eval_fraction, args.seed)
         if args.eval_fraction and not for_eval.any():
-            warned.append(
-                DataWarning(next(iter(train_files)), 1, "held out", "nothing is: the data is one conversation")
-            )
-    return tokens, trained, part, ~for_eval & ~copies, for_eval, warned
+            nothing = "nothing is: the data is one conversation"
+            found.append(Finding("warning", next(iter(train_files)), 1, "held out", nothing))
+    return tokens, trained, part, ~for_eval & ~copies, for_eval, found
 
 
 def check_evaluation(args: argparse.Namespace, held_out: int) -> None:
@@ -482,6 +507,7 @@ def load_model(plan: Plan, targets: list[str], device: torch.device):
     model.forward = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)(model.forward)
     # Without a device PEFT loads the best checkpoint, and the one to resume from, onto cuda:0 in every process.
     model.load_adapter = functools.partial(model.load_adapter, torch_device=str(device))
+    check_path(model, plan.train_rows)
     plan_checkpointing(model, plan.train_rows, args)
     return model
 
@@ -683,6 +709,19 @@ def base_format(vocabulary: Vocabulary) -> ChatFormat:
     return chat
 
 
+def takes_late_system(chat: ChatFormat, vocabulary: Vocabulary) -> bool:
+    """Whether the base's own template writes a system turn in mid-chat as the format does."""
+    from jinja2 import TemplateError
+
+    roles = ("system", "user", "assistant", "system", "user", "system")
+    messages = [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
+    templates = (vocabulary.chat_template or "", chat_template(chat))
+    with contextlib.suppress(TemplateError, TypeError):
+        theirs, ours = (chat_renderer(template, vocabulary)(messages) for template in templates)
+        return theirs == ours
+    return False
+
+
 def derive_format(render: Callable, vocabulary: Vocabulary) -> tuple[ChatFormat, bool]:
     """A format from the texts that a template puts around turns, and whether the template takes a system turn."""
     from jinja2 import TemplateError
@@ -776,25 +815,27 @@ class Turn(NamedTuple):
     trained: bool = True  # False: this answer is only context for the next ones
 
 
-class DataWarning(NamedTuple):
-    """Something in the data that is probably a mistake, or that was left out."""
+class Finding(NamedTuple):
+    """Something to say about the data. A conversation with an error is not trained on."""
 
+    level: str  # error, warning, or note: `text` is the name of a column (kind row) or key (message) that is not read
     file: str
-    line: int
+    line: int  # 0: `text` names the place
     kind: str
-    text: str
+    text: str  # of an error: `what is wrong; how to fix it`
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.text}" if self.line else self.text
 
 
 class Conversation(NamedTuple):
-    """The turns of one conversation, and where it stands."""
+    """The turns of one conversation, where it stands, and what there is to say about it."""
 
     turns: list[Turn]
     file: str
     line: int
+    findings: Sequence[Finding] = ()
 
-
-Warn = Callable[..., None]  # (line, kind, text), with the file before them outside of a file's reader
-Refuse = Callable[[str, list[tuple[int, str]]], None]  # (file, all (line, "what is wrong; fix") of a conversation)
 
 NAME = r"[^|<>\s]{1,40}"
 TAG = re.compile(rf"<\|{NAME}\|>")
@@ -805,6 +846,13 @@ ESCAPED_TAG = re.compile(rf"(?<=\n)\\+<\|{NAME}\|>")  # not on the line of the t
 ESCAPED_IM_START = re.compile(r"(?<=\n)\\+<\|im_start\|>")
 # A misspelled tag at the start of a line, such as `<| user|>`, `<|user>` or `<user>`.
 LIKE_TAG = re.compile(r"([<|｜/\s]*)(system|user|assistant|endoftext|im_start|im_end)(?!\w)([|｜>\s]*)", re.IGNORECASE)
+# What nobody sees: controls, joiners, marks of direction, fillers, variation selectors (Unicode's default ignorables).
+UNSEEN = (
+    "\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    "\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff"
+)
+VISIBLE = re.compile(rf"[^\s{UNSEEN}]")
+UNSEEN_BEFORE_TAG = re.compile(rf"[{UNSEEN}](?<![^\n].)[{UNSEEN}]*(?=<\|)")  # the BOM of a joined file
 ROW_FILES = {".json": "JSON", ".jsonl": "JSON", ".ndjson": "JSON", ".csv": "CSV", ".tsv": "CSV", ".parquet": "Parquet"}
 CONTEXT = "assistant:context"  # an answer that is not trained
 ROLE_NAMES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", CONTEXT: "assistant"}
@@ -812,14 +860,29 @@ SHAREGPT = {"human": "user", "gpt": "assistant"}
 TOOL_ROLES = ("tool", "function", "ipython", "observation", "tool_call", "tool_calls", "function_call", "tool_response")
 # Tokens with which other formats end a turn or a text.
 END_TOKENS = ("<|end|>", "<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|eom_id|>", "</s>", "<end_of_turn>", "<eos>")
-# Other encodings than UTF-8, by the first bytes of a file: a byte order mark, or the zero bytes of ASCII characters.
-ENCODINGS = {"UTF-32": re.compile(rb"\xff\xfe\0\0"), "UTF-16": re.compile(rb"\xff\xfe|\xfe\xff"),
-             "UTF-16BE": re.compile(rb"\0[^\0]\0"), "UTF-16LE": re.compile(rb"[^\0]\0[^\0]\0")}  # fmt: skip
-# What Windows-1252 does not have: bytes without a meaning, or half of a surrogate pair in UTF-8.
-NOT_WINDOWS_1252 = re.compile(rb"[\x81\x8d\x8f\x90\x9d]|\xed[\xa0-\xbf][\x80-\xbf]")
-FENCE = re.compile(r"^ {0,3}```", re.MULTILINE)
 NOT_CLOSED = "this turn is not closed; end it with <|im_end|>"
 NO_TOOLS = "tool turns cannot be trained on; delete them, or write the tool's result into a user turn"
+# The columns that hold a conversation: OpenAI's, ShareGPT's, prompt and completion, Alpaca's.
+LAYOUTS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
+WANTED = "'messages', 'conversations', 'prompt' and 'completion', or 'instruction' and 'output'"
+# Columns and keys that change what may be trained, and that are not read.
+REFUSED = {"label", "kto_tag", "chosen", "rejected", "rejected_response", "rejected_messages", "preferred_output",
+           "non_preferred_output", "history", "train_detail", "training_detail", "loss_mask", "image", "images", "video",
+           "videos", "audio", "audios"}  # fmt: skip
+FLAGS = ("weight", "train", "training", "trainable", "loss")  # false or 0: this answer is only context
+TEXT_PARTS = ("text", "input_text", "output_text")  # the last two are those of OpenAI's Responses
+NOT_SPACE = re.compile(r"[^\s\ufeff]")
+QUOTED = re.compile(r'^"((?:[^"]|"")*)"$')
+# The first bytes of files that hold no text of ours: what to do, and what they are.
+NOT_DATA = {
+    "unpack it first": {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"7z\xbc\xaf": "7-Zip"},
+    "unpack it, or open it and save its text as UTF-8": {b"PK\3\4": "a zip archive or an Office document"},
+    "open it and save its text as UTF-8": {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"{\\rtf": "RTF", b"%PDF": "a PDF",
+                                           b"\xd0\xcf\x11\xe0": "an old Office document"},
+    "write its rows as JSON lines, CSV or Parquet": {b"SQLite format": "an SQLite database", b"ARROW1": "an Arrow file",
+                                                     b"\xff\xff\xff\xff": "an Arrow stream", b"<?xml": "XML"},
+    "download the file itself": {b"<!doctype": "HTML", b"<html": "HTML", b"version https://git-lfs": "a Git LFS pointer"},
+}  # fmt: skip
 
 
 def find_files(patterns: list[str]) -> dict[str, str]:
@@ -829,8 +892,11 @@ def find_files(patterns: list[str]) -> dict[str, str]:
         matches = [] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         for match in matches or [pattern]:
             for name in files_in(match) if os.path.isdir(match) else [match]:
+                check_name(name)
                 if not os.path.isfile(name):
-                    raise InputError(f"{name}: no such file; give the path of a data file or a glob that matches one")
+                    problem = "no such file; give the path of a data file or a glob that matches one"
+                    pipe = "not a file, but a pipe that can be read only once; write it into a file first"
+                    raise InputError(f"{name}: {pipe if os.path.exists(name) else problem}")
                 try:
                     found[name] = found.get(name) or sha256(name)
                 except OSError as error:
@@ -858,36 +924,36 @@ def sha256(file: str | Path) -> str:
     return digest.hexdigest()
 
 
-def read_conversations(
-    files: Iterable[str], input_format: str, warn: Warn = lambda *_: None, refuse: Refuse | None = None
-) -> Iterator[Conversation]:
-    """Yield the conversations of all files, one at a time; only a JSON list is read as a whole.
+def read_conversations(files: Iterable[str], input_format: str) -> Iterator[Conversation]:
+    """Yield the conversations of all files, one at a time, with and without errors; only a JSON list is read as a whole.
 
-    A conversation with errors goes to `refuse`, by default as InputError. InputError too where the rest
-    of a file cannot be read.
+    InputError where the rest of a file cannot be read.
     """
     for file in files:
-        found, kind, warn_here = False, detect_format(file, input_format), functools.partial(warn, file)
-        for turns in read_chatml(file, warn_here) if kind == "chatml" else read_rows(file, kind, warn_here):
+        found, kind = False, detect_format(file, input_format)
+        for said in read_chatml(file) if kind == "chatml" else read_rows(file, kind):
             found = True
-            if not (problems := find_problems(turns)):
-                yield build_conversation(turns, file, warn_here)
-            elif refuse:
-                refuse(file, problems)
-            else:
-                raise InputError("{}:{}: {}".format(file, *problems[0]))
+            yield check_conversation(file, said)
         if not found:
             raise InputError(f"{file}: no conversation in it; see the README on the data format")
+
+
+def mistake(file: str, line: int, text: str) -> Finding:
+    """The finding that a conversation cannot be trained on."""
+    return Finding("error", file, line, "mistake", text)
 
 
 def detect_format(file: str, input_format: str = "auto") -> str:
     """chatml, JSON, CSV or Parquet: by the first bytes where they are clear, otherwise by the extension.
 
-    InputError where --input-format says something else.
+    InputError where --input-format says something else, or where the file holds no text.
     """
     with open(file, "rb") as source:
         raw = source.read(1 << 12)
     start, by_name = raw.removeprefix(codecs.BOM_UTF8).lstrip(), ROW_FILES.get(os.path.splitext(file)[1].lower())
+    for fix, kinds in NOT_DATA.items():
+        if what := [kinds[magic] for magic in kinds if start[:40].lower().startswith(magic.lower())]:
+            raise InputError(f"{file}: this is {what[0]}; {fix}")
     if raw.startswith(b"PAR1"):
         kind = "Parquet"
     elif start.startswith(b"<|"):
@@ -899,46 +965,41 @@ def detect_format(file: str, input_format: str = "auto") -> str:
     return by_name or "JSON" if input_format == "messages" and kind == "chatml" else kind
 
 
-def read_chatml(file: str, warn: Warn) -> Iterator[list[Turn]]:
-    """Yield the conversations of a file in either dialect; what is wrong in one has the role `error`.
+def read_chatml(file: str) -> Iterator[list[Turn | Finding]]:
+    """Yield the turns of each conversation of a file in either dialect, and what there is to say about them.
 
     Role tags at the start of a line (`<|user|>`, content on the same line or the next ones), or
     `<|im_start|>user` … `<|im_end|>`. A backslash before a tag makes it text. A conversation starts at the
     file's start, at a system turn or at a line `<|endoftext|>`.
     """
-    turns: list[Turn] = []
-    opened = fence = 0  # the line of the turn before, if it needs <|im_end|>; if a code block is open at its end
+    said: list[Turn | Finding] = []
+    opened = 0  # the line of the turn before, if it needs <|im_end|>
     for line, tag, text in split_at_tags(file):
-        im, cut, opened, fence = opened, fence, 0, 0
+        im, opened = opened, 0
         if im and tag:
-            turns.append(Turn("error", NOT_CLOSED, im))
-        if cut and tag:
-            problem = f"this <|{escape_controls(tag)[:60]}|> stands in the code block (```) of the turn in line {cut}"
-            warn(line, "code block", f"{problem} and cuts it; write a backslash before it, or close the block")
+            said.append(mistake(file, im, NOT_CLOSED))
         name, escaped = tag, ESCAPED_TAG
         if tag == "im_start":
             opened, escaped = line, ESCAPED_IM_START
             name, newline, text = text.partition("\n")
             name, text = name.strip(), newline + text.replace("\\<|im_end|>", "<|im_end|>")
         role = ROLE_NAMES.get(name or "")
-        if turns and (role == "system" or tag == "endoftext"):
-            yield turns
-            turns = []
+        if said and (role == "system" or tag == "endoftext"):
+            yield said
+            said = []
         if role:
-            content = unescape_tags(text, line, escaped, warn).strip()
-            turns.append(Turn(role, content, line, name != CONTEXT))
-            if "```" in text and not (cut or opened) and len(FENCE.findall(text)) % 2:
-                fence = line
+            content, warnings = unescape_tags(file, line, text, escaped)
+            said += [Turn(role, content.strip(), line, name != CONTEXT), *warnings]
         elif tag == "endoftext":
-            turns += stray_text(text, line, "after <|endoftext|>; put the separator alone on its line")
+            said += stray_text(file, line, text, "after <|endoftext|>; put the separator alone on its line")
         elif tag:
-            turns.append(Turn("error", unknown_role(name, is_tag=not opened), line))
+            said.append(mistake(file, line, unknown_role(name, is_tag=not opened)))
         else:
-            turns += stray_text(text, line, "after <|im_end|>; put it inside a turn" if im else None)
+            said += stray_text(file, line, text, "after <|im_end|>; put it inside a turn" if im else None)
     if opened:
-        turns.append(Turn("error", NOT_CLOSED, opened))
-    if turns:
-        yield turns
+        said.append(mistake(file, opened, NOT_CLOSED))
+    if said:
+        yield said
 
 
 def split_at_tags(file: str) -> Iterator[tuple[int, str | None, str]]:
@@ -960,7 +1021,7 @@ def split_at_tags(file: str) -> Iterator[tuple[int, str | None, str]]:
 
 
 def read_blocks(file: str) -> Iterator[tuple[int, str]]:
-    """Yield (first line's number, text) of a UTF-8 file, a megabyte of whole lines; BOM and CRLF are accepted."""
+    """Yield (first line's number, text) of a UTF-8 file, a megabyte of whole lines; BOM and all line ends are accepted."""
     from tqdm import tqdm
 
     size, name, number = os.path.getsize(file), os.path.basename(file), 1
@@ -968,34 +1029,18 @@ def read_blocks(file: str) -> Iterator[tuple[int, str]]:
     with open(file, "rb") as source, bar:
         while raw := source.read(1 << 20) + source.readline():
             bar.update(len(raw))
+            bad, problem = raw.find(0), "a NUL character (U+0000); delete it, or save the file as UTF-8"
             try:
-                text = raw.decode("utf-8")
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                number += raw.count(b"\n", 0, error.start)
-                raise not_utf8(file, number, f"byte 0x{raw[error.start]:02x}") from None
-            if number == 1 and any(ENCODINGS[name].match(raw) for name in ("UTF-16LE", "UTF-16BE")):
-                raise not_utf8(file, 1, "a zero byte in each character")
-            if number == 1:
-                text = text.removeprefix("\ufeff")
-            yield number, text.replace("\r\n", "\n") if "\r" in text else text  # the test is much faster
-            number += raw.count(b"\n")
-
-
-def not_utf8(file: str, line: int, sign: str) -> InputError:
-    """The error that this file is not UTF-8; with the command that converts it where its first 16 MiB tell its encoding."""
-    with open(file, "rb") as source:
-        raw = source.read(1 << 24)
-    encoding = next((name for name, start in ENCODINGS.items() if start.match(raw)), None)
-    if not encoding and not NOT_WINDOWS_1252.search(raw):
-        text = raw.decode("utf-8", "surrogateescape")  # what is not UTF-8 becomes surrogates
-        bad, good = (len(re.findall(kind, text)) for kind in ("[\udc80-\udcff]", "[^\0-\x7f\udc80-\udcff]"))
-        encoding = "Windows-1252" if bad > good else None
-    fix = "; save the file as UTF-8"
-    if encoding:
-        stem, suffix = os.path.splitext(file)
-        command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(file)} > {shlex.quote(f'{stem}.utf8{suffix}')}"
-        fix = f", it looks like {encoding}; convert it with {command}"
-    return InputError(f"{file}:{line}: not UTF-8 ({sign}){fix}")
+                bad, problem = error.start, f"not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
+            if bad >= 0:
+                number += raw.count(b"\n", 0, bad)
+                raise InputError(f"{file}:{number}: {problem}")
+            if "\r" in text:  # the test is much faster
+                text = text.replace("\r\n", "\n") if b"\n" in raw else text.replace("\r", "\n")  # alone: an old Mac's
+            yield number, UNSEEN_BEFORE_TAG.sub("", text)
+            number += text.count("\n")
 
 
 def read_lines(file: str) -> Iterator[tuple[int, str]]:
@@ -1009,31 +1054,32 @@ def show_progress() -> bool:
     return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
 
 
-def stray_text(text: str, line: int, where: str | None) -> list[Turn]:
-    """An error for text outside of turns; `where` describes it if it stands on the first of these lines."""
+def stray_text(file: str, line: int, text: str, where: str | None) -> list[Finding]:
+    """The error about text outside of turns; `where` describes it if it stands on the first of these lines."""
     if not text.strip():
         return []
     below = text[: -len(text.lstrip())].count("\n")
     outside = "text outside of a turn; start with a tag such as <|user|>"
     if tag := like_tag(text.strip().split("\n")[0]):
         outside = f"{tag[0]} does not open a turn; write {tag[1]} at the start of the line"
-    return [Turn("error", f"text {where}" if where and not below else outside, line + below)]
+    return [mistake(file, line + below, f"text {where}" if where and not below else outside)]
 
 
-def unescape_tags(text: str, line: int, escaped: re.Pattern, warn: Warn) -> str:
-    """Remove the backslash that makes a tag text; warn about text that may be meant as a tag."""
+def unescape_tags(file: str, line: int, text: str, escaped: re.Pattern) -> tuple[str, list[Finding]]:
+    """The text without the backslash that makes a tag text, and warnings about text that may be meant as a tag."""
     if "<" not in text and "|" not in text and "｜" not in text:  # almost always
-        return text
-    lines, at = text.split("\n"), 0
+        return text, []
+    lines, at, warnings = text.split("\n"), 0, []
     for i, content in enumerate(lines):
         if escaped.match(text, at):
             lines[i] = content[1:]
         elif found := TAG.search(content):
-            warn(line + i, *describe_tag(found[0]))
+            warnings.append(Finding("warning", file, line + i, *describe_tag(found[0])))
         elif tag := like_tag(content):
-            warn(line + i, "tag", f"{tag[0]} looks like a tag; write {tag[1]} if it is one")
+            what = f"{tag[0]} looks like a tag; write {tag[1]} if it is one"
+            warnings.append(Finding("warning", file, line + i, "tag", what))
         at += len(content) + 1
-    return "\n".join(lines)
+    return "\n".join(lines), warnings
 
 
 def like_tag(line: str) -> tuple[str, str] | None:
@@ -1061,121 +1107,161 @@ def describe_tag(tag: str, by_row: bool = False) -> tuple[str, str]:
     return "tag", f"{shown} inside a turn is text, not a tag"
 
 
-def read_rows(file: str, kind: str, warn: Warn) -> Iterator[list[Turn]]:
-    """Yield the conversations of JSON, CSV or Parquet rows; what is wrong in a row has the role `error`."""
-    readers = {"JSON": read_json_rows, "CSV": read_csv, "Parquet": read_parquet}
-    for row, record in readers[kind](file):
-        turns = [record] if isinstance(record, Turn) else record_turns(record, row)
-        for turn in turns:
-            if turn.role != "error" and (found := TAG.search(turn.content)):
-                warn(row, *describe_tag(found[0], by_row=True))
-        if isinstance(record, dict) and (record.get("tools") or record.get("functions")):
-            warn(row, "tools", "the definitions of tools are ignored")
-        yield turns
+def read_rows(file: str, kind: str) -> Iterator[list[Turn | Finding]]:
+    """Yield the turns of each row of JSON, CSV or Parquet, and what there is to say about them; of errors the first."""
+    for row, record in {"JSON": read_json_rows, "CSV": read_csv, "Parquet": read_parquet}[kind](file):
+        said: list[Turn | Finding] = []
+        try:
+            if isinstance(record, InputError):
+                raise record
+            messages, unread = row_messages(record)
+            said += [Finding("note", file, row, "row", name) for name in unread]
+            for message in messages:
+                turn, unread = message_turn(message, row)
+                said += [Finding("note", file, row, "message", name) for name in unread]
+                if found := TAG.search(turn.content):
+                    said.append(Finding("warning", file, row, *describe_tag(found[0], by_row=True)))
+                if turn.role != "system" or [other for other in said if isinstance(other, Turn)] != [turn]:
+                    said.append(turn)  # a system turn in a column and in the first message is one
+        except InputError as error:
+            said = [mistake(file, row, str(error))]
+        yield said
 
 
-def record_turns(record: Any, row: int) -> list[Turn]:
-    """The turns of one row."""
-    fields = record if isinstance(record, dict) else {}
-    messages = find_messages(fields)
-    if not (isinstance(messages, list) and messages):
-        problem = "no 'messages', 'conversations', 'prompt' and 'completion', or 'instruction' and 'output'"
-        if known := [key for key in ("messages", "conversations") if key in fields]:
-            problem = f"{known[0]!r} is empty or not a list"
-        elif messages == []:
-            problem = "no message in it"
-        elif fields:
-            problem += f" in {shorten(', '.join(fields))}"
-        return [Turn("error", f"{problem}; write one conversation per row, in columns of these names", row)]
-    if fields.get("history"):
-        return [Turn("error", "'history' is not read; write its exchanges as 'messages'", row)]
-    if fields.get("system"):  # ShareGPT's and Anthropic's place for the system turn
+def given(record: dict[str, Any]) -> dict[str, Any]:
+    """What a row or message holds; InputError, without a place, where a name in it decides what may be trained."""
+    fields = {name: value for name, value in record.items() if value not in (None, "", [], {})}
+    if refused := [name for name in fields if name.lower() in REFUSED]:
+        problem = f"{refused[0]!r} is not read, but decides what may be trained"
+        raise InputError(f"{problem}; delete it, and what should not be trained without it")
+    return fields
+
+
+def layout(row: Any) -> tuple[str, ...]:
+    """The columns that hold the conversation of a row."""
+    return next((names for names in LAYOUTS if isinstance(row, dict) and row.keys() >= set(names)), ())
+
+
+def row_messages(record: Any) -> tuple[list, list[str]]:
+    """The messages of a row, and its columns that are not read; InputError, without a place, if it has none."""
+    row = record if isinstance(record, dict) else {}
+    fields = given(row)
+    columns = layout(fields) or layout(row)
+    if columns[:1] == ("instruction",) and "input" in fields:
+        columns = (*(name for name in ("instruction", "input") if name in fields), "output")
+    messages = []
+    for name in columns:
+        role = "assistant" if name in ("completion", "output") else "user"
+        messages += row[name] if isinstance(row[name], list) else [{"role": role, "content": row[name]}]
+    if len(columns) == 1:
+        messages = row[columns[0]]
+    if not (messages and isinstance(messages, list)):
+        problem = f"no messages in {' and '.join(columns)}" if columns else f"no {WANTED}"
+        if fields and not columns:
+            rows = [name for name, value in fields.items() if isinstance(value, list) and layout(value[0])]
+            problem += f" in {shorten(', '.join(fields))}{f', but a list of rows in {rows[0]!r}' if rows else ''}"
+        raise InputError(f"{problem}; write one conversation per row, in columns of these names")
+    if "system" in fields:  # ShareGPT's and Anthropic's place for the system turn
         messages = [{"role": "system", "content": fields["system"]}, *messages]
-    return [message_turn(message, row) for message in messages]
+    return messages, [name for name in fields if name not in (*columns, "system")]
 
 
-def find_messages(record: dict) -> Any:
-    """The messages of a row: OpenAI's, ShareGPT's, prompt and completion (texts or messages), or Alpaca's."""
-    if messages := record.get("messages") or record.get("conversations"):
-        return messages
-    if "prompt" in record and "completion" in record:
-        sides = {"user": record["prompt"], "assistant": record["completion"]}
-    elif "instruction" in record and "output" in record:
-        parts = [part for part in (record["instruction"], record.get("input")) if part]
-        question = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else None
-        sides = {"user": question, "assistant": record["output"]}
-    else:
-        return None
-    messages = [side if isinstance(side, list) else [{"role": role, "content": side}] for role, side in sides.items()]
-    return list(chain(*messages))
-
-
-def message_turn(message: Any, row: int) -> Turn:
-    """The turn that one message holds, in OpenAI's keys or ShareGPT's; what is wrong has the role `error`."""
+def message_turn(message: Any, row: int) -> tuple[Turn, list[str]]:
+    """The turn of a message in OpenAI's keys or ShareGPT's, and its keys that are not read; InputError without a place."""
     if not isinstance(message, dict):
-        return Turn("error", "a message must be an object; write {'role': …, 'content': …}", row)
-    name, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
-
-    weight = message.get("weight")  # OpenAI's: 0 for an answer that is only context
+        raise InputError("a message must be an object; write {'role': …, 'content': …}")
+    fields = given(message)
+    who, what = "role" if "role" in fields else "from", "content" if "content" in fields else "value"
+    name, content = fields.get(who), fields.get(what, "")
     role = ROLE_NAMES.get(SHAREGPT.get(name, name)) if isinstance(name, str) else None
-    if message.get("tool_calls") or message.get("function_call"):
-        problem = NO_TOOLS
-    elif not role:
-        problem = unknown_role(name)
-    elif not isinstance(content, str):
-        problem = f"the content of a {role} message is not text; only text can be trained on"
-    elif re.search("[\ud800-\udfff]", content):
-        problem = f"a lone surrogate in a {role} message; repair the text's encoding"
-    elif weight not in (None, 0, 1):
-        problem = f"unknown weight {shorten(weight)}; write 1 for a trained answer, 0 for one that is only context"
-    else:
-        return Turn(role, content.strip(), row, name != CONTEXT and (role != "assistant" or weight != 0))
-    return Turn("error", problem, row)
+    if not role or fields.keys() & {"tool_calls", "function_call"}:
+        raise InputError(NO_TOOLS if role else unknown_role(name))
+    flags = [flag for flag in FLAGS if flag in fields and role == "assistant"]
+    unread = [key for key in fields if key not in (who, what, *flags)]
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else {} for part in content]
+        unread += [key for part in parts for key in given(part) if key not in ("type", "text")]
+        texts = [part["text"] for part in parts if part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str)]
+        content = "".join(texts) if len(texts) == len(parts) else None
+    if not isinstance(content, str):
+        problem = f"the {role} message's content is neither text nor a list of {{'type': 'text', 'text': …}}"
+        raise InputError(f"{problem}; only text can be trained on")
+    if not message.keys() & {"content", "value"}:
+        raise InputError(f"no 'content' in the {role} message of {shorten(', '.join(message))}; write its text there")
+    if broken := re.search("[\0\ud800-\udfff]", content):
+        raise InputError(f"a NUL or lone surrogate ({escape_controls(broken[0])}) in the {role} message; delete it")
+    if strange := [f"{flag} {shorten(fields[flag])}" for flag in flags if fields[flag] not in (0, 1)]:
+        raise InputError(f"unknown {strange[0]}; write 1 for a trained answer, 0 for one that is only context")
+    return Turn(role, content.strip(), row, name != CONTEXT and all(fields[flag] for flag in flags)), unread
 
 
 def read_json_rows(file: str) -> Iterator[tuple[int, Any]]:
-    """Yield (line, record) of JSON lines, or (row, record) of a JSON list; an error turn for a line that is not JSON."""
-    lines = read_lines(file)
-    first, start = next(((number, line) for number, line in lines if line.strip()), (1, "[]"))
-    is_list = start.lstrip().startswith("[")
-    texts = [(first, "\n".join([start, *(line for _, line in lines)]))] if is_list else chain([(first, start)], lines)
-    for number, text in texts:
-        if not text.strip():
-            continue
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:  # the latter where it is nested too deeply
-            at, problem = number + getattr(error, "lineno", 1) - 1, getattr(error, "msg", first_line(error))
-            problem = f"not JSON ({problem}); write one object per line, or one list"
-            if number == first:  # not even the first line: another format
-                raise InputError(f"{file}:{at}: {problem}") from None
-            yield number, Turn("error", problem, at)
-        else:
-            yield from enumerate(record, 1) if is_list else [(number, record)]
+    """Yield (line, record) of JSON lines or of objects over several lines, (row, record) of a JSON list.
+
+    The record of a line that is not JSON is an InputError without a place.
+    """
+    lines, decode = read_lines(file), json.JSONDecoder().raw_decode
+    number, text = next(((number, line) for number, line in lines if line.strip()), (1, "[]"))
+    try:
+        by_line = not text.lstrip().startswith("[") and bool(json.loads(text))
+    except (ValueError, RecursionError):  # the latter where it is nested too deeply
+        by_line = False
+    texts = chain([(number, text)], lines) if by_line else [(number, "\n".join([text, *(line for _, line in lines)]))]
+    for line, text in texts:
+        at = 0
+        while found := NOT_SPACE.search(text, at):
+            begin = found.start()
+            line += text.count("\n", at, begin)
+            try:
+                record, at = decode(text, begin)
+            except (ValueError, RecursionError) as error:
+                line += text.count("\n", begin, getattr(error, "pos", begin))
+                problem = f"not JSON ({getattr(error, 'msg', first_line(error))})"
+                problem += "; write one object per line, or one list"
+                if not by_line:
+                    raise InputError(f"{file}:{line}: {problem}") from None
+                yield line, InputError(problem)
+                break
+            yield from enumerate(record, 1) if isinstance(record, list) and not by_line else [(line, record)]
+            line += text.count("\n", begin, at)
 
 
 def read_csv(file: str) -> Iterator[tuple[int, Any]]:
-    """Yield (line, record) of a CSV file with a header; the delimiter is a comma, semicolon or tab."""
-    lines = (line + "\n" for _, line in read_lines(file))
-    header = next(lines)
+    """Yield (line, record) of a CSV file with a header; the delimiter is a comma, semicolon or tab.
+
+    The record of a line with too many or too few fields is an InputError without a place.
+    """
+    lines = read_lines(file)
+    above, header = next(lines)
+    if sep := re.fullmatch('"?sep=(.)"?', header, re.IGNORECASE):  # Excel's line above the header
+        above, header = next(lines, (2, ""))
+    delimiter = sep[1] if sep else max(",;\t", key=header.count)
+    # Where each line has the same number of tabs, no quote holds lines together: quotes are text.
+    tabs = header.count("\t") if delimiter == "\t" else -1
+    plain = all(line.count("\t") == tabs for _, line in read_lines(file) if line.strip())
     csv.field_size_limit(2**31 - 1)  # an answer may be longer than csv's 131,072 characters
-    reader = csv.reader(chain([header], lines), delimiter=max(",;\t", key=header.count), strict=True)
-    row = 1
+    texts = (line + "\n" for line in chain([header], (line for _, line in lines)))
+    quoting = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
+    reader, row = csv.reader(texts, delimiter=delimiter, quoting=quoting, strict=True), above  # type: ignore[arg-type]
     try:
         names = [name.strip().lower() for name in next(reader)]
-        if find_messages(dict.fromkeys(names, "x")) is None:
-            problem = "no columns 'prompt' and 'completion', or 'instruction' and 'output'"
-            raise InputError(f"{file}:1: {problem} in {shorten(','.join(names))}; rename the columns in the first line")
-        row = reader.line_num + 1
+        if not layout(dict.fromkeys(names)):
+            problem = (
+                f"no columns 'prompt' and 'completion', or 'instruction' and 'output' in {shorten(','.join(names))}"
+            )
+            raise InputError(f"{file}:{row}: {problem}; rename the columns in the first line")
+        if twice := [name for name in names if name and names.count(name) > 1]:
+            raise InputError(f"{file}:{row}: two columns {twice[0]!r}; rename one in the first line")
+        row = above + reader.line_num
         for values in reader:
-            if values and len(values) != len(names):
+            if len(values) != len(names) and values:
                 problem = f"{len(values)} fields where the first line has {len(names)}"
-                yield row, Turn("error", f"{problem}; put quotes around texts that contain the delimiter", row)
-            elif values:
+                yield row, InputError(f"{problem}; put quotes around texts that contain the delimiter")
+            elif any(values):  # Excel may write empty rows below the last one
+                if plain:
+                    values = [QUOTED.sub(lambda found: found[1].replace('""', '"'), value) for value in values]
                 yield row, dict(zip(names, values, strict=True))
-            row = reader.line_num + 1
+            row = above + reader.line_num
     except csv.Error as error:
         fix = "double each quote inside a quoted text, and close it"
         raise InputError(f"{file}:{row}: not CSV ({error}); {fix}") from None
@@ -1193,43 +1279,42 @@ def read_parquet(file: str) -> Iterator[tuple[int, dict]]:
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
-def find_problems(turns: list[Turn]) -> list[tuple[int, str]]:
-    """(line, what is wrong; fix) of all that keeps these turns from being trained on."""
-    roles, contents, _, trains = zip(*turns, strict=True)
-    known = all(contents) and all(trains) and "error" not in roles and "user" in roles and "assistant" in roles
-    if known and roles.index("user") < roles.index("assistant"):
-        return []  # almost always
-    spoken = [turn for turn in turns if turn.role != "system"]
-    answers = [turn for turn in spoken if turn.role == "assistant"]
-    wrong = [(turn.line, turn.content) for turn in turns if turn.role == "error"]
-    if not wrong:  # what an error hides would only look like another one
-        wrong = [(turn.line, f"empty {turn.role} turn; fill it or delete it") for turn in spoken if not turn.content]
-    if wrong:
-        return wrong
-    if not answers:
-        return [(turns[0].line, "a conversation without an assistant turn; add an answer or delete it")]
-    if spoken[0].role == "assistant":
-        return [(spoken[0].line, "the assistant speaks first; put a user turn before it")]
-    if not any(turn.trained for turn in answers):
-        return [(turns[0].line, "every answer is only context; let one be trained, or delete the conversation")]
-    problem = "neighboring answers, one trained and one only context; mark both alike or join them"
-    said = [turn for turn in turns if turn.content]
-    return [(b.line, problem) for a, b in pairwise(said) if a.role == b.role and a.trained != b.trained]
-
-
-def build_conversation(turns: list[Turn], file: str, warn: Warn) -> Conversation:
-    """Join neighboring turns of one role as Ollama does; warn about what is ignored."""
-    for _, content, line, _ in turns:
-        if not content:
-            warn(line, "empty system", "an empty system turn is ignored")
+def check_conversation(file: str, said: list[Turn | Finding]) -> Conversation:
+    """Join neighboring turns of one role as Ollama does, and say what is wrong or left out."""
+    findings = [part for part in said if isinstance(part, Finding)]
+    every = [part for part in said if isinstance(part, Turn)]
+    turns, line = [turn for turn in every if VISIBLE.search(turn.content)], said[0].line
+    if any(finding.level == "error" for finding in findings):  # what it hides would only look like another one
+        return Conversation(turns, file, line, findings)
+    wrong = []  # (line, what is wrong; fix)
+    for role, content, at, _ in every:
+        if not VISIBLE.search(content) and role == "system":
+            findings.append(Finding("warning", file, at, "empty system", "an empty system turn is ignored"))
+        elif not VISIBLE.search(content):
+            wrong.append((at, f"empty {role} turn; fill it or delete it"))
+        elif " " * 1_000_000 in content:  # ten million make Llama 3.1's tokenizer panic
+            wrong.append((at, "a million spaces in a row; delete them"))
         elif content.endswith(("</s>", "<end_of_turn>", "<eos>")):  # TAG has found those with bars
-            warn(line, *describe_tag(content[content.rindex("<") :]))
-    joined = join_neighbors([turn for turn in turns if turn.content])
-    if joined[-1].role != "assistant":
-        warn(joined[-1].line, "no answer", f"the last {joined[-1].role} turn has no answer and is ignored")
-        while joined[-1].role != "assistant":
-            joined.pop()
-    return Conversation(joined, file, turns[0].line)
+            findings.append(Finding("warning", file, at, *describe_tag(content[content.rindex("<") :])))
+    answers = [turn for turn in turns if turn.role == "assistant"]
+    mixed = [b.line for a, b in pairwise(turns) if a.role == b.role and a.trained != b.trained]
+    if wrong:
+        pass
+    elif not answers:
+        wrong = [(line, "a conversation without an assistant turn; add an answer or delete it")]
+    elif next(turn for turn in turns if turn.role != "system") in answers:
+        wrong = [(answers[0].line, "the assistant speaks first; put a user turn before it")]
+    elif not any(turn.trained for turn in answers):
+        wrong = [(line, "every answer is only context; let one be trained, or delete the conversation")]
+    elif mixed:
+        wrong = [(mixed[0], "neighboring answers, one trained and one only context; mark both alike or join them")]
+    turns = join_neighbors(turns)
+    if not wrong and (last := turns[-1]).role != "assistant":
+        no_answer = f"the last {last.role} turn has no answer and is ignored"
+        findings.append(Finding("warning", file, last.line, "no answer", no_answer))
+        while turns[-1].role != "assistant":
+            turns.pop()
+    return Conversation(turns, file, line, findings + [mistake(file, *place_and_text) for place_and_text in wrong])
 
 
 def join_neighbors(turns: list[Turn]) -> list[Turn]:
@@ -1246,8 +1331,9 @@ def shorten(value: Any) -> str:
 
 
 def escape_controls(text: str, keep: str = "") -> str:
-    """Write control characters as escapes: the content of a file must not control the terminal."""
-    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+    """Write controls and what nobody sees as escapes: the content of a file must not control the terminal."""
+    keep += " \u00a0\u202f\u3000\u200c\u200d\ufe0f"  # spaces of French and Chinese, joiners of Persian, Hindi and emoji
+    return "".join(c if c in keep or (c.isprintable() and VISIBLE.match(c)) else ascii(c)[1:-1] for c in text)
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:
@@ -1311,6 +1397,8 @@ class Encoder:
     `<|eot_id|>` stays text.
     """
 
+    late_system = True  # whether a system turn may stand in mid-chat
+
     def __init__(self, vocabulary: Vocabulary, chat: ChatFormat):
         self.tokenizer, self.chat = vocabulary.backend_tokenizer, chat
         self.tokenizer.no_padding()  # a tokenizer that was saved after padded training would pad and cut here too
@@ -1373,32 +1461,32 @@ class Encoder:
 
 
 def encode_conversations(
-    conversations: list[Conversation], encode: Encoder, max_length: int, overlong: str, found: dict[str, Any]
+    conversations: list[Conversation], encode: Encoder, max_length: int, overlong: str, counts: dict, findings: list
 ) -> list[Sample]:
     """The samples of these conversations, none longer than max_length (`overlong` is --overlong).
 
-    What is split or lost is added to `found`.
+    What is split or lost is added to `counts` and `findings`.
     """
-    samples, warned = [], found["warnings"]
-    for (turns, file, line), tokens in zip(conversations, encode([c.turns for c in conversations]), strict=True):
+    samples = []
+    for (turns, file, line, _), tokens in zip(conversations, encode([c.turns for c in conversations]), strict=True):
         parts, size = [tokens], len(tokens.input_ids)
         if size > max_length and overlong == "error":
-            problem = f"{size} tokens, above --max-length {max_length}"
-            found["too_long"].append(f"{file}:{line}: {problem}; shorten it or use --overlong split")
+            problem = f"{size} tokens, above --max-length {max_length}; shorten it or use --overlong split"
+            findings.append(Finding("error", file, line, "too long", problem))
         elif size > max_length:
             parts, unfit = split_conversation(turns, encode, max_length) if overlong == "split" else ([], [])
             parts = [part for part in parts if count_trained(part.labels)]  # the others hold only context
             kept = sum(count_trained(part.labels) for part in parts)
-            found["dropped"] += not parts
-            found["split"] += len(parts) > 1
-            found["dropped_exchanges"] += len(unfit) if parts else 0
-            found["lost_trained_tokens"] += count_trained(tokens.labels) - kept
+            counts["dropped"] += not parts
+            counts["split"] += len(parts) > 1
+            counts["dropped_exchanges"] += len(unfit) if parts else 0
+            counts["lost_trained_tokens"] += count_trained(tokens.labels) - kept
             if overlong == "drop":
-                warned.append(DataWarning(file, line, "dropped", f"a conversation of {size:,} tokens"))
+                findings.append(Finding("warning", file, line, "dropped", f"a conversation of {size:,} tokens"))
             if len(parts) > 1:
-                warned.append(DataWarning(file, line, "split", f"{size:,} tokens: split into {len(parts)}"))
+                findings.append(Finding("warning", file, line, "split", f"{size:,} tokens: split into {len(parts)}"))
             alone = "this exchange alone is longer than a row"
-            warned += [DataWarning(file, turn.line, "dropped", alone) for turn in unfit]
+            findings += [Finding("warning", file, turn.line, "dropped", alone) for turn in unfit]
         key = digest(turns)
         for part, (ids, labels) in enumerate(parts):
             samples.append(Sample(ids, labels, count_trained(labels), key, file, line, part))
@@ -1460,43 +1548,36 @@ def digest(turns: list[Turn]) -> int:
 
 def read_data(
     files: dict[str, str], args: argparse.Namespace, encode: Encoder | None = None
-) -> tuple[dict[str, Any], list[DataWarning], Any]:
+) -> tuple[dict[str, Any], list[Finding], Any]:
     """Read and check files {name: sha256} and, given an encoder, encode them in the same pass.
 
     Returns counts, warnings and the samples: a memory-mapped datasets.Dataset whose columns are the fields of Sample,
     or None. A second start with the same files and settings finds them in its cache. InputError lists all errors.
     """
-    found: dict[str, Any] = {"split": 0, "dropped": 0, "dropped_exchanges": 0, "lost_trained_tokens": 0}
-    conversations = survey(files, args.input_format, args.skip_bad, found)
+    counts: dict[str, Any] = {"split": 0, "dropped": 0, "dropped_exchanges": 0, "lost_trained_tokens": 0}
+    findings: list[Finding] = []
+    late_system = encode is None or encode.late_system
+    conversations = survey(files, args, late_system, counts, findings)
 
     def samples() -> Iterator[dict[str, Any]]:
-        some = False
+        assert encode
         while batch := list(islice(conversations, 256)):
-            for sample in encode_conversations(batch, encode, args.max_length, args.overlong, found):
-                some = True
+            for sample in encode_conversations(batch, encode, args.max_length, args.overlong, counts, findings):
                 yield sample._asdict()
-        raise_errors(found)
-        if not some:
+        raise_errors(counts, findings)
+        if counts["dropped"] == counts["conversations"]:
             raise InputError(f"{', '.join(files)}: no answer fits into --max-length {args.max_length}; raise it")
 
     if not encode:
         deque(conversations, maxlen=0)  # only counted
-        raise_errors(found)
-        return found, found.pop("warnings"), None
+        raise_errors(counts, findings)
+        return counts, findings, None
     import datasets
     from huggingface_hub.constants import HF_HOME
 
-    tokenizer = hashlib.sha256(encode.tokenizer.to_str().encode()).hexdigest()
-    depends_on = [
-        args.input_format,
-        args.skip_bad,
-        *files.items(),
-        tokenizer,
-        encode.chat,
-        args.max_length,
-        args.overlong,
-    ]
-    key = hashlib.sha256(repr([Path(__file__).read_text(encoding="utf-8"), *depends_on]).encode()).hexdigest()
+    code, tokenizer = Path(__file__).read_text(encoding="utf-8"), encode.tokenizer.to_str()
+    settings = (args.input_format, args.skip_bad, args.max_length, args.overlong, late_system, encode.chat)
+    key = hashlib.sha256(repr([code, tokenizer, *settings, *files.items()]).encode()).hexdigest()
     ids = datasets.List(datasets.Value("int32"))
     types = (ids, ids, *(datasets.Value(name) for name in ("int32", "int64", "string", "int32", "int32")))
     features = datasets.Features(dict(zip(Sample._fields, types, strict=True)))
@@ -1507,13 +1588,13 @@ def read_data(
     except datasets.exceptions.DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
     except OSError as error:
-        problem = f"the cache cannot be written ({str(error.strerror).lower()})"
-        raise InputError(f"{error.filename}: {problem}; set HF_HOME to a folder that can be") from None
+        problem = f"the cache cannot be {'locked' if error.errno in NO_LOCKS else 'written'} ({error.strerror})"
+        raise InputError(f"{error.filename or cache}: {problem}; set HF_HOME to a folder on a local disk") from None
     report = Path(made.cache_files[0]["filename"]).with_name("found.json")
-    if "conversations" in found:  # it was not in the cache
-        write_json(report, found)
-    found = read_json(report)
-    return found, [DataWarning(*warning) for warning in found.pop("warnings")], made
+    if "conversations" in counts:  # it was not in the cache
+        write_json(report, [counts, findings])
+    counts, found = read_json(report)
+    return counts, [Finding(*fields) for fields in found], made
 
 
 def measure(samples, eval_files: Iterable[str] = ()) -> tuple[np.ndarray, ...]:
@@ -1524,14 +1605,10 @@ def measure(samples, eval_files: Iterable[str] = ()) -> tuple[np.ndarray, ...]:
     import pyarrow as pa
     from pyarrow.compute import is_in, list_value_length
 
-    files = pa.array(eval_files, pa.string())
-    columns = [(*(np.zeros(0, np.int64),) * 4, np.zeros(0, bool))]
-    for batch in samples.with_format("arrow").iter(10_000):
-        lengths = list_value_length(batch["input_ids"]).to_numpy()
-        trained, part = (batch[name].to_numpy().astype(np.int64) for name in ("trained", "part"))
-        for_eval = is_in(batch["file"], value_set=files).to_numpy()
-        columns.append((batch["digest"].to_numpy(), lengths, trained, part, for_eval))
-    return tuple(np.concatenate(column) for column in zip(*columns, strict=True))
+    table = samples.with_format("arrow")[:]  # mapped, not loaded
+    digests, trained, part = (table[name].to_numpy().astype(np.int64) for name in ("digest", "trained", "part"))
+    lengths = list_value_length(table["input_ids"]).to_numpy().astype(np.int64)
+    return digests, lengths, trained, part, is_in(table["file"], value_set=pa.array(eval_files, pa.string())).to_numpy()
 
 
 def hold_out(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -1544,11 +1621,12 @@ def hold_out(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return np.isin(digests, np.random.default_rng(seed).permutation(conversations)[:size])
 
 
-def warn_held_out(samples, held_out: np.ndarray) -> list:
+def warn_held_out(samples, held_out: np.ndarray) -> list[Finding]:
     """A warning for each conversation of the training files that is also in --eval-files."""
     both = samples.select(np.flatnonzero(held_out)).select_columns(["file", "line"])
     places = dict.fromkeys((place["file"], place["line"]) for place in both)  # once, even if it has several parts
-    return [DataWarning(file, line, "held out", "also in --eval-files: not trained on") for file, line in places]
+    text = "also in --eval-files: not trained on"
+    return [Finding("warning", file, line, "held out", text) for file, line in places]
 
 
 def make_rows(samples, chosen: np.ndarray, lengths: np.ndarray, args: argparse.Namespace) -> Rows:
@@ -1646,132 +1724,143 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 MOJIBAKE = re.compile("Ã[\u0080-\u00bf©¨ª«´§¹]|â€|Â[«»°\u00a0]|\ufffd")
 LONG_TURN = 20_000  # characters
-# Ten million spaces in a row make Llama 3.1's tokenizer panic; the limit leaves a margin. The pattern is tried only where
-# a run of spaces begins, so in linear time.
-SPACES = re.compile(r"(?<![^\S\r\n])[^\S\r\n]{1000000}")
 # Dialogues that nothing separates are read as one conversation. It is named if it has so many exchanges, or if it is one
 # of a few that have more than one.
 MANY_EXCHANGES, FEW_EXCEPTIONS = 30, 5
 
 
-def survey(files: Iterable[str], input_format: str, skip_bad: bool, found: dict[str, Any]) -> Iterator[Conversation]:
-    """Read and check all files: yield their conversations, and fill `found` with counts, warnings and errors.
+def survey(
+    files: Iterable[str], args: argparse.Namespace, late_system: bool, counts: dict[str, Any], findings: list[Finding]
+) -> Iterator[Conversation]:
+    """Read and check all files: yield their conversations, and fill `counts` and `findings`.
 
-    With skip_bad, each error in a conversation is a warning. After an error that stops the run nothing is yielded.
+    With --skip-bad each mistake in a conversation is a warning. After an error nothing is yielded.
+    late_system: whether the chat format takes a system turn in mid-chat.
     """
-    found |= {"files": list(files), "conversations": 0, "skipped": 0, "turns": Counter(), "exchanges": Counter()}
-    found |= {"characters": 0, "system": None, "warnings": [], "errors": [], "unreadable": [], "too_long": []}
-    seen = {}  # the first place of each conversation, by its content
-    several: list[tuple[str, int, int]] = []  # file, line and exchanges of conversations with more than one
+    counts |= {"files": list(files), "conversations": 0, "skipped": 0, "turns": Counter(), "exchanges": Counter()}
+    counts |= {"characters": 0, "system": None, "not_read": {"row": Counter(), "message": Counter()}}
+    seen: dict[int, str] = {}  # the first place of each conversation, by its content
+    several: list[Conversation] = []  # some that have more than one exchange
     with_system = ("", 0)  # the last place of a system turn
-
-    def warn(*warning) -> None:
-        found["warnings"].append(DataWarning(*warning))
-
-    def refuse(file: str, problems: list[tuple[int, str]]) -> None:
-        found["skipped"] += 1
-        for line, text in problems:
-            if skip_bad:
-                warn(file, line, "skipped", text)
-            else:
-                found["errors"].append(f"{file}:{line}: {text}")
-
+    failed = False
     for name in files:
         try:
-            for conversation in read_conversations([name], input_format, warn, refuse):
-                if lines := [turn.line for turn in conversation.turns if SPACES.search(turn.content)]:
-                    refuse(name, [(line, "a million spaces or tabs in a row; delete them") for line in lines])
-                    continue
-                said, file, line = conversation
-                exchanges = count_turns(said, found)
-                if 1 < exchanges < MANY_EXCHANGES and len(several) <= FEW_EXCEPTIONS:
-                    several.append((file, line, exchanges))
-                if said[0].role == "system":
-                    with_system = file, line
-                place = f"{file}:{line}"
-                if (first := seen.setdefault(digest(said), place)) != place:
-                    warn(file, line, "duplicate", f"the same conversation as {first}")
-                for warning in unusual(conversation):
-                    warn(file, *warning)
-                if not (found["errors"] or found["unreadable"]):
+            for conversation in read_conversations([name], args.input_format):
+                said, file, line, found = conversation
+                if not late_system and (late := [turn.line for turn in said[1:] if turn.role == "system"]):
+                    problem = "a system turn in mid-chat, which the base's template cannot follow"
+                    fix = "write it into the first system turn or a user turn, or use another --chat-format"
+                    found = [*found, mistake(file, late[0], f"{problem}; {fix}")]
+                bad = any(finding.level == "error" for finding in found)
+                if not bad:
+                    found = [*found, *unusual(conversation)]
+                    exchanges = count_turns(said, counts)
+                    if 1 < exchanges < MANY_EXCHANGES and len(several) <= FEW_EXCEPTIONS:
+                        several.append(conversation)
+                    if said[0].role == "system":
+                        with_system = file, line
+                    if (first := seen.setdefault(digest(said), f"{file}:{line}")) != f"{file}:{line}":
+                        found.append(Finding("warning", file, line, "duplicate", f"the same conversation as {first}"))
+                for finding in found:
+                    if finding.level == "note":
+                        counts["not_read"][finding.kind][finding.text] += 1
+                    elif args.skip_bad and finding.level == "error":
+                        findings.append(finding._replace(level="warning", kind="skipped"))
+                    else:
+                        findings.append(finding)
+                counts["skipped"] += bad
+                failed |= bad and not args.skip_bad
+                if not bad and not failed:
                     yield conversation
         except InputError as error:
-            found["unreadable"].append(str(error))
-    single = found["exchanges"][1]
-    if found["conversations"] == 1 or (len(several) <= FEW_EXCEPTIONS and single > 3 * len(several)):
-        for file, line, exchanges in several:
-            warn(file, line, "several exchanges", separation_hint(file, exchanges))
-    if found["turns"]["system"] == 1 and found["conversations"] > 2:
+            findings.append(Finding("error", name, 0, "unreadable", str(error)))
+            failed = True
+    single = counts["exchanges"][1]
+    if counts["conversations"] == 1 or (len(several) <= FEW_EXCEPTIONS and single > 3 * len(several)):
+        findings += map(not_separated, several)
+    if counts["turns"]["system"] == 1 and counts["conversations"] > 2:
         text = "the only conversation with a system turn; it does not carry over to the next: repeat it or delete it"
-        warn(*with_system, "system", text)
-    found["exchanges"] = dict(sorted(found["exchanges"].items()))
+        findings.append(Finding("warning", *with_system, "system", text))
+    counts["exchanges"] = dict(sorted(counts["exchanges"].items()))
 
 
-def count_turns(turns: list[Turn], found: dict[str, Any]) -> int:
+def count_turns(turns: list[Turn], counts: dict[str, Any]) -> int:
     """Add a conversation to the counts, and return how many answers it has.
 
     "system" is the system turn that all have, None if they differ.
     """
     system, roles = turns[0].content if turns[0].role == "system" else None, [turn.role for turn in turns]
-    found["system"] = system if not found["conversations"] or system == found["system"] else None
-    found["conversations"] += 1
-    found["turns"].update(roles)
-    found["exchanges"][roles.count("assistant")] += 1
-    found["characters"] += sum(len(turn.content) for turn in turns)
+    counts["system"] = system if not counts["conversations"] or system == counts["system"] else None
+    counts["conversations"] += 1
+    counts["turns"].update(roles)
+    counts["exchanges"][roles.count("assistant")] += 1
+    counts["characters"] += sum(len(turn.content) for turn in turns)
     return roles.count("assistant")
 
 
-def unusual(conversation: Conversation) -> Iterator[tuple[int, str, str]]:
-    """Yield (line, kind, text) of what is legal in a conversation but probably a mistake."""
-    answers = sum(turn.role == "assistant" for turn in conversation.turns)
-    if answers >= MANY_EXCHANGES:
-        yield conversation.line, "several exchanges", separation_hint(conversation.file, answers)
-    for _, content, line, _ in conversation.turns:
+def unusual(conversation: Conversation) -> Iterator[Finding]:
+    """Yield warnings about what is legal in a conversation but probably a mistake."""
+    turns, file, line, _ = conversation
+    if sum(turn.role == "assistant" for turn in turns) >= MANY_EXCHANGES:
+        yield not_separated(conversation)
+    for _, content, line, _ in turns:
         if wrong := MOJIBAKE.search(content):
-            yield line, "encoding", f"{wrong[0]!r} looks like text decoded with a wrong encoding"
+            yield Finding("warning", file, line, "encoding", f"{wrong[0]!r} looks like text in a wrong encoding")
         if len(content) > LONG_TURN:
-            yield line, "long", f"a turn of {len(content):,} characters"
+            yield Finding("warning", file, line, "long", f"a turn of {len(content):,} characters")
 
 
-def raise_errors(found: dict[str, Any], shown: int = 20) -> None:
-    """InputError that lists the first errors in `found` and counts the others; takes them out of it."""
-    errors, unreadable, too_long = (found.pop(name) for name in ("errors", "unreadable", "too_long"))
-    if lines := unreadable + errors or too_long:
-        last = [f"and {len(lines) - shown:,} more"] if len(lines) > shown else []
-        if len(lines) > 1 and errors and not unreadable:
-            last.append(f"{len(lines):,} errors in all; --skip-bad trains without these conversations")
+def not_separated(conversation: Conversation) -> Finding:
+    """The warning that dialogues may have been read as one conversation, and what to do about it."""
+    turns, file, line, _ = conversation
+    fix = "put a line <|endoftext|> between them" if detect_format(file) == "chatml" else "give each a row of its own"
+    exchanges = f"{sum(turn.role == 'assistant' for turn in turns)} exchanges are one conversation"
+    text = f"{exchanges}; if they are separate dialogues, {fix}"
+    return Finding("warning", file, line, "several exchanges", text)
+
+
+def raise_errors(counts: dict[str, Any], findings: list[Finding], shown: int = 20) -> None:
+    """InputError that lists the errors among the findings, equal ones in a file as one; the first ones of many."""
+    errors = [finding for finding in findings if finding.level == "error"]
+    alike = Counter((finding.file, finding.text) for finding in errors)
+    first = {(finding.file, finding.text): str(finding) for finding in reversed(errors)}
+    lines = [first[key] + (f" ({count:,} times)" if count > 1 else "") for key, count in alike.items()]
+    last = [f"and {len(lines) - shown:,} more"] if len(lines) > shown else []
+    if len(errors) > 1 and counts["conversations"] and all(finding.kind == "mistake" for finding in errors):
+        last.append(f"{len(errors):,} errors in all; --skip-bad trains without these conversations")
+    if errors:
         raise InputError("\n".join([*lines[:shown], *([", ".join(last)] if last else [])]))
-    if not found["conversations"]:
-        files = ", ".join(found["files"])
+    if not counts["conversations"]:
+        files = ", ".join(counts["files"])
         raise InputError(f"{files}: all conversations have errors; leave out --skip-bad to see them")
 
 
-def separation_hint(file: str, exchanges: int) -> str:
-    """What to do about dialogues that may have been read as one conversation."""
-    fix = "put a line <|endoftext|> between them" if detect_format(file) == "chatml" else "give each a row of its own"
-    return f"{exchanges} exchanges are one conversation; if they are separate dialogues, {fix}"
-
-
-def print_survey(found: dict[str, Any], shown: int = 5) -> None:
-    """What was read: files, conversations, turns."""
-    turns, names, bins = found["turns"], found["files"], Counter()
-    for count, conversations in found["exchanges"].items():
+def print_survey(counts: dict[str, Any], shown: int = 5) -> None:
+    """What was read: files, conversations, turns; and what was not."""
+    turns, names, bins = counts["turns"], counts["files"], Counter()
+    for count, conversations in counts["exchanges"].items():
         bins[str(count) if int(count) < 3 else "3-8" if int(count) < 9 else "9+"] += conversations
     more = f", … and {len(names) - shown:,} more" if len(names) > shown else ""
     print_field("files", ", ".join(names[:shown]) + more)
-    print_field("data", f"{plural(found['conversations'], 'conversation')}, {plural(found['characters'], 'character')}")
+    size = plural(counts["conversations"], "conversation"), plural(counts["characters"], "character")
+    print_field("data", ", ".join(size))
     print_field("turns", ", ".join(f"{turns.get(role, 0):,} {role}" for role in ROLES))
     print_field("exchanges", ", ".join(f"{bins[name]:,} with {name}" for name in sorted(bins)))
-    if found["skipped"]:
-        print_field("skipped", f"{found['skipped']:,} conversations that have errors (--skip-bad)")
+    if counts["skipped"]:
+        print_field("skipped", f"{counts['skipped']:,} conversations that have errors (--skip-bad)")
+    unread = [(name, plural(n, noun)) for noun, names in counts["not_read"].items() for name, n in names.items()]
+    if unread:
+        print_field(
+            "not read", ", ".join(f"{escape_controls(name)[:40] or 'unnamed'} ({number})" for name, number in unread)
+        )
 
 
-def print_warnings(found: list[DataWarning], shown: int = 5) -> None:
+def print_findings(findings: list[Finding], shown: int = 5) -> None:
     """Each kind of warning with its count and its first places."""
-    for kind, count in Counter(warning.kind for warning in found).items():
+    for kind, count in Counter(finding.kind for finding in findings).items():
         print_field("warning", f"{count:,} x {kind}")
-        for warning in islice((warning for warning in found if warning.kind == kind), shown):
-            print(wrap(f"  {warning.file}:{warning.line}: {warning.text}", 4))
+        for finding in islice((finding for finding in findings if finding.kind == kind), shown):
+            print(wrap(f"  {finding}", 4))
         if count > shown:
             print(f"  … and {count - shown:,} more")
 
@@ -1809,7 +1898,7 @@ def print_plan(plan: Plan) -> None:
         print_field("steps", f"{plural(counts['steps'], 'optimizer step')} ({each})")
     for advice in plan.advice:
         print_field("advice", advice)
-    print_warnings(plan.warnings)
+    print_findings(plan.findings)
 
 
 def describe_use(counts: dict[str, Any]) -> str:
@@ -1929,7 +2018,7 @@ def print_rows(rows: Rows, count: int, tokenizer) -> None:
             edges = [0, *(np.flatnonzero(np.diff(labels != IGNORE)) + 1), len(ids)]
             for begin, end in pairwise(edges):
                 text = tokenizer.decode(ids[begin:end].tolist(), skip_special_tokens=False)
-                text = escape_controls(text, keep="\n\t\u00a0\u202f")
+                text = escape_controls(text, keep="\n\t")
                 print(f"{on}{text}{off}" if labels[begin] != IGNORE else text, end="")
             print()
 
@@ -1959,8 +2048,9 @@ def memory_plan(plan: Plan) -> dict[str, float]:
         # NF4: 4 bits, and for each block of 64 weights an 8-bit scale.
         "base": layer_weights(config) * (0.52 if args.bnb_nf4 else size) + heads * config["vocab_size"] * h * size,
         "adapters and optimizer": adapters * (4 + 4 + optimizer_bytes(args.optim)),
-        "activations": tokens * size * (layers * h + 9 * h + 9 * f),  # each layer's input, and one layer whole
-        "loss": 12 * trained * config["vocab_size"],  # logits in float32, their copy and their gradient
+        "activations": tokens * size * (layers + 2) * h,  # each layer's input
+        # Not at once: one layer whole; logits in float32, their copy and their gradient.
+        "one layer or the loss": max(tokens * size * 9 * (h + f), 12 * trained * config["vocab_size"]),
         "CUDA": 0.7 * 2**30,
     }
     return {name: amount / 2**30 for name, amount in parts.items()}
@@ -1971,19 +2061,26 @@ def optimizer_bytes(optim: str) -> int:
     return 2 if "8bit" in optim else 8
 
 
-def print_memory(plan: Plan, capacity: float, device: str) -> dict[str, float]:
-    """Print and return what a step needs of a device of `capacity` GiB."""
+GPUS = (12, 16, 24)  # GiB
+
+
+def print_memory(plan: Plan, capacity: float | None = None, device: str = "") -> dict[str, float]:
+    """Print and return what a step needs of a device of `capacity` GiB, or of common GPUs."""
     if not layer_weights(plan.base.config):
         return {}
     args, parts = plan.args, memory_plan(plan)
-    need, limit = sum(parts.values()), capacity * args.torch_memory_fraction
-    rows = f"rows of {args.max_length:,} x {args.train_batch_size}"
-    verdict = (
-        f"enough for {rows}"
-        if need <= limit
-        else f"too little for {rows}; try {' '.join(saving_flags(args, checkpointed=True))}"
-    )
-    print_field("memory", f"{need:.1f} of {limit:.1f} GiB ({args.torch_memory_fraction:.0%} of {device}): {verdict}")
+    need, share = sum(parts.values()), args.torch_memory_fraction
+    rows, limit = f"rows of {args.max_length:,} x {args.train_batch_size}", (capacity or GPUS[-1]) * share
+    fix = f"; try {' '.join(saving_flags(args, checkpointed=True))}" if need > limit else ""
+    if capacity:
+        verdict = f"of {limit:.1f} GiB ({share:.0%} of {device}): {'too little' if fix else 'enough'} for {rows}"
+    else:
+        on = ", ".join(f"{'enough' if need <= gpu * share else 'too little'} on {gpu}" for gpu in GPUS)
+        verdict = f"GiB for {rows}, not measured: {on} GiB"
+        without = plan._replace(args=argparse.Namespace(**vars(args) | {"bnb_nf4": False}))
+        if args.bnb_nf4 and args.bf16 and (larger := sum(memory_plan(without).values())) <= limit:
+            verdict += f"; with --no-bnb-nf4 {larger:.1f} GiB and faster"
+    print_field("memory", f"{need:.1f} {verdict}{fix}")
     return parts | {"total": need, "limit": limit}
 
 
@@ -2025,9 +2122,7 @@ def plan_checkpointing(model, rows: Rows, args: argparse.Namespace) -> None:
     """
     base, mode = model.get_base_model(), args.gradient_checkpointing
     layers = base.get_decoder().layers
-    # transformers 5.17 knows it only by its old name.
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable_checkpointing(base)
     if mode == "auto" and model.device.type == "cuda":
         spared = layers_with_room(model, layers, rows, args)
     else:
@@ -2037,18 +2132,30 @@ def plan_checkpointing(model, rows: Rows, args: argparse.Namespace) -> None:
     print_field("memory", f"{recompute} (--gradient-checkpointing {mode})")
 
 
+def enable_checkpointing(base) -> None:
+    """Make layers able to recompute; `checkpoint_layers` says which do."""
+    # transformers 5.20 knows it only by its old name.
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def checkpoint_layers(layers, spared: int) -> None:
     """Checkpoint all layers except the last ones, whose activations are the first that backward frees."""
     for i, layer in enumerate(layers):
         layer.gradient_checkpointing = i < len(layers) - spared
 
 
+def model_inputs(rows: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """Rows as the model takes them."""
+    batch = collate(rows)
+    del batch["documents"]
+    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+
+
 def layers_with_room(model, layers, rows: Rows, args: argparse.Namespace) -> int:
     """How many layers need not recompute on this GPU, in eighths, by the measured peak of a step of the longest row."""
     print_field("memory", "measuring how many layers can keep their activations")
-    batch = collate([rows.longest()] * args.train_batch_size)
-    del batch["documents"]
-    inputs = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+    inputs = model_inputs([rows.longest()] * args.train_batch_size, model.device)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     buckets = 4 if torch.distributed.is_initialized() else 0  # DDP's copy of the gradients, not yet there
     free, total = torch.cuda.mem_get_info(model.device)
@@ -2102,26 +2209,39 @@ def find_base(args: argparse.Namespace, folder: str, revision: str | None = None
     with explain(f"--model {args.model}", hint, ValueError, OSError):
         config = dict(read_json(Path(folder, "config.json")))
     check_base(args, config)
-    return Base(folder, revision, config, load_encoder(args.model, folder, args.chat_format))
+    encode = load_encoder(args.model, folder, args.chat_format)
+    check_vocabulary(args.model, encode, config["vocab_size"])
+    return Base(folder, revision, config, encode)
+
+
+def check_vocabulary(name: str, encode: Encoder, rows: int) -> None:
+    """Refuse a tokenizer with more tokens than the embedding has rows: neither the merge nor Ollama could use it."""
+    if (last := max(encode.tokenizer.get_vocab().items(), key=lambda item: item[1]))[1] >= rows:
+        problem = f"its tokenizer has the token {last[0]!r} (id {last[1]:,}), its embedding only {rows:,} rows"
+        raise InputError(f"--model {name}: {problem}; delete such tokens from tokenizer.json, or resize the embedding")
+
+
+HUB_NAME = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def model_on_disk(name: str) -> str | None:
     """The folder of a model whose tokenizer is on this machine, or None."""
-    return local_model(name) if os.path.isdir(name) else cached_model(name)
+    if os.path.isdir(name):
+        return local_model(name)
+    from huggingface_hub import try_to_load_from_cache
+
+    known = HUB_NAME.fullmatch(name)
+    found = [known and try_to_load_from_cache(name, file) for file in TOKENIZER_FILES]
+    return os.path.dirname(str(found[0])) if all(isinstance(file, str) for file in found) else None
 
 
 def local_model(name: str) -> str | None:
     """The folder that --model names, or None for a Hub name; InputError if it is neither, or not a whole model."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
     if os.path.isdir(name):
         check_whole_model(name, name)
         return name
-    hint = "no such folder; give a local folder or a Hub name such as org/model"
-    with explain(f"--model {name}", hint, HFValidationError):
-        if name.count("/") != 1:
-            raise HFValidationError
-        validate_repo_id(name)
+    if not HUB_NAME.fullmatch(name):
+        raise InputError(f"--model {name}: no such folder; give a local folder or a Hub name such as org/model")
     return None
 
 
@@ -2140,33 +2260,39 @@ def resolve_model(name: str) -> tuple[str, str | None]:
     """(local folder, Hub revision or None) of a folder or Hub name; downloads what is missing."""
     if folder := local_model(name):
         return folder, None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        DryRunError,
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    offline = (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError)
-    unreachable = "not in the local cache, and cannot reach the Hugging Face Hub; go online or give a local folder"
-    unknown = "not found on the Hub; check the name, or run `hf auth login` if it is private"
-    gated = f"access is gated; accept the license at hf.co/{name}, then run `hf auth login`"
-    hub = functools.partial(explain, f"--model {name}")
-    with hub(unreachable, *offline), hub(unknown, RepositoryNotFoundError), hub(gated, GatedRepoError):
-        patterns = ["*.json", "*.safetensors", "*.jinja"]
-        fetch = functools.partial(
-            snapshot_download, name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
-        )
-        with contextlib.suppress(DryRunError):  # offline: nothing to download
-            check_download(name, sum(file.file_size or 0 for file in fetch(dry_run=True) if file.will_download))
-        folder = fetch()
+    folder = download_model(f"--model {name}", name, ["*.json", "*.safetensors", "*.jinja"])
     check_whole_model(name, folder)
+    if not all(file.is_file() for file in weight_files(folder)):  # offline, what is in the cache counts as all there is
+        problem = "its weights are not in the local cache, and the Hub cannot be reached or has no *.safetensors"
+        raise InputError(f"--model {name}: {problem}; go online or give a local folder")
     return folder, os.path.basename(folder)
 
 
-def check_download(name: str, size: int) -> None:
+def download_model(place: str, name: str, patterns: list[str], revision: str | None = None) -> str:
+    """The folder of a Hub model in the local cache; downloads what is missing. `place` begins the error's line."""
+    from huggingface_hub import errors, snapshot_download
+
+    offline = (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError)
+    unreachable = "not in the local cache, and cannot reach the Hugging Face Hub; go online or give a local folder"
+    unwritable = "cannot use the Hugging Face cache ({error}); set HF_HOME to a folder that can be written to"
+    unknown = "not found on the Hub; check the name, or run `hf auth login` if it is private"
+    hub = functools.partial(explain, place)
+    with (  # the last one that fits counts
+        hub(unwritable, OSError),
+        hub(unreachable, *offline),
+        hub("neither a folder nor a Hub name; check the path", errors.HFValidationError),
+        hub(unknown, errors.RepositoryNotFoundError),
+        hub(f"no revision {revision} on the Hub; give a local folder", errors.RevisionNotFoundError),
+        hub(f"access is gated; accept the license at hf.co/{name}, then run `hf auth login`", errors.GatedRepoError),
+    ):
+        which = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": ["*/*", "consolidated*"]}
+        with contextlib.suppress(errors.DryRunError):  # offline: nothing to download
+            files = snapshot_download(name, dry_run=True, **which)
+            check_download(place, sum(file.file_size or 0 for file in files if file.will_download))
+        return snapshot_download(name, **which)
+
+
+def check_download(place: str, size: int) -> None:
     """Say how many bytes are downloaded, and where to; InputError where they do not fit."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -2174,23 +2300,11 @@ def check_download(name: str, size: int) -> None:
     free = shutil.disk_usage(disk).free
     if size > free:
         problem = f"{size / 1e9:,.1f} GB to download, but {free / 1e9:,.1f} GB free in {HF_HUB_CACHE}"
-        raise InputError(f"--model {name}: {problem}; free some space, or set HF_HOME to a folder on a larger disk")
+        raise InputError(f"{place}: {problem}; free some space, or set HF_HOME to a folder on a larger disk")
     if size > 1e9:
         # Merged weights are as large as the base's, a GGUF in Q8_0 takes 8.5 of their 16 bits.
         later = f"merging will take {1.53 * size / 1e9:,.0f} GB more"
         print_field("download", f"{size / 1e9:,.1f} GB to {HF_HUB_CACHE} ({free / 1e9:,.0f} GB free; {later})")
-
-
-def cached_model(name: str) -> str | None:
-    """The folder of a Hub model in the local cache, or None."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.utils import HFValidationError
-
-    try:
-        found = [try_to_load_from_cache(name, file) for file in TOKENIZER_FILES]
-    except HFValidationError:  # not even a name; `local_model` explains it
-        return None
-    return os.path.dirname(str(found[0])) if all(isinstance(file, str) for file in found) else None
 
 
 def load_encoder(name: str, folder: str, format_name: str) -> Encoder:
@@ -2209,17 +2323,19 @@ def load_encoder(name: str, folder: str, format_name: str) -> Encoder:
         if isinstance(template, list):  # several by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
     vocabulary = Vocabulary(backend, eos, bos, template)
-    return Encoder(vocabulary, chat_format(format_name, vocabulary))
+    encode = Encoder(vocabulary, chat_format(format_name, vocabulary))
+    encode.late_system = format_name != "base" or takes_late_system(encode.chat, vocabulary)
+    return encode
 
 
 TOKENIZER_HINT = "its tokenizer does not load ({error}); complete the folder"
 
 
-def load_tokenizer(name: str, base: Base):
-    """transformers' tokenizer of the base, for saving and generating, with the chat template of the run's format."""
+def load_tokenizer(name: str, folder: str, encode: Encoder):
+    """transformers' tokenizer of the base, for saving and generating, with the chat template of the encoder's format."""
     with explain(f"--model {name}", TOKENIZER_HINT, ValueError, OSError, KeyError):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder)
-    tokenizer.chat_template = chat_template(base.encode.chat, adds_bos=bool(base.encode.start))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = chat_template(encode.chat, adds_bos=bool(encode.start))
     return tokenizer
 
 
@@ -2241,32 +2357,36 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def read_headers(name: str, folder: str | Path) -> dict[str, StoredTensor]:
-    """The base's tensors by name; InputError for a missing or damaged file.
-
-    A safetensors file is 8 bytes of length, a JSON header, the data.
-    """
+    """The base's tensors by name; InputError for a missing or damaged file."""
     tensors = {}
     for file in weight_files(folder):
         if not file.is_file():
             missing = file.name if file.name != "model.safetensors" else "*.safetensors"
             raise InputError(f"--model {name}: no {missing} in it; give a folder with the weights")
-        hint, size = f"{file.name} is damaged or incomplete; copy or download it again", file.stat().st_size
-        # A file that is not safetensors may have any bytes here.
-        damaged = explain(f"--model {name}", hint, ValueError, KeyError, TypeError, AttributeError)
-        with damaged, open(file, "rb") as stream:
-            data = 8 + int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(data - 8) if data <= size else "")
-            header.pop("__metadata__", None)
-            for key, tensor in header.items():
-                start, end = (data + offset for offset in tensor["data_offsets"])
-                tensors[key] = StoredTensor(file, tensor["dtype"], tensor["shape"], start, end)
-                if end > size:
-                    raise ValueError
+        tensors |= read_header(f"--model {name}", file)
+    return tensors
+
+
+def read_header(place: str, file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file by name: 8 bytes of length, a JSON header, the data."""
+    tensors = {}
+    hint, size = f"{file.name} is damaged or incomplete; copy or download it again", file.stat().st_size
+    # A file that is not safetensors may have any bytes here.
+    damaged = explain(place, hint, ValueError, KeyError, TypeError, AttributeError)
+    with damaged, open(file, "rb") as stream:
+        data = 8 + int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(data - 8) if data <= size else "")
+        header.pop("__metadata__", None)
+        for key, tensor in header.items():
+            start, end = (data + offset for offset in tensor["data_offsets"])
+            tensors[key] = StoredTensor(file, tensor["dtype"], tensor["shape"], start, end)
+            if end > size:
+                raise ValueError
     return tensors
 
 
 def fingerprint(headers: dict[str, StoredTensor]) -> str:
-    """A sha256 that tells models of the same shape apart; merge_lora.py computes the same.
+    """A sha256 that tells models of the same shape apart; merge_lora.py compares it.
 
     Hashes, for every tensor in the order of their names, the line "name dtype [shape]" and the first 4096 bytes.
     """
@@ -2388,8 +2508,6 @@ ADAPTER_HINT = "{error}; give a folder that training wrote"
 def inherit_lora(args: argparse.Namespace) -> argparse.Namespace:
     """The flags with the rank, alpha, dropout and targets of --init-adapter in place of their own."""
     folder, place = args.init_adapter, f"--init-adapter {args.init_adapter}"
-    if args.overwrite and args.output.resolve() in (folder.resolve(), *folder.resolve().parents):
-        raise InputError(f"{place}: --overwrite would delete it; give another --output")
     with explain(place, ADAPTER_HINT, OSError, ValueError, KeyError):
         config = read_json(folder / "adapter_config.json")
         sha256(folder / "adapter_model.safetensors")
@@ -2447,6 +2565,96 @@ def choose_attention(folder: str, device: torch.device, bf16: bool) -> str:
     return "packed"
 
 
+# ---- Self-check ----------------------------------------------------------------------------------
+
+# bfloat16 rounds gradients apart by 1 % in two layers and by 3 % in Gemma 3's six, but by 70 % in SmolLM2's thirty.
+TOLERANCE = 0.06
+
+
+def check_path(model, rows: Rows) -> None:
+    """Compare packed rows with their documents alone, on this device; where varlen_attn is wrong, sdpa takes its place."""
+    config, where = model.get_base_model().config, "GPU" if model.device.type == "cuda" else "CPU"
+    while True:
+        loss, gradients = differences(model, rows)
+        found = f"loss differs by {100 * loss:.2f} %, gradients by {100 * gradients:.1f} % from the plain path"
+        if max(loss, gradients) <= TOLERANCE:
+            return print_field("checked", f"{found} on this {where}")
+        if config._attn_implementation != "packed":
+            problem = f"packed rows do not train on this {where} as their documents do alone ({found})"
+            raise InputError(f"--model: {problem}; give another base, and please report this")
+        print_field("checked", f"{found}: on this {where} sdpa takes the place of varlen_attn, which is faster")
+        config._attn_implementation = "sdpa"
+
+
+def differences(model, rows: Rows) -> tuple[float, float]:
+    """How far a packed row's loss and gradients are from those of its documents in the plain path, in any process.
+
+    Two documents of 256 tokens in all go through the first layers of each kind, one of them checkpointed, without
+    dropout and with B not zero. Weights and random state stay as they are.
+    """
+    base, device, decoder = model.get_base_model(), model.device, model.get_base_model().get_decoder()
+    layers, kinds = decoder.layers, getattr(base.config, "layer_types", None) or [None]
+    documents = np.split(np.resize(np.concatenate(rows[0]["input_ids"]), 256).astype(np.int64), [160])
+    labels = [np.where(np.arange(len(ids)) % 3, ids, IGNORE) for ids in documents]
+    alone = [torch.tensor(np.stack(pair)[:, None], device=device) for pair in zip(documents, labels, strict=True)]
+    row = {"input_ids": documents, "labels": labels, "file": [], "line": []}
+    decoder.layers = layers[: max(2, *(kinds.index(kind) + 1 for kind in kinds))]
+    a, b = ([p for name, p in decoder.layers.named_parameters() if kind in name] for kind in ("lora_A", "lora_B"))
+    kept, random = [p.detach().clone() for p in b], torch.Generator().manual_seed(0)
+
+    def backward(loss) -> list[torch.Tensor]:
+        loss.backward()
+        grads = [[torch.zeros_like(p) if p.grad is None else p.grad for p in kind] for kind in (a, b)]
+        model.zero_grad()
+        return [loss.detach(), *(torch.cat([grad.flatten() for grad in kind]) for kind in grads)]
+
+    try:
+        for p in b:
+            p.data.copy_(0.01 * torch.randn(p.shape, generator=random))
+        for module in model.train().modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.eval()
+        with plain_path(decoder):
+            plain = backward(sum(base(ids, labels=targets, num_items_in_batch=1).loss for ids, targets in alone))
+        enable_checkpointing(base)
+        checkpoint_layers(decoder.layers, len(decoder.layers) - 1)
+        packed = backward(model(**model_inputs([row], device), num_items_in_batch=1).loss)
+        apart = torch.stack([(one - other).norm() / other.norm() for one, other in zip(packed, plain, strict=True)])
+    except (RuntimeError, TypeError) as error:
+        if out_of_memory(error):
+            raise
+        print_field("checked", first_line(error))
+        apart = torch.full((3,), float("inf"), device=device)
+    finally:
+        model.zero_grad()
+        decoder.layers = layers
+        for p, value in zip(b, kept, strict=True):
+            p.data.copy_(value)
+    apart = apart.nan_to_num(nan=float("inf"))
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(apart, torch.distributed.ReduceOp.MAX)
+    return apart[0].item(), apart[1:].max().item()
+
+
+@contextlib.contextmanager
+def plain_path(decoder) -> Iterator[None]:
+    """Eager attention, nothing recomputed, and NF4 weights restored."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    quantized = [module for module in decoder.layers.modules() if hasattr(module, "quant_state")]
+    for linear in quantized:
+        weight = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+        linear.forward = functools.partial(torch.nn.functional.linear, weight=weight, bias=linear.bias)
+    checkpoint_layers(decoder.layers, len(decoder.layers))
+    attention, decoder.config._attn_implementation = decoder.config._attn_implementation, "eager"
+    try:
+        yield
+    finally:
+        decoder.config._attn_implementation = attention
+        for linear in quantized:
+            del linear.forward
+
+
 # ---- Training ------------------------------------------------------------------------------------
 
 
@@ -2480,6 +2688,9 @@ def set_allocator(expandable: bool, max_split_size_mb: int) -> str:
 
 def choose_device(args: argparse.Namespace, world: World) -> torch.device:
     """This process's GPU with its memory capped, or the CPU, with one line for each flag that has no effect there."""
+    for way in ("FSDP", "DEEPSPEED"):  # they would shard the adapters too
+        if os.environ.get(f"ACCELERATE_USE_{way}", "false").lower() == "true":
+            raise InputError(f"accelerate: {way} is on; turn it off with `accelerate config`, or use torchrun")
     if world.size > 1:  # before anything else starts the process group with a shorter timeout
         accelerate.PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
     if not torch.cuda.is_available():
@@ -2704,10 +2915,6 @@ class Training(Trainer):
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(schedule.optimizer, rates)
         return self.lr_scheduler
 
-    def floating_point_ops(self, inputs):
-        """Skip a count that walks through all parameters for each batch and is wrong for LoRA."""
-        return 0
-
     def evaluation_loop(self, dataloader, description, *_, metric_key_prefix="eval", **__):
         """Mean loss of all trained tokens; Trainer's own is a mean of batch means. Keeps each conversation's loss."""
         cross_entropy, found = torch.nn.functional.cross_entropy, []
@@ -2738,7 +2945,9 @@ class Training(Trainer):
         """The model's answers by their questions, each announced: on a CPU it takes a while."""
         answers = {}
         for number, prompt in enumerate(self.prompts, 1):
-            print_field(when, f"question {number} of {len(self.prompts)}: {one_line(prompt.text, 200)}")
+            print_field(
+                when, f"question {number} of {len(self.prompts)}: {escape_controls(one_line(prompt.text, 200))}"
+            )
             answers |= generate_answers(self.model, self.processing_class, [prompt])
         return answers
 
@@ -2790,18 +2999,13 @@ class Checkpoints(TrainerCallback):
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         restore_paging(optimizer)  # after Trainer has loaded its state
+        follow_schedule(self.trainer.lr_scheduler, args.learning_rate)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if not state.global_step:  # before training
             return
         # Trainer would remember a best between two --save-steps, but keep the checkpoint of another step.
         control.should_save |= state.best_metric is None or metrics["eval_loss"] < state.best_metric
-        if evaluations_since_best(state.log_history) == RISING:
-            best = f"step {state.best_global_step} had the best held-out loss"
-            text = f"{best}, {RISING} evaluations ago: the data is being learned by heart. The adapter will be of that step"
-            merge = f"merge_lora.py --adapter {state.best_model_checkpoint}"
-            ended = state.global_step == state.max_steps
-            print_field("advice", text if ended else f"{text}; to end now, press Ctrl-C and merge it with {merge}")
         answers = generate_answers(self.trainer.model, self.trainer.processing_class, self.trainer.prompts)
         if state.is_world_process_zero:
             write_samples(self.output / "samples.md", self.name, f"Step {state.global_step}", answers)
@@ -2814,13 +3018,13 @@ class Checkpoints(TrainerCallback):
             rotate(str(self.output), self.limit, state.best_model_checkpoint)
 
 
-RISING = 3  # evaluations without a better held-out loss: more than chance
-
-
-def evaluations_since_best(history: list[dict]) -> int:
-    """How many evaluations ago the held-out loss was best, in a Trainer's log history."""
-    losses = [log["eval_loss"] for log in history if "eval_loss" in log]
-    return len(losses) - 1 - int(np.argmin(losses))
+def follow_schedule(scheduler, learning_rate: float) -> None:
+    """Set the rate of this run's schedule: a checkpoint brings that of the run before, which --force-resume may change."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
+    rates = [learning_rate * rate(scheduler.last_epoch) for rate in scheduler.lr_lambdas]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"], group["initial_lr"] = rate, learning_rate
+    scheduler.base_lrs, scheduler._last_lr = [learning_rate] * len(rates), rates
 
 
 def restore_paging(optimizer) -> None:
@@ -2837,7 +3041,9 @@ def restore_paging(optimizer) -> None:
             state[name] = optimizer.get_state_buffer(parameter, dtype=state[name].dtype).copy_(state[name])
 
 
-OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED|DefaultCPUAllocator", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(
+    "out of memory|ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|DefaultCPUAllocator", re.IGNORECASE
+)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -2862,10 +3068,19 @@ def format_duration(seconds: float) -> str:
 
 # ---- Checkpoints and the run's record ------------------------------------------------------------
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems
 # These may differ when a run is resumed; batch size and accumulation may as long as their product does not.
-MAY_DIFFER = {"output", "name", "input_format", "resume", "force_resume", "overwrite", "dry_run", "preview", "json", "report_to", "sample_prompts",
+MAY_DIFFER = {"model", "train_files", "eval_files", "init_adapter", "output", "name", "input_format", "resume", "force_resume", "overwrite", "dry_run", "preview", "json", "report_to", "sample_prompts",
               "train_batch_size", "grad_accum", "eval_batch_size", "logging_steps", "save_steps", "save_total_limit",
               "gradient_checkpointing", "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb"}  # fmt: skip
+
+
+def check_apart(output: Path, inputs: Iterable[Any]) -> None:
+    """InputError for an input inside the output folder, which a new run empties."""
+    for name in inputs:
+        path = Path(str(name)).resolve()
+        if path.exists() and output.resolve() in (path, *path.parents):
+            raise InputError(f"--output {output}: {name} lies in it and would be deleted; name another folder")
 
 
 @contextlib.contextmanager
@@ -2888,7 +3103,6 @@ def claim_output(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
     if used and overwrite and not ours:
         problem = "not created by this script; refusing to overwrite it"
         raise InputError(f"--output {folder}: {problem}; name another folder")
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115 - closed below
@@ -2897,16 +3111,16 @@ def claim_output(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
         problem = "another process is training there"
         raise InputError(f"--output {folder}: {problem}; wait for it or name another folder") from None
     except OSError as error:
-        raise InputError(f"--output {folder}: {error.strerror}; name a folder that can be written") from None
+        if error.errno not in NO_LOCKS:
+            raise InputError(f"--output {folder}: {error.strerror}; name a folder that can be written") from None
+        print_field("output", "its file system has no locks: start no second run in this folder")
     with lock:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # someone else has deleted the folder, or put a file into a new one
+            with contextlib.suppress(OSError):  # someone else has deleted the folder
                 if os.listdir(folder) == [".lock"]:
-                    (folder / ".lock").unlink()
-                    for path in new:
-                        path.rmdir()
+                    shutil.rmtree(folder)
 
 
 def clear_output(folder: Path) -> None:
@@ -2999,12 +3213,20 @@ def run_record(plan: Plan, fingerprint: str) -> dict[str, Any]:
 
 
 def comparable(record: dict) -> dict[str, Any]:
-    """The fields of a record that must not change when it is resumed, under names the user knows."""
+    """The fields of a record that must not change when it is resumed, under names the user knows.
+
+    Names of files and folders may: the same bytes in another place are the same run.
+    """
+    data = record["data"]
     return {
-        **{f"data {file}": digest for file, digest in record["data"]["sha256"].items()},
-        **{f"base {key}": value for key, value in record["base"].items()},
-        **{f"--init-adapter's {key}": value for key, value in (record.get("init_adapter") or {}).items()},
-        "rows per step (--train-batch-size x --grad-accum x processes)": record["data"]["rows_per_step"],
+        "the contents of --train-files and --eval-files": [
+            data["trained_on"],
+            data["held_out"],
+            *data["sha256"].values(),
+        ],
+        "the weights of --model": record["base"]["fingerprint"],
+        "the weights of --init-adapter": (record["init_adapter"] or {}).get("sha256"),
+        "rows per step (--train-batch-size x --grad-accum x processes)": data["rows_per_step"],
         **{f"--{key.replace('_', '-')}": value for key, value in record["args"].items() if key not in MAY_DIFFER},
     }
 
@@ -3026,16 +3248,18 @@ def read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def check_writable(file: Path) -> None:
-    """InputError for a file that cannot be written, before any work is done for it."""
-    try:
-        if file.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "is a folder")
+def check_report(file: Path) -> None:
+    """InputError for a --json file that cannot be written, or that is no earlier report, before any work is done for it."""
+    place, fix = f"--json {file}", "name a new file"
+    with explain(place, f"is not an earlier report; {fix}", ValueError, RecursionError, TypeError):
+        if file.is_file() and file.stat().st_size and "conversations" not in dict(read_json(file)):
+            raise ValueError
+    with explain(place, f"cannot be written ({{error}}); {fix}", OSError):
+        if file.exists() and not file.is_file():
+            raise OSError("not a file")
         partial = file.with_name(file.name + ".partial")
         partial.touch()
         partial.unlink()
-    except OSError as error:
-        raise InputError(f"--json {file}: {str(error.strerror).lower()}; name a file that can be written") from None
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -3123,14 +3347,13 @@ def generate_answers(model, tokenizer, prompts: list[Prompt], max_new_tokens=80)
 
 
 def write_samples(file: Path, name: str, heading: str, answers: dict[str, str], note: str | None = None) -> None:
-    """Append answers to samples.md; the first ones come below a title."""
-    lines = [] if file.exists() else [f"# {name}: answers before and during training", ""]
-    lines += [f"## {heading}", ""]
+    """Append answers to samples.md, below a title; after --resume in place of those of the same and later steps."""
+    written = file.read_text(encoding="utf-8") if file.exists() else f"# {name}: answers before and during training\n\n"
+    lines = [written.partition(f"\n## {heading}\n")[0].rstrip("\n"), "", f"## {heading}", ""]
     for question, answer in answers.items():
         lines += [f"**{one_line(question)}**", "", *quote(answer), ""]
     lines += [f"Copied: {note}", ""] if note else []
-    with open(file, "a", encoding="utf-8") as samples:
-        samples.write("\n".join(lines) + "\n")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def one_line(text: str, width: int = 300) -> str:
@@ -3163,7 +3386,7 @@ def prompted_rows(plan: Plan, held_out: list[str], examples: int = 5) -> tuple[R
     found = {place: one for one in read_again(plan) if (place := f"{one.file}:{one.line}") in wanted}
     texts = [found[place].turns for place in shown if place in found]  # a file may have been edited since
     pool = [[turn._replace(trained=False) for turn in turns if turn.role != "system"] for turns in texts]
-    for number, (own, file, line) in enumerate(found[place] for place in held_out if place in found):
+    for number, (own, file, line, _) in enumerate(found[place] for place in held_out if place in found):
         system = [turn for turn in own[:1] if turn.role == "system"]
         for count in range(min(examples, len(pool)), 0, -1):
             before = chain(*(pool[(examples * number + i) % len(pool)] for i in range(count)))
@@ -3178,7 +3401,8 @@ def prompted_rows(plan: Plan, held_out: list[str], examples: int = 5) -> tuple[R
 
 def read_again(plan: Plan) -> Iterator[Conversation]:
     """The conversations of all data files; those with errors were reported before."""
-    return read_conversations(plan.files, plan.args.input_format, refuse=lambda *_: None)
+    found = read_conversations(plan.files, plan.args.input_format)
+    return (one for one in found if not any(finding.level == "error" for finding in one.findings))
 
 
 def training_answers(plan: Plan, held_out: Iterable[str]) -> Iterator[str]:
@@ -3290,18 +3514,6 @@ def plot_losses(history: list[dict], results: dict[str, Any], tokens_per_step: f
     pyplot.close(figure)
 
 
-SNIPPET = """\
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-folder = "."  # this folder, or its name on the Hub
-model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-chat = [{"role": "user", "content": @question@}]
-inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-output = model.generate(**inputs, max_new_tokens=200)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
-
-
 def write_card(output: Path, args: argparse.Namespace, record: dict[str, Any]) -> None:
     """The adapter's README.md: a model card with what was done, measured and answered."""
     from huggingface_hub import ModelCardData
@@ -3320,14 +3532,12 @@ def write_card(output: Path, args: argparse.Namespace, record: dict[str, Any]) -
         lines += ["", f"**{one_line(prompt)}**"]
         for when, text in (("before", before.get(prompt, "(not asked)")), ("after", after[prompt])):
             lines += ["", f"*{when}*", "", *quote(text)]
-    question = json.dumps(one_line(next(iter(after), "Hello!")), ensure_ascii=False)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     folder = Path(output.name) if output.is_absolute() else output
     merge = shlex.join(["python3", "merge_lora.py", *merge_flags(folder, args.name)])
     train = shlex.join(["python3", "train_sft_dolores.py", *map(without_folder, training_flags(args))])
     lines += ["", "## Merge and run", "", "```bash", merge,
               f"ollama create {args.name} -f {merged_folder(args.name)}/Modelfile", f"ollama run {args.name}", "```", "",
-              "## Use it in Python", "", "```python", SNIPPET.replace("@question@", question), "```", "",
               "## Reproduce", "", "```bash", train, "```", "", f"Versions: {versions}", "",
               "The license of the base model applies to this adapter and to what is merged from it."]  # fmt: skip
     (output / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -35,22 +35,10 @@ READER = "chatml" if KIND == "chatml" else "messages"
 FILE = str(Path(tempfile.mkdtemp(prefix="fuzz")) / ("d.parquet" if KIND == "parquet" else "d"))
 NAMES = ["system", "user", "assistant", "assistant:context", "endoftext", "im_start", "im_end", "usr", "User", "eot_id", "é", "\x1b[31m", "a;b"]  # fmt: skip
 ATOMS = [*(f"<|{name}|>" for name in NAMES), "<|im_start|>user\n", "<|im_start|> assistant \n", "<|im_end|>\n", "\n", "\n\n",
-         "\r\n", "\r", "\\", "\\<|user|>", "\\\\<|im_end|>", "<|user", "|user|>", "<| user |>", "<user|>", " ", "\t", "\0", "\ufeff",
+         "\r\n", "\r", "\\", "\\<|user|>", "\\\\<|im_end|>", "\u200b<|user|>", "<|user", "|user|>", "<| user |>", "<user|>", " ", "\t", "\0", "\ufeff",
          "\u202e", "\x85", "\u2028", "\x1b[2J", "Ã©", "é", "e\u0301", "🙂", "\U0010ffff", "q ?", "a.", "{{ x }}", "<s>"]  # fmt: skip
-KEYS = [
-    "messages",
-    "conversations",
-    "prompt",
-    "completion",
-    "system",
-    "weight",
-    "role",
-    "content",
-    "from",
-    "value",
-    "type",
-    "text",
-]
+KEYS = ["messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system", "role", "content",
+        "from", "value", "type", "text", "weight", "loss", "train", "label", "images", "tool_calls", "name", "data"]  # fmt: skip
 VALUES = ["user", "assistant", "system", "human", "gpt", "tool", "", "q", "text", "\ud800", *ATOMS]
 
 
@@ -138,14 +126,16 @@ LINE = re.compile(re.escape(FILE) + r"(:\d+)?: .+; .+")
 def check_reading():
     """The conversations of FILE, sound, or none where it is refused; all that is said about it fits on a line."""
 
-    def warn(file, line, kind, what):
-        assert file == FILE and line > 0 and kind and what.isprintable() and len(what) < 200, what
-
     try:
-        found = list(sft.read_conversations([FILE], READER, warn))
+        read = list(sft.read_conversations([FILE], READER))
     except sft.InputError as error:
         assert LINE.fullmatch(str(error)) and str(error).isprintable() and len(str(error)) < 400, str(error)
         return []
+    for finding in (finding for conversation in read for finding in conversation.findings):
+        assert finding.file == FILE and finding.line > 0 and finding.kind and len(finding.text) < 400, finding
+        assert finding.level == "note" or finding.text.isprintable()
+        assert finding.level != "error" or LINE.fullmatch(str(finding)), finding
+    found = [conversation for conversation in read if all(f.level != "error" for f in conversation.findings)]
     for conversation in found:
         roles = [turn.role for turn in conversation.turns]
         assert set(roles) <= set(sft.ROLES) and roles[-1] == "assistant"

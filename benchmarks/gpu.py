@@ -1,92 +1,94 @@
 #!/usr/bin/env python3
 """Training speed and memory on a GPU: Llama-3.1-8B's shape in NF4 with LoRA, ours, TRL and the plain Trainer.
 
-    python benchmarks/gpu.py                        # all variants, a 24 GiB cap, under nine minutes
-    python benchmarks/gpu.py --variants ours "TRL" --steps 20
+    python benchmarks/gpu.py                        # all variants, a 24 GiB cap, under ten minutes
+    python benchmarks/gpu.py --variants ours TRL --steps 20
     python benchmarks/gpu.py --tiny                 # the same program with a tiny model, on a CPU
 
-Nothing is downloaded: the weights are random and are quantised on the card, the token ids are random too, in rows
+Nothing is downloaded: the weights are random and are quantized on the card, the token ids are random too, in rows
 packed from documents as long as train.chatml's, two thirds of their tokens trained. Each variant is a process of its
-own on the same rows in the same order; if it fails, its line shows the error. Speed is the median over the steps
-after the first two; MFU counts 32.4 GFLOP a token, what forward and backward need without recomputation.
+own on the same rows in the same order; if it fails, its line shows the error. Ours is the trainer's own `load_model`:
+its self-check, its measured choice of layers. Speed is the median over the steps after the first two; MFU counts
+32.4 GFLOP a token, what forward and backward need without recomputation.
 """
 
 import argparse
 import json
 import multiprocessing
-import os
+import re
 import sys
 import tempfile
 import time
-import traceback
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import llama
 import sides
 
-VARIANTS = {  # how each differs from "ours"
-    "TRL": {"peer": "trl"},
-    "plain Trainer": {"peer": "plain"},
-    "ours": {},
-    "ours, compiled": {"options": ("--compile",)},
-    "ours, dropout 0": {"options": ("--lora-dropout", 0)},
-    "ours, all layers checkpointed": {"options": ("--gradient-checkpointing", "all")},
-    "ours, mask instead of varlen": {"attention": "sdpa"},
-    "ours, logits of all tokens": {"without": "trained_tokens_only"},
-    "ours, PEFT's LoRA forward": {"without": "lean_lora"},
-    "ours, fp32 norms and head": {"without": "bf16_norms"},
+VARIANTS = {  # options of the trainer; None: a peer
+    "TRL": None,
+    "plain Trainer": None,
+    "ours": (),
+    "ours, dropout 0": ("--lora-dropout", 0),
+    "ours, all layers recompute": ("--gradient-checkpointing", "all"),
+    "ours, sdpa": (),
+    "ours, 16 bits": ("--no-bnb-nf4",),
 }
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512}  # fmt: skip
-FLOP_PER_TOKEN = 32.4e9  # Llama-3.1-8B, LoRA r=32, rows of 2,048; benchmarks/flops.py counts them
+FLOP_PER_TOKEN = 32.4e9  # Llama-3.1-8B, LoRA r=32, rows of 2,048; benchmarks/fake_cuda.py counts them
 PEAKS = {  # dense bf16 TFLOP/s with float32 sums, from NVIDIA's data sheets
     "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 209, "L40S": 362, "A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989,
 }  # fmt: skip
 
 
-# ---- One variant, in a process of its own ----
-
-
 def train(name: str, folder: Path, options) -> dict:
+    """One variant, in this process."""
     import torch
-    from transformers import set_seed
+    from transformers import LlamaConfig, set_seed
 
-    sft, variant = sides.sft, VARIANTS[name]
+    sft, cuda = sides.sft, torch.cuda.is_available()
     sft.load_libraries()
-    if options.tiny:
-        torch.set_num_threads(1)  # two threads that wait for each other cost more than the tiny model's work
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
-    fraction = 0.95
+    device, fraction = torch.device("cuda", 0) if cuda else torch.device("cpu"), 0.95
     if cuda:
         fraction *= min(1, options.cap * 2**30 / torch.cuda.get_device_properties(device).total_memory)
         torch.cuda.set_per_process_memory_fraction(fraction)
-    args = sides.arguments(folder / "out", "--max-length", options.length, "--grad-accum", options.rows, "--optim",
-                           options.optim, "--torch-memory-fraction", fraction, *variant.get("options", ()))  # fmt: skip
-    rows = sides.random_rows(options.rows * options.steps, options.length, options.shape["vocab_size"])
+    args = sides.arguments(folder / "out", "--model", folder, "--max-length", options.length, "--grad-accum", options.rows,
+                           "--optim", options.optim, "--torch-memory-fraction", fraction, *(VARIANTS[name] or ()))  # fmt: skip
+    shape = llama.LLAMA31_8B | (TINY if options.tiny else {})
+    LlamaConfig(**shape).save_pretrained(folder)
+    rows = sides.random_rows(options.rows * options.steps, options.length, shape["vocab_size"])
     tokens = sum(len(ids) for i in range(len(rows)) for ids in rows[i]["input_ids"]) / options.steps
+    began = time.monotonic()
     set_seed(args.seed)
-    start = time.monotonic()
-    attention = "sdpa" if "peer" in variant else variant.get("attention") or sft.packed_attention()
-    model = llama.nf4_llama(options.shape, device, attention)
-    built = time.monotonic() - start
+    attention = sft.choose_attention(str(folder), device, bf16=True) if VARIANTS[name] is not None else "sdpa"
+    attention = "sdpa" if "sdpa" in name else attention
+    model = llama.random_llama(shape, device, attention, nf4=args.bnb_nf4)
     set_seed(args.seed)
-    if variant.get("peer") == "plain":
-        trainer = sides.plain(args, model, rows)
-    elif variant.get("peer") == "trl":
+    if name == "TRL":
         trainer = sides.trl(args, model, rows, some_tokenizer(), checkpointing=True)
+    elif name == "plain Trainer":
+        trainer = sides.plain(args, model, rows)
     else:
-        trainer = sides.ours(args, model, rows, **({variant["without"]: False} if "without" in variant else {}))
+        plan = sides.plan(args, rows, shape, trained=2 / 3)
+        trainer = sides.ours(plan, model, device)
+    built = time.monotonic() - began
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    result = sides.timed(trainer, tokens, warm_up=min(2, options.steps - 1))
+    result = sides.timed(trainer, tokens, warm_up=min(2, options.steps - 1)) | {"built": built}
     layers = trainer.model.get_base_model().get_decoder().layers
-    return result | {"built": built, "peak": torch.cuda.max_memory_reserved() / 2**30 if cuda else None,
-                     "free": sum(not layer.gradient_checkpointing for layer in layers)}  # fmt: skip
+    result["recomputed"] = sum(layer.gradient_checkpointing for layer in layers)
+    result["peak"] = torch.cuda.max_memory_reserved() / 2**30 if cuda else None
+    if VARIANTS[name] is not None:
+        result["planned"] = sum(sft.memory_plan(plan).values()) - 0.7  # the CUDA context is not torch's
+        began = time.monotonic()
+        sft.generate_answers(trainer.model, some_tokenizer(), [sft.Prompt("", [1, 2, 3])])
+        result["answer"] = time.monotonic() - began
+    return result
 
 
 def some_tokenizer():
-    """SFTTrainer needs one; it is not used here."""
+    """SFTTrainer and the answers need one; what it says is not looked at."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -94,125 +96,86 @@ def some_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="-", pad_token="-")
 
 
-def card(*_) -> dict:
-    """The device, and its measured speed of a bf16 matrix product."""
+def card(options) -> str:
+    """The GPU's name; prints the device, its measured speed of a bf16 matrix product, and what is compared."""
     import torch
 
-    if not torch.cuda.is_available():
-        return {"name": llama.machine(), "memory": None, "matmul": None}
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    for _ in range(4):
-        a @ a
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(10):
-        a @ a
-    end.record()
-    torch.cuda.synchronize()
-    properties = torch.cuda.get_device_properties(0)
-    return {"name": properties.name, "memory": properties.total_memory / 2**30,
-            "matmul": 10 * 2 * 8192**3 / start.elapsed_time(end) / 1e9}  # fmt: skip
+    name = ""
+    print(f"device    {llama.machine()}")
+    if torch.cuda.is_available():
+        a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _warm_up_and_timed in range(2):
+            start.record()
+            for _ in range(10):
+                a @ a
+            end.record()
+            torch.cuda.synchronize()
+        speed, properties = 10 * 2 * 8192**3 / start.elapsed_time(end) / 1e9, torch.cuda.get_device_properties(0)
+        name = properties.name
+        print(f"GPU       {name}, {properties.total_memory / 2**30:.1f} GiB, of which {options.cap:g} are used; "
+              f"bf16 matrix product {speed:.0f} TFLOP/s")  # fmt: skip
+    print(f"versions  {llama.versions('torch', 'transformers', 'peft', 'bitsandbytes', 'trl')}")
+    print(f"rows      {options.length:,} tokens, {options.rows} in a step, {options.steps} steps")
+    return name
 
 
-def child(task, name: str, folder: str, options) -> None:
-    """Run a task: its result or its error goes into result.json, its output into log."""
-    log = os.open(f"{folder}/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    try:
-        result = task(name, Path(folder), options)
-    except Exception as error:
-        traceback.print_exc()
-        what = "out of memory" if "out of memory" in str(error) else f"{type(error).__name__}: {error}"
-        result = {"error": what.split("\n")[0][:150]}
-    Path(folder, "result.json").write_text(json.dumps(result))
-
-
-# ---- All variants ----
-
-
-def run(task, name: str, folder: Path, options, timeout: float) -> dict:
-    """The result of a task in a new process, or an error if it ended without one or took too long.
-
-    The process is spawned: bitsandbytes initialises CUDA on import, and a process forked after that could not use it.
-    """
-    if timeout < 5:
-        return {"error": "skipped: no time left"}
-    (folder / "result.json").unlink(missing_ok=True)
-    process = multiprocessing.get_context("spawn").Process(target=child, args=(task, name, str(folder), options))
-    process.start()
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        return {"error": "stopped: no time left"}
-    if not (folder / "result.json").exists():
-        return {"error": f"exit status {process.exitcode}"}
-    return json.loads((folder / "result.json").read_text())
-
-
-def line(name: str, result: dict, layers: int, peak: float | None, baseline: float | None) -> str:
+def line(name: str, result: dict, gpu: str, baseline: float | None) -> str:
     """A row of the printed table."""
-    if "error" in result:
-        return f"{name:<31}  {result['error']}"
     speed = result["tokens_per_second"]
-    mfu = f"{speed * FLOP_PER_TOKEN / peak / 1e12:.1%}" if peak else "-"
-    memory = f"{result['peak']:.1f}" if result["peak"] else "-"
-    ratio = f"{speed / baseline:.2f}" if baseline else "-"
+    peak = next((tera for key, tera in PEAKS.items() if key in gpu), None)
+    cells = [f"{speed:,.0f}", f"{speed / baseline:.2f}" if baseline else "-",
+             f"{speed * FLOP_PER_TOKEN / peak / 1e12:.1%}" if peak else "-"]  # fmt: skip
+    cells += [f"{result[key]:.1f}" if result.get(key) else "-" for key in ("peak", "planned", "answer", "built")]
     losses = " ".join(f"{loss:.3f}" for loss in result["losses"][:3])
-    return (f"{name:<31}{speed:>9,.0f}{ratio:>7}{mfu:>8}{memory:>10}{layers - result['free']:>7} of {layers:<4}"
-            f"{result['built']:>5.0f} s  {losses}")  # fmt: skip
+    return f"{name:<27}" + "".join(f"{cell:>9}" for cell in cells) + f"{result['recomputed']:>11}  {losses}"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), metavar="NAME",
-                        help=f"of: {', '.join(VARIANTS)}; all, but with --tiny not the compiled one")  # fmt: skip
-    parser.add_argument("--length", type=int, default=2048, help="tokens in a row")
-    parser.add_argument("--rows", type=int, default=4, help="rows in an optimizer step")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps; the first two are not timed")
-    parser.add_argument(
-        "--cap", type=float, default=24, help="GiB of the card that may be used, 95 %% of them by torch"
-    )
-    parser.add_argument("--optim", default="adamw_8bit", help="optimizer of every variant")
-    parser.add_argument("--minutes", type=float, default=8.7, help="time for all; variants after that are left out")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, two short steps, also on a CPU")
+    add = parser.add_argument
+    add("--variants", nargs="+", choices=tuple(VARIANTS), metavar="NAME", default=list(VARIANTS), help="which to run")
+    add("--length", type=int, default=2048, help="tokens in a row")
+    add("--rows", type=int, default=4, help="rows in an optimizer step")
+    add("--steps", type=int, default=8, help="optimizer steps; the first two are not timed")
+    add("--cap", type=float, default=24, help="GiB of the card that may be used, 95 %% of them by torch")
+    add("--optim", default="adamw_8bit", help="optimizer of every variant")
+    add("--minutes", type=float, default=9.5, help="time for all; variants after that are left out")
+    add("--tiny", action="store_true", help="a tiny model, two short steps, also on a CPU")
+    add("--folder", type=Path, help=argparse.SUPPRESS)  # a variant in a process of its own
     options = parser.parse_args(argv)
-    options.shape = llama.LLAMA31_8B
     if options.tiny:
-        options.shape, options.length, options.rows, options.steps = llama.LLAMA31_8B | TINY, 128, 2, 2
-    # On a CPU, compiling would take most of the tiny run's time.
-    options.variants = options.variants or [name for name in VARIANTS if not (options.tiny and "compiled" in name)]
+        options.length, options.rows, options.steps = 128, 2, 2
     return options
 
 
 def main() -> None:
     options = parse_args()
-    deadline = time.monotonic() + 60 * options.minutes
-    # The same allocator for every side; each process reads this when it imports torch.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    with tempfile.TemporaryDirectory(prefix="gpu-benchmark-") as name:
-        folder = Path(name)
-        device = run(card, "card", folder, options, 120)
-        if "error" in device:
-            sys.exit(device["error"])
-        peak = next((tera for key, tera in PEAKS.items() if key in device["name"] and not options.tiny), None)
-        print(f"device    {device['name']}" + (f", {device['memory']:.1f} GiB, capped at {min(options.cap, device['memory']):g}; "
-              f"bf16 matmul {device['matmul']:.0f} TFLOP/s, MFU against {peak or '?'}" if device["memory"] else ""))  # fmt: skip
-        print(f"versions  {llama.versions('torch', 'transformers', 'peft', 'bitsandbytes', 'trl')}")
-        print(f"rows      {options.length:,} tokens, {options.rows} in a step, {options.steps} steps\n")
-        print(
-            f"{'':<31}{'tokens/s':>9}{'x TRL':>7}{'MFU':>8}{'peak GiB':>10}{'recomputed':>14}{'built':>6}  first losses"
-        )
-        baseline = None
-        for variant in options.variants:
-            result = run(train, variant, folder, options, deadline - time.monotonic())
-            if variant == "TRL":
-                baseline = result.get("tokens_per_second")
-            print(line(variant, result, options.shape["num_hidden_layers"], peak, baseline), flush=True)
-            if "error" in result and (folder / "log").exists():
-                print((folder / "log").read_text()[-3000:], file=sys.stderr)
-            (folder / "log").unlink(missing_ok=True)
+    if options.folder:
+        return print(json.dumps(train(options.variants[0], options.folder, options)))
+
+    deadline, baseline = time.monotonic() + 60 * options.minutes, None
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # whose memory on the GPU ends with it
+        gpu = pool.submit(card, options).result()
+    heads = ("tokens/s", "x TRL", "MFU", "GiB", "planned", "answer s", "built s")
+    print(f"\n{'':<27}" + "".join(f"{head:>9}" for head in heads) + " recomputed  first losses")
+    for name in options.variants:
+        with tempfile.TemporaryDirectory(prefix="gpu-benchmark-") as folder:
+            command = [sys.executable, *sys.argv, "--variants", name, "--folder", folder]
+            log, left = Path(folder, "log"), deadline - time.monotonic()
+            allocator = "expandable_segments:True"  # the same for all
+            code, _, _ = llama.measured(command, log, timeout=max(1, left), PYTORCH_ALLOC_CONF=allocator)
+            text = re.sub(r"\n {11}", " ", log.read_text())  # what print_field wrapped
+        if code:
+            print(f"{name:<27}  exit status {code}: {(text.splitlines() or [''])[-1][:150]}", flush=True)
+            print(text[-3000:], file=sys.stderr)
+            continue
+        result = json.loads(text.splitlines()[-1])
+        baseline = result["tokens_per_second"] if name == "TRL" else baseline
+        print(line(name, result, gpu, baseline), flush=True)
+        for said in text.splitlines():
+            if said.startswith(("checked", "memory")):
+                print(f"  {said}")
 
 
 if __name__ == "__main__":

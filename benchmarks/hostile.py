@@ -69,8 +69,9 @@ def main(n=1_250_000):
             conversations = list(sft.read_conversations([file], "chatml"))
 
         def encode(encoder):
-            for batch in sft.batch_conversations(conversations):
-                sft.encode_conversations(batch, encoder, 2048, "split")
+            counts = {"split": 0, "dropped": 0, "dropped_exchanges": 0, "lost_trained_tokens": 0}
+            for i in range(0, len(conversations), 256):
+                sft.encode_conversations(conversations[i : i + 256], encoder, 2048, "split", counts, [])
 
         return [read, *(seconds(lambda e=e: encode(e)) for e in encoders)]
 

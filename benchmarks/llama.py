@@ -24,32 +24,28 @@ LLAMA31_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layer
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def nf4_llama(shape: dict, device, attention: str, dtype=None):
-    """LlamaForCausalLM with random weights, its projections quantised one by one: NF4, double, bf16 arithmetic.
+def random_llama(shape: dict, device, attention: str, nf4: bool = True):
+    """LlamaForCausalLM in bfloat16 with random weights, its projections in NF4, quantized one by one.
 
-    On the meta device the same layers with the same attributes, without numbers. No more than one
-    projection is ever held in 16 bits, so eight billion parameters take 6 GiB and seconds on a GPU.
+    No more than one projection is ever held in 16 bits, so eight billion parameters take 6 GiB and seconds on a GPU.
     """
     import torch
-    from bitsandbytes.functional import quantize_4bit, quantize_blockwise
+    from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    device, dtype = torch.device(device), dtype or torch.bfloat16
-    config = LlamaConfig(**shape)
-    quantize_blockwise(torch.zeros(256))  # bitsandbytes keeps its table where it is first used: not on meta
+    config, dtype = LlamaConfig(**shape), torch.bfloat16
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
-    for parent in list(model.modules()):
+    for parent in list(model.modules()) if nf4 else []:
         for name, module in list(parent.named_children()):
-            if not (isinstance(module, torch.nn.Linear) and name in PROJECTIONS):
+            if name not in PROJECTIONS:
                 continue
             weight = torch.randn(module.weight.shape, device=device, dtype=dtype) * 0.02
             data, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
-            linear = Linear4bit(
-                *reversed(weight.shape), bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
-            )
+            sizes = {"input_features": weight.shape[1], "output_features": weight.shape[0]}
+            linear = Linear4bit(**sizes, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
             linear.weight = Params4bit(data, requires_grad=False, quant_state=state, blocksize=64, quant_type="nf4",
                                        bnb_quantized=True, module=linear)  # fmt: skip
             linear.quant_state = state
@@ -57,10 +53,11 @@ def nf4_llama(shape: dict, device, attention: str, dtype=None):
             setattr(parent, name, linear)
     for module in model.modules():
         for name, value in list(module.named_parameters(recurse=False)):
-            if value.is_meta and device.type != "meta":
+            if value.is_meta:
                 value = torch.randn(value.shape, device=device, dtype=dtype) * 0.02 + (value.dim() == 1)
                 setattr(module, name, torch.nn.Parameter(value))
-    model.is_loaded_in_4bit = True  # PEFT and TRL ask for this
+    model.is_loaded_in_4bit = nf4  # PEFT and TRL ask for this
+    model.config.use_cache = False
     return model.requires_grad_(False)
 
 

@@ -15,7 +15,6 @@ import argparse
 import json
 import random
 import re
-import resource
 import shutil
 import statistics
 import sys
@@ -35,7 +34,7 @@ TRL_TEMPLATE = (  # the trainer's format "dolores" with TRL's markers around wha
 
 
 def write_data(folder: Path, count: int, trl_count: int):
-    """data.chatml and data.jsonl with the same conversations, and trl.jsonl with the first of them."""
+    """data.chatml, and trl.jsonl with the first of its conversations."""
     turns = [turn for c in sft.read_conversations([str(llama.ROOT / "train.chatml")], "chatml") for turn in c.turns]
     # Without tags: the two formats do not escape them alike, and every side shall have the same text.
     sentences = {role: [s for t in turns if t.role == role for s in re.split(r"(?<=[.!?…])\s+", t.content)
@@ -45,19 +44,14 @@ def write_data(folder: Path, count: int, trl_count: int):
     def text(role, most):
         return " ".join(draw.choices(sentences[role], k=draw.randint(1, most)))
 
-    names = ("data.chatml", "data.jsonl", "trl.jsonl")
-    chatml, messages, trl = (open(folder / name, "w", encoding="utf-8") for name in names)  # noqa: SIM115
-    for number in range(count):
-        said = [("system", text("system", 1))]
-        for _ in range(draw.choice((1, 1, 1, 2, 3))):
-            said += [("user", text("user", 4)), ("assistant", text("assistant", 12))]
-        chatml.writelines(f"<|{role}|>\n{content}\n" for role, content in said)
-        line = json.dumps({"messages": [{"role": r, "content": c} for r, c in said]}, ensure_ascii=False) + "\n"
-        messages.write(line)
-        if number < trl_count:
-            trl.write(line)
-    for file in (chatml, messages, trl):
-        file.close()
+    with open(folder / "data.chatml", "w", encoding="utf-8") as chatml, open(folder / "trl.jsonl", "w") as trl:
+        for number in range(count):
+            said = [("system", text("system", 1))]
+            for _ in range(draw.choice((1, 1, 1, 2, 3))):
+                said += [("user", text("user", 4)), ("assistant", text("assistant", 12))]
+            chatml.writelines(f"<|{role}|>\n{content}\n" for role, content in said)
+            if number < trl_count:
+                trl.write(json.dumps({"messages": [{"role": r, "content": c} for r, c in said]}) + "\n")
 
 
 # ---- The sides, each in a process of its own ----
@@ -76,22 +70,17 @@ def bare(folder: Path) -> dict:
     return {"seconds": time.monotonic() - start, "tokens": tokens}
 
 
-def ours(folder: Path, input_format: str) -> dict:
+def ours(folder: Path) -> dict:
     """Seconds and rows of the trainer's preparation."""
     import datasets  # noqa: F401 - not timed, as TRL's imports are not
     import parts
-    import pyarrow.parquet  # noqa: F401
 
-    file = str(folder / ("data.chatml" if input_format == "chatml" else "data.jsonl"))
-    args = sft.parse_args(["--train-files", file, "--input-format", input_format, "--eval-fraction", "0"])
+    args = sft.parse_args(["--train-files", str(folder / "data.chatml"), "--eval-fraction", "0"])
     encode = sft.load_encoder("Llama 3.1", str(parts.llama31_tokenizer()), args.chat_format)
     start = time.monotonic()
-    began = time.process_time()
-    counts = sft.prepare_data(args, sft.World(), sft.find_files([file]), {}, encode).counts
-    workers = resource.getrusage(resource.RUSAGE_CHILDREN)
+    counts = sft.make_plan(args, sft.World(), sft.Base("", None, {}, encode)).counts
     return {"seconds": time.monotonic() - start, "tokens": counts["tokens"], "rows": counts["rows"],
-            "trained": counts["trained_tokens"], "fill": counts["fill"],
-            "own": time.process_time() - began, "workers": workers.ru_utime + workers.ru_stime}  # fmt: skip
+            "trained": counts["trained_tokens"], "fill": counts["fill"]}  # fmt: skip
 
 
 def trl(folder: Path) -> dict:
@@ -128,13 +117,7 @@ def trl(folder: Path) -> dict:
             "fill": tokens / (len(rows) * 2048)}  # fmt: skip
 
 
-SIDES = {
-    "bare tokenizer": bare,
-    "TRL 1.16": trl,
-    "ours, ChatML": lambda folder: ours(folder, "chatml"),
-    "ours, second start": lambda folder: ours(folder, "chatml"),
-    "ours, messages": lambda folder: ours(folder, "messages"),
-}
+SIDES = {"bare tokenizer": bare, "TRL 1.16": trl, "ours": ours, "ours, second start": ours}
 
 
 # ---- Taking turns ----
@@ -167,7 +150,6 @@ def main() -> None:
         folder, trl_count = Path(name), min(args.trl_conversations, args.conversations)
         write_data(folder, args.conversations, trl_count)
         size = (folder / "data.chatml").stat().st_size / 1e6
-        trl_share = (folder / "trl.jsonl").stat().st_size / (folder / "data.jsonl").stat().st_size
         print(
             f"machine   {llama.machine()}\nversions  {llama.versions('tokenizers', 'datasets', 'trl', 'transformers')}"
         )
@@ -178,14 +160,11 @@ def main() -> None:
                 runs[side].append(run(side, folder))
         print(f"\n{'':<20}{'s':>8}{'MB/s':>8}{'peak GiB':>10}{'tokens':>13}{'trained':>13}{'rows':>9}{'full':>8}")
         for side, found in runs.items():
-            first, megabytes = found[0], size * (trl_share if side == "TRL 1.16" else 1)
+            first, megabytes = found[0], size * (trl_count / args.conversations if side == "TRL 1.16" else 1)
             seconds = statistics.median(r["seconds"] for r in found)
             rest = f"{first['trained']:>13,}{first['rows']:>9,}{first['fill']:>8.1%}" if "rows" in first else ""
             print(f"{side:<20}{seconds:>8.2f}{megabytes / seconds:>8.2f}{max(r['peak'] for r in found):>10.2f}"
                   f"{first['tokens']:>13,}{rest}")  # fmt: skip
-        if "ours, ChatML" in runs:
-            own, workers = (statistics.median(r[key] for r in runs["ours, ChatML"]) for key in ("own", "workers"))
-            print(f"\nprocessor time of ours, ChatML: {own:.2f} s to read and write, {workers:.2f} s in the workers")
 
 
 if __name__ == "__main__":

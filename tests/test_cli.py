@@ -163,14 +163,13 @@ def test_bad_data(data, place, fact, tmp_path):
 
 def test_data_is_prepared_before_torch_is_imported(tmp_path, smollm2):
     """Errors that only the tokenizer finds come as early as the others, and leave nothing behind either."""
-    (tmp_path / "mine").mkdir()
     for text, place in (("<|user|>\n\n" + OK, "d.chatml:1"), ("<|user|>\nq\n<|assistant|>\n" + "a " * 99, "d.chatml")):
         (tmp_path / "d.chatml").write_text(text)
         options = ("--train-files", "d.chatml", "--model", smollm2, "--output", "mine/runs/out", "--max-length", 16)
         code, _, err, modules = run(tmp_path, *options)
         assert code == 2 and not {"torch", "transformers"} & modules
         assert_says(err, place)
-        assert list((tmp_path / "mine").iterdir()) == []
+        assert not (tmp_path / "mine/runs/out").exists()
 
 
 def test_bad_eval_files(tmp_path):

@@ -1,6 +1,7 @@
 """No work is lost: kills, signals, damaged files, full disks, gradients that are not finite; all with real processes."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -17,15 +18,19 @@ import pytest
 from runs import (
     SCRIPT,
     TINY,
+    arguments,
     assert_same_adapter,
     assert_says,
     checkpoint_steps,
     dialogues,
+    error_of,
     record,
     run,
     start,
     wait_until,
 )
+
+import train_sft_dolores as sft
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +135,33 @@ def test_a_damaged_checkpoint_is_skipped(damage, name, uninterrupted, options, d
     assert_same_adapter(data_folder / "out", uninterrupted / "out")
 
 
+def rates(printed: str) -> dict[str, str]:
+    """The learning rate of each step, as printed."""
+    return dict(re.findall(r"step +(\d+)/.* lr (\S+)", printed))
+
+
+@pytest.mark.slow
+def test_resume_in_another_place_and_with_another_schedule(uninterrupted, options, data_folder, short_smollm2):
+    """The same bytes in another folder are the same run; a forced change of the schedule holds from the first step."""
+    shutil.copytree(uninterrupted / "out", data_folder / "moved/run")
+    shutil.copytree(short_smollm2, data_folder / "moved/base")
+    shutil.copy(uninterrupted / "train.chatml", data_folder / "moved/renamed.chatml")
+    shutil.rmtree(data_folder / f"moved/run/checkpoint-{checkpoint_steps(uninterrupted)[-1]}")
+    options = (*options[2:], "--model", "moved/base", "--train-files", "moved/renamed.chatml", "--output", "moved/run")
+    code, out = run(data_folder, *options, "--resume")
+    assert code == 0, out
+    assert_same_adapter(data_folder / "moved/run", uninterrupted / "out")
+    samples = (data_folder / "moved/run/samples.md").read_text()
+    assert samples == (uninterrupted / "out/samples.md").read_text(), "no step is there twice"
+
+    longer = ("--epochs", "3", "--learning-rate", "2e-2")
+    code, out = run(data_folder, *options, "--force-resume", *longer)
+    assert code == 0, out
+    fresh = run(data_folder, *options, *longer, "--output", "fresh")[1]
+    resumed, whole = rates(out), rates(fresh)
+    assert len(resumed) >= 3 and resumed == {step: whole[step] for step in resumed}
+
+
 @pytest.mark.slow
 def test_resume_refuses_another_run(uninterrupted, options, data_folder):
     shutil.copytree(uninterrupted, data_folder, dirs_exist_ok=True)
@@ -138,7 +170,7 @@ def test_resume_refuses_another_run(uninterrupted, options, data_folder):
     code, out = run(data_folder, *options, "--resume", *changes, "--logging-steps", "3")
     last = out.strip().splitlines()[-1]
     assert code == 2 and "--logging-steps" not in last
-    assert_says(last, "--resume", "train.chatml", "--learning-rate", "--seed", "--force-resume", "--overwrite")
+    assert_says(last, "--resume", "--train-files", "--learning-rate", "--seed", "--force-resume", "--overwrite")
     (data_folder / "q.txt").write_text("Qui es-tu ?\nEt moi ?\n")
     code, out = run(data_folder, *options, "--force-resume", "--learning-rate", "2e-2", "--sample-prompts", "q.txt")
     assert code == 0, out
@@ -214,3 +246,100 @@ def test_disk_space_is_checked_first(options, data_folder):
         code, out = run(data_folder, *options, "--overwrite")
     assert code == 2
     assert_says(out.strip().splitlines()[-1], "--output out", "0.03 GB")
+
+
+# ---- what the environment lacks, and what an output must not touch ----
+
+
+def script(folder: Path, *options, **environment) -> subprocess.CompletedProcess:
+    """The script as a user starts it, in a new process."""
+    command = [sys.executable, SCRIPT, *map(str, options)]
+    env = os.environ | {"HF_HOME": str(folder / "hf")} | environment
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, timeout=120)
+
+
+def test_a_terminal_without_utf8(data_folder, short_smollm2):
+    """What it cannot show is printed as an escape."""
+    (data_folder / "train.chatml").write_text("<|user|>\nÀ toi 🙂\n<|assistant|>\nOui…\n", encoding="utf-8")
+    done = script(data_folder, "--model", short_smollm2, "--preview", 1, PYTHONIOENCODING="latin-1")
+    assert done.returncode == 0 and "À toi \\U0001f642".encode("latin-1") in done.stdout, done.stderr
+
+
+def test_a_pipe_that_ends(data_folder, short_smollm2):
+    (data_folder / "train.chatml").write_text(dialogues(1000))
+    command = shlex.join([sys.executable, str(SCRIPT), "--model", str(short_smollm2), "--preview", "1000"])
+    done = subprocess.run(f"{command} | head -n 1", shell=True, cwd=data_folder, capture_output=True, text=True)
+    assert (done.stdout[:5], done.stderr) == ("files", "")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(number, data_folder, monkeypatch, capsys, smollm2_tokenizer):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(data_folder / "cache"))
+    with sft.claim_output(data_folder / "out", resume=False, overwrite=False):
+        assert "locks" in capsys.readouterr().out
+    encode = sft.Encoder(smollm2_tokenizer, sft.chat_format("dolores", smollm2_tokenizer))
+    files = sft.find_files([str(data_folder / "train.chatml")])
+    if number == errno.ENOSYS:  # the library takes another kind of lock
+        assert sft.read_data(files, arguments(), encode)[0]["conversations"] == 24
+    else:
+        assert_says(error_of(sft.read_data, files, arguments(), encode), str(data_folder / "cache"), "HF_HOME")
+
+
+def test_a_report_replaces_only_a_report(data_folder):
+    """--json never touches the data, another file or a folder; an earlier report may be written again."""
+    inputs = {
+        "train.chatml": dialogues(2),
+        "d.jsonl": '{"prompt": "q", "completion": "a"}\n' * 2,
+        "d.json": "[]",
+        "e.json": "{}",
+    }
+    for name, content in inputs.items():
+        (data_folder / name).write_text(content)
+        line = error_of(sft.check_report, data_folder / name)
+        assert_says(line, f"--json {data_folder / name}")
+        assert (data_folder / name).read_text() == content
+    for name in (".", "/dev/null", "missing/r.json"):
+        assert_says(error_of(sft.check_report, data_folder / name), f"--json {data_folder / name}")
+    for _ in range(2):
+        done = script(data_folder, "--model", "no/model", "--json", "r.json")
+        assert done.returncode == 0 and json.loads((data_folder / "r.json").read_text())["conversations"] == 2
+
+
+def test_an_output_never_holds_an_input(data_folder, short_smollm2):
+    """--overwrite deletes what is in the folder."""
+    (data_folder / "out").mkdir()
+    (data_folder / "out/.lock").touch()
+    (data_folder / "train.chatml").rename(data_folder / "out/train.chatml")
+    options = ("--model", short_smollm2, "--output", "out", *TINY, "--train-files", "out/train.chatml", "--overwrite")
+    code, out = run(data_folder, *options)
+    assert code == 2 and (data_folder / "out/train.chatml").is_file()
+    assert_says(out.splitlines()[-1], "--output out", "out/train.chatml")
+
+
+def test_half_a_model_in_the_cache(data_folder, short_smollm2):
+    """Only the tokenizer, as a dry run needs it, and no network."""
+    hub = data_folder / "hf/hub/models--acme--mini"
+    for folder in ("refs", "snapshots/abc"):
+        (hub / folder).mkdir(parents=True)
+    (hub / "refs/main").write_text("abc")
+    for name in sft.TOKENIZER_FILES:
+        shutil.copy(short_smollm2 / name, hub / "snapshots/abc")
+    done = script(data_folder, "--model", "acme/mini", "--output", "out", *TINY)
+    assert done.returncode == 2
+    assert_says(done.stderr.decode(), "--model acme/mini", "cache", "Hub")
+
+
+def test_names_that_are_not_utf8(data_folder):
+    done = script(data_folder, "--dry-run", "--output", os.fsdecode(b"caf\xe9"))
+    assert done.returncode == 2
+    assert_says(done.stderr.decode(), r"'caf\udce9'", "UTF-8")
+
+
+def test_more_tokens_than_rows_in_the_embedding(smollm2_tokenizer):
+    encode = sft.Encoder(smollm2_tokenizer, sft.chat_format("dolores", smollm2_tokenizer))
+    sft.check_vocabulary("base", encode, 49152)
+    assert_says(error_of(sft.check_vocabulary, "base", encode, 49151), "--model base", "49,151")

@@ -77,6 +77,7 @@ SAID = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     torch.AcceleratorError("CUDA error: out of memory"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
     RuntimeError("CUDA driver error: out of memory"),
     RuntimeError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
@@ -138,7 +139,8 @@ def test_adapters_are_loaded_onto_the_process_s_own_device(short_smollm2, monkey
     """PEFT would take cuda:0 in every process: forced here by letting it find a GPU that is not there."""
     args = arguments("--model", short_smollm2, "--no-bf16", "--no-bnb-nf4", "--lora-r", 4)
     base = sft.find_base(args, str(short_smollm2))
-    plan = sft.Plan(args, WORLD, {}, {}, [], None, base)
+    rows = [{"input_ids": [[1, 2, 3]]}]
+    plan = sft.Plan(args, WORLD, {}, {}, [], None, base, rows)
     model = sft.load_model(plan, args.lora_target_modules, torch.device("cpu"))
     model.save_pretrained(tmp_path / "adapter")
     monkeypatch.setattr("peft.peft_model.infer_device", lambda: "cuda:0")

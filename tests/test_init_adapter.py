@@ -44,11 +44,7 @@ def test_nothing_changes_before_the_first_step(half, monkeypatch):
     batch = sft.collate([row])
     del batch["documents"]
 
-    class Rows:
-        def longest(self):
-            return row
-
-    plan = sft.Plan(args, sft.World(), {}, {}, [], None, base, Rows())
+    plan = sft.Plan(args, sft.World(), {}, {}, [], None, base, [row])
     model = sft.load_model(plan, args.lora_target_modules, torch.device("cpu")).eval()
     from peft import PeftModel, get_peft_model_state_dict
 

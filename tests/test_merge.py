@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import http.server
 import io
 import json
 import os
@@ -10,12 +11,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
-from engine import PROJECTIONS, chat_format, complete_adapter, random_adapter
+from engine import PROJECTIONS, chat_format, complete_adapter, fields, fingerprint, random_adapter
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -23,7 +25,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import merge_lora
 
 ROOT = Path(__file__).resolve().parent.parent
-RANK_PATTERN = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32}}
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +60,8 @@ def merge(adapter: Path, output: Path, *options) -> Path:
 
 
 def run(*arguments, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "merge_lora.py"), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "merge_lora.py"), *(a if isinstance(a, bytes) else str(a) for a in arguments)]
     return subprocess.run(command, capture_output=True, text=True, **kwargs)
-
-
-def fingerprint(folder: Path) -> str:
-    return merge_lora.fingerprint(merge_lora.read_base_headers(folder))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -100,9 +97,8 @@ def name_base(adapter: Path, model: str, revision: str | None):
 # ---- the numbers ----
 
 
-@pytest.mark.parametrize("lora", [{}], ids=["lora"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_bit_for_bit_what_peft_merges(sharded, tiny_llama31, tmp_path, dtype, lora):
+def test_bit_for_bit_what_peft_merges(sharded, tiny_llama31, tmp_path, dtype):
     base = sharded
     if dtype != torch.bfloat16:
         base = Path(shutil.copytree(tiny_llama31, tmp_path / "base"))
@@ -110,18 +106,17 @@ def test_bit_for_bit_what_peft_merges(sharded, tiny_llama31, tmp_path, dtype, lo
             {k: v.to(dtype) for k, v in weights(tiny_llama31).items()}, base / "model.safetensors", {"format": "pt"}
         )
         edit_json(base / "config.json", torch_dtype=str(dtype).removeprefix("torch."))
-    adapter = random_adapter(base, tmp_path / "adapter", **lora)
+    adapter = random_adapter(base, tmp_path / "adapter")
     ours, before = weights(merge(adapter, tmp_path / "merged")), weights(base)
     assert_equal(ours, peft_merged(base, adapter))
     changed = {name for name in ours if not torch.equal(ours[name], before[name])}
     assert changed == {n for n in ours if n.split(".")[-2] in PROJECTIONS}  # all of them, and nothing else
 
 
-@pytest.mark.parametrize("lora", [{}], ids=["lora"])
-def test_pieces_of_a_weight_are_merged_as_the_whole(tiny_llama31, tmp_path, monkeypatch, lora):
+def test_pieces_of_a_weight_are_merged_as_the_whole(tiny_llama31, tmp_path, monkeypatch):
     """Pieces of 32 rows, merged in blocks of 16: each gets its own rows of the adapter."""
     monkeypatch.setattr(merge_lora, "BLOCK", 1)
-    adapter = random_adapter(tiny_llama31, tmp_path / "adapter", **lora)
+    adapter = random_adapter(tiny_llama31, tmp_path / "adapter")
     assert_equal(weights(merge(adapter, tmp_path / "merged")), peft_merged(tiny_llama31, adapter))
 
 
@@ -141,7 +136,7 @@ def test_an_adapter_saved_in_bf16_is_merged_in_fp32_as_peft_does(tiny_llama31, t
 
 @pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_model(tiny_llama31, tmp_path):
-    """A base of 0.8 GB, whose largest adapted tensor has 16 MB, in one file of zeros with holes."""
+    """A base of 0.8 GB, whose largest tensors have 263 MB, in one file of zeros with holes; safetensors and GGUF."""
     config = json.loads((tiny_llama31 / "config.json").read_text())
     config |= {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 8, "num_attention_heads": 8}
     config |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256}
@@ -170,13 +165,13 @@ def test_peak_memory_does_not_grow_with_the_model(tiny_llama31, tmp_path):
     # VmHWM is the peak of this process alone; ru_maxrss would begin with that of pytest, which started it.
     code = r"""if True:
         import re, sys, merge_lora
-        load = merge_lora.import_libraries
+        load = merge_lora.trainer.load_libraries
         peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
         def load_and_measure():
             global loaded
             load()
             loaded = peak()
-        merge_lora.import_libraries = load_and_measure
+        merge_lora.trainer.load_libraries = load_and_measure
         merge_lora.main(sys.argv[1:])
         print("grew", (peak() - loaded) // 1024)
     """
@@ -193,26 +188,22 @@ SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "nu
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7], "long_factor": [2.0 + i for i in range(8)]}
 LONGROPE = {"type": "longrope", **FACTORS}
-NO_SCALING = {"rope_theta": 10000.0, "rope_scaling": None}
-FAMILIES = {  # name: model type, settings of its config, targets, RoPE that old readers must find in the merged folder
-    "llama": ("llama", {"tie_word_embeddings": True}, PROJECTIONS, NO_SCALING),
-    "qwen2": ("qwen2", {}, PROJECTIONS, NO_SCALING),  # biases on q, k and v
-    "qwen3": ("qwen3", {}, PROJECTIONS, NO_SCALING),  # norms on q and k
-    "mistral": ("mistral", {"sliding_window": 512}, PROJECTIONS, NO_SCALING),
-    "gemma2": ("gemma2", {}, PROJECTIONS, NO_SCALING),
-    "gemma3": ("gemma3_text", {}, PROJECTIONS,
-               {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "rope_scaling": None}),
-    "phi3": ("phi3", {}, FUSED, {**NO_SCALING, "partial_rotary_factor": 1.0}),
-    "phi3 longrope": ("phi3", {"rope_scaling": LONGROPE, "original_max_position_embeddings": 2048}, FUSED,
-                      {"rope_theta": 10000.0, "rope_scaling": LONGROPE, "original_max_position_embeddings": 2048}),
-    "llama linear": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5000.0}, PROJECTIONS,
-                     {"rope_theta": 5000.0}),
-}  # fmt: skip
+FAMILIES = {  # name: model type, settings of its config, targets
+    "llama": ("llama", {"tie_word_embeddings": True}, PROJECTIONS),
+    "qwen2": ("qwen2", {}, PROJECTIONS),  # biases on q, k and v
+    "qwen3": ("qwen3", {}, PROJECTIONS),  # norms on q and k
+    "mistral": ("mistral", {"sliding_window": 512}, PROJECTIONS),
+    "gemma2": ("gemma2", {}, PROJECTIONS),
+    "gemma3": ("gemma3_text", {}, PROJECTIONS),
+    "phi3": ("phi3", {}, FUSED),
+    "phi3 longrope": ("phi3", {"rope_scaling": LONGROPE, "original_max_position_embeddings": 2048}, FUSED),
+    "llama linear": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5000.0}, PROJECTIONS),
+}
 
 
 def family_base(family: str, smollm2: Path, folder: Path) -> Path:
     """A small random model of this family, with biases that are not zero, and SmolLM2's tokenizer."""
-    model_type, settings, _, _ = deepcopy(FAMILIES[family])  # transformers writes into these dicts
+    model_type, settings, _ = deepcopy(FAMILIES[family])  # transformers writes into these dicts
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(model_type, **SIZES, **settings), dtype=torch.bfloat16
@@ -231,7 +222,7 @@ def test_each_family_is_merged_as_by_peft(family, short_smollm2, tmp_path):
     """Equal weights, and equal logits of the whole folder: what its config says is part of the model."""
     base = family_base(family, short_smollm2, tmp_path / "base")
     adapter = random_adapter(base, tmp_path / "adapter", target_modules=FAMILIES[family][2])
-    merged = merge(adapter, tmp_path / "merged")
+    merged = merge(adapter, tmp_path / "merged", "--gguf", "none")
     by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter)
     by_peft = by_peft.merge_and_unload()
     ours, theirs = weights(merged), by_peft.state_dict()
@@ -244,34 +235,7 @@ def test_each_family_is_merged_as_by_peft(family, short_smollm2, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
     with torch.no_grad():
         assert torch.equal(model(ids).logits, by_peft(ids).logits)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_old_readers_find_the_rope_of_each_family(family, short_smollm2, tmp_path):
-    base = family_base(family, short_smollm2, tmp_path / "base")
-    adapter = random_adapter(base, tmp_path / "adapter", target_modules=[FAMILIES[family][2][0]])
-    merged = merge(adapter, tmp_path / "merged")
-    config = json.loads((merged / "config.json").read_text())
-    wanted = FAMILIES[family][3]
-    assert {key: config.get(key) for key in wanted} == wanted
-    assert config["architectures"] == [type(AutoModelForCausalLM.from_pretrained(base)).__name__]
-    if family == "llama linear":
-        assert config["rope_scaling"] == {"factor": 2.0, "rope_type": "linear", "type": "linear"}
     assert "PARAMETER num_ctx 4096\n" in (merged / "Modelfile").read_text()
-
-
-def test_gemma3_in_its_old_layout(short_smollm2, tmp_path):
-    """As published: two thetas and the scaling of the full layers at the top level. They stay as they are."""
-    base = family_base("gemma3", short_smollm2, tmp_path / "base")
-    config = json.loads((base / "config.json").read_text())
-    del config["rope_parameters"]
-    old = {"rope_theta": 1e6, "rope_local_base_freq": 5e3, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
-    (base / "config.json").write_text(json.dumps(config | old))
-    adapter = random_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
-    config = json.loads((merge(adapter, tmp_path / "merged") / "config.json").read_text())
-    assert {key: config[key] for key in old} == old
-    assert config["rope_parameters"]["sliding_attention"]["rope_theta"] == 5e3
-    assert config["rope_parameters"]["full_attention"]["factor"] == 8.0
 
 
 # ---- the base of the training ----
@@ -298,7 +262,7 @@ def test_the_fingerprint_sees_other_weights_and_nothing_else(sharded, tiny_llama
 
 
 def test_the_fingerprint_as_it_is_defined(tiny_llama31):
-    """The definition, spelt out a second way: trainer and merge must agree on these bytes."""
+    """The definition, spelt out a second way: adapters trained earlier must be merged later."""
     digest = hashlib.sha256()
     for name, value in sorted(weights(tiny_llama31).items()):
         digest.update(f"{name} BF16 {list(value.shape)}\n".encode())
@@ -312,15 +276,9 @@ def test_a_base_with_other_weights_is_refused_unless_forced(copy, tiny_llama31, 
     tensors = weights(other)
     tensors["model.layers.1.mlp.up_proj.weight"] *= 2
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
-    line = (f"{other}: not the base that the adapter was trained on, its weights differ; name the right --base, "
-            "or merge anyway with --force")  # fmt: skip
-    refused(line, copy, tmp_path, "--base", other)
+    refused(copy, tmp_path, str(other), "weights differ", "--base", "--force", options=["--base", other])
     forced = merge(copy, tmp_path / "forced", "--base", other, "--force")
     assert torch.equal(weights(forced)["lm_head.weight"], tensors["lm_head.weight"])
-    with open(other / "model.safetensors", "r+b") as file:
-        file.truncate(20_000_000)
-    line = f"{other}/model.safetensors: incomplete, or not a safetensors file; copy or download it again"
-    refused(line, copy, tmp_path, "--base", other)
 
 
 # ---- a checkpoint of a run ----
@@ -336,8 +294,7 @@ def test_a_checkpoint_is_merged_with_the_runs_record(copy, tiny_llama31, tmp_pat
         (copy / "config.json").unlink()
     assert_equal(weights(merge(checkpoint, tmp_path / "merged")), peft_merged(tiny_llama31, checkpoint))
     (copy / "training_args.json").unlink()
-    line = f"{copy}/training_args.json: missing; train_sft_dolores.py writes it when training has ended"
-    refused(line, checkpoint, tmp_path)
+    refused(checkpoint, tmp_path, f"{copy}/training_args.json", "missing")
 
 
 # ---- the folder ----
@@ -349,8 +306,9 @@ def test_the_folder_is_exactly_this(sharded, tmp_path):
     merged = merge(adapter, tmp_path / "merged")
     shards = {file.name for file in sharded.glob("*.safetensors")}
     assert {path.name for path in merged.iterdir()} == shards | {
-        "Modelfile", "README.md", "USE_POLICY.md", "chat_template.jinja", "config.json", "generation_config.json",
-        "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+        "Modelfile", "README.md", "USE_POLICY.md", "chat_template.jinja", "config.json", "dolores-v5-Q8_0.gguf",
+        "generation_config.json", "model.safetensors.index.json", "params", "template", "tokenizer.json",
+        "tokenizer_config.json",
     }  # fmt: skip
     assert all(path.is_file() and not path.is_symlink() for path in merged.iterdir())
     for name, source in (("tokenizer.json", sharded), ("model.safetensors.index.json", sharded),
@@ -362,37 +320,11 @@ def test_the_folder_is_exactly_this(sharded, tmp_path):
         assert (merged / name).read_bytes()[:length] == theirs[:length]
 
 
-LLAMA3_SCALING = {
-    "factor": 8.0,
-    "high_freq_factor": 4.0,
-    "low_freq_factor": 1.0,
-    "original_max_position_embeddings": 8192,
-    "rope_type": "llama3",
-}
-
-
-def test_config_has_rope_and_dtype_in_both_layouts(tiny_llama31, adapter, smollm2, tmp_path):
-    """From an old file (tiny_llama31 has Meta's layout) and from one that transformers 5 wrote (smollm2)."""
-    old = json.loads((merge(adapter, tmp_path / "old") / "config.json").read_text())
-    assert old == json.loads((tiny_llama31 / "config.json").read_text()) | {
-        "rope_theta": 500000.0,
-        "rope_scaling": LLAMA3_SCALING,
-        "rope_parameters": {"rope_theta": 500000.0, **LLAMA3_SCALING},
-        "dtype": "bfloat16",
-        "torch_dtype": "bfloat16",
-    }
-    new = random_adapter(smollm2, tmp_path / "adapter", target_modules=["q_proj"])
-    new = json.loads((merge(new, tmp_path / "new") / "config.json").read_text())
-    assert new == json.loads((smollm2 / "config.json").read_text()) | {
-        "rope_theta": 100000.0,
-        "rope_scaling": None,
-        "torch_dtype": "bfloat16",
-    }
-    for folder, base in (("old", tiny_llama31), ("new", smollm2)):
-        assert (
-            AutoConfig.from_pretrained(tmp_path / folder).rope_parameters
-            == AutoConfig.from_pretrained(base).rope_parameters
-        )
+def test_the_config_is_the_bases_own(tiny_llama31, adapter, smollm2, tmp_path):
+    """Whoever reads the base reads the merge: Meta's old layout of RoPE (tiny_llama31), transformers' new one (smollm2)."""
+    for base, trained in ((tiny_llama31, adapter), (smollm2, random_adapter(smollm2, tmp_path / "a", r=1))):
+        merged = merge(trained, tmp_path / base.name, "--gguf", "none")
+        assert json.loads((merged / "config.json").read_text()) == json.loads((base / "config.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -447,34 +379,32 @@ def test_tokenizer_config_is_for_old_readers_too(copy, llama31_tokenizer, tmp_pa
 
 
 @pytest.mark.slow
-def test_what_is_printed(adapter, tiny_llama31, tmp_path):
+def test_what_is_printed(adapter, tmp_path):
     """Few lines, nothing on stderr: no warning, no progress bar."""
     done = run("--adapter", adapter, "--output", tmp_path / "merged")
     assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
-    assert lines[0] == f"merging    {adapter} into {tiny_llama31} (0.03 GB)"
-    assert lines[1].startswith(f"written    {tmp_path}/merged (0.03 GB) in ") and lines[1].endswith(" s")
-    assert lines[2:] == [
-        "checked    21 tensors with the base's names, shapes and dtypes, no NaN or infinity",
-        "checked    28 adapter tensors used once each, in 14 layers",
-        "checked    RoPE in both layouts, theta 500000, as in the base; end of answer [128001, 128008, 128009]",
-        "tokenizer  Ollama reads this tokenizer as llama-bpe",
-        f"next       ollama create dolores-v5 -f {tmp_path}/merged/Modelfile",
-    ]
+    names = [line[:10].strip() for line in done.stdout.splitlines()]
+    assert names == ["merging", "written", "checked", "checked", "checked", "next"]
+    assert done.stdout.splitlines()[-1] == f"next       ollama create dolores-v5 -f {tmp_path}/merged/Modelfile"
 
 
-def test_the_name_is_in_the_command_and_the_card(copy, tmp_path, capsys):
+def test_the_name_is_in_the_command_the_card_and_the_file(copy, tmp_path, capsys):
     edit_json(copy / "training_args.json", args={"name": "marmiton"})
-    merged = merge(copy, tmp_path / "my cook")
-    command = shlex.split(capsys.readouterr().out.splitlines()[-1])[1:]
-    assert command == ["ollama", "create", "marmiton", "-f", f"{merged}/Modelfile"]
-    assert "\n# marmiton\n" in (merged / "README.md").read_text()
-    merge(copy, merged, "--overwrite", "--name", "chef-de-cuisine")
-    command = shlex.split(capsys.readouterr().out.splitlines()[-1])[1:]
-    assert command == ["ollama", "create", "chef-de-cuisine", "-f", f"{merged}/Modelfile"]
-    assert "ollama create chef-de-cuisine -f 'my cook'/Modelfile" in (merged / "README.md").read_text()
-    with pytest.raises(SystemExit):  # Ollama would refuse it
-        merge(copy, merged, "--overwrite", "--name", "chef de cuisine")
+    for name, options in (("marmiton", []), ("me/chef-2.1", ["--overwrite", "--name", "me/chef-2.1"])):
+        merged = merge(copy, tmp_path / "my cook", *options)
+        command = shlex.split(capsys.readouterr().out.splitlines()[-1])[1:]
+        assert command == ["ollama", "create", name, "-f", f"{merged}/Modelfile"]
+        text, file = (merged / "README.md").read_text(), f"{name.split('/')[-1]}-Q8_0.gguf"
+        assert f"\n# {name}\n" in text and f"ollama create {name} -f 'my cook'/Modelfile" in text and file in text
+        assert fields(merged / file)["general.name"] == name
+        assert (merged / "Modelfile").read_text().startswith(f"FROM ./{file}\n")
+
+
+@pytest.mark.parametrize("name", ["chef de cuisine", "me.you/mine", "a" * 81, "a/b/c", "-x", ""])
+def test_names_that_ollama_refuses(name, capsys):
+    with pytest.raises(SystemExit):
+        merge_lora.parse_args(["--name", name])
+    assert "--name" in capsys.readouterr().err
 
 
 def card(merged: Path) -> tuple[dict, str]:
@@ -496,6 +426,13 @@ def test_the_card_of_a_llama_from_the_hub(copy, tiny_llama31, tmp_path, monkeypa
     assert "`meta-llama/Llama-3.1-8B-Instruct` at revision `0e9e39f` (bfloat16)" in text
     assert "**Built with Llama.**" in text and "@" not in text
     assert "ollama create dolores-v5 -f merged/Modelfile" in text and str(tmp_path) not in text
+
+
+def test_the_card_says_what_is_in_the_folder(copy, tmp_path):
+    for options, there in (([], "gguf transformers"), (["--gguf-only"], "gguf"), (["--gguf", "none"], "transformers")):
+        _, text = card(merge(copy, tmp_path / there, *options))
+        assert ("ollama create" in text and ".gguf" in text) == ("gguf" in there), text
+        assert ("vLLM" in text) == ("transformers" in there)
 
 
 def test_the_card_of_another_base(short_smollm2, tmp_path):
@@ -520,45 +457,198 @@ def test_which_bases_are_metas_llama(tmp_path, model, license, built_with_llama)
     assert merge_lora.is_metas_llama(model, tmp_path) == built_with_llama
 
 
-SYSTEM = 'Tu es « Dolores ».\nTu dis "oui"\t{{ .Role }} \\n et "'
-
-
 @pytest.mark.parametrize(
-    ("system", "written", "note"),
+    ("system", "written", "said"),
     [
-        (SYSTEM, SYSTEM, "system     the turn that all conversations share is in the Modelfile"),
-        ("Qui\u00a0?\u202f!", "Qui ? !", "warning    no-break spaces in the system turn became spaces"),
-        ('a """ b', None, 'warning    the system turn contains """, which a Modelfile cannot hold'),
-        (None, None, "tokenizer  Ollama"),
+        ('Tu es « Dolores ».\nTu dis "oui"\t{{ .Role }} \\n et "\'', None, ["system", "is in the Modelfile"]),
+        ("Qui\u00a0?\u3000!\u2028", "Qui ? ! ", ["U+00A0 NO-BREAK SPACE", "U+3000 IDEOGRAPHIC SPACE", "U+2028"]),
+        (
+            "👩\u200d👧\u00ad\u200b\ufeff\x07\ue000",
+            "👩👧",
+            ["ZERO WIDTH JOINER", "SOFT HYPHEN", "U+200B", "U+FEFF", "U+0007"],
+        ),
+        ('a """ b', "", ["warning", '"""', "/set system"]),
+        (None, "", []),
     ],
+    ids=["plain", "spaces", "dropped", "quotes", "none"],
 )
-def test_the_shared_system_turn_is_in_the_modelfile(copy, tmp_path, capsys, system, written, note):
+def test_the_shared_system_turn_is_in_the_modelfile(copy, tmp_path, capsys, system, written, said):
+    """What Ollama would drop without a word is named, and not in the file."""
     edit_json(copy / "training_args.json", data={"system": system})
-    modelfile = (merge(copy, tmp_path / "merged") / "Modelfile").read_text()
+    merged = merge(copy, tmp_path / "merged", "--gguf", "none")
+    written, modelfile = system if written is None else written, (merged / "Modelfile").read_text()
     assert modelfile.endswith(f'\nSYSTEM """{written}"""\n') if written else "SYSTEM" not in modelfile
-    assert capsys.readouterr().out.splitlines()[-2].startswith(note)
+    assert ((merged / "system").read_text() if written else "") == written
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in said) and ("warning" in printed) == (written != (system or ""))
 
 
-def test_how_ollama_will_split_text(llama31_tokenizer, smollm2, tmp_path):
-    """Llama 3.1's patterns are known; SmolLM2's are not, nor Llama's with one letter changed."""
-    llama = llama31_tokenizer.backend_tokenizer.to_str().replace("<|eot_id|>", "<|im_end|>")
-    for text, read_as in (
-        (llama, "this tokenizer as llama-bpe"),
-        ((smollm2 / "tokenizer.json").read_text(), None),
-        (llama.replace("{1,3}", "{1,2}"), None),
-    ):
-        (tmp_path / "tokenizer.json").write_text(text)
-        pre_tokenizer = merge_lora.read_tokenizer(tmp_path / "tokenizer.json", "<|im_end|>").pre_tokenizer
-        assert merge_lora.ollama_tokenizer(tmp_path, pre_tokenizer) == read_as
+def test_what_the_hub_hands_to_ollama(copy, tmp_path):
+    """`ollama run hf.co/…` reads template, params and system: what the Modelfile says."""
+    edit_json(copy / "training_args.json", data={"system": "Tu es Dolores."})
+    merged = merge(copy, tmp_path / "merged", "--gguf", "none")
+    modelfile, params = (merged / "Modelfile").read_text(), json.loads((merged / "params").read_text())
+    assert f'TEMPLATE """{(merged / "template").read_text()}"""' in modelfile
+    assert f'SYSTEM """{(merged / "system").read_text()}"""' in modelfile
+    stops = [f'stop "{stop}"' for stop in params.pop("stop")]
+    assert [f"PARAMETER {line}" for line in [*(f"{k} {v}" for k, v in params.items()), *stops]] == [
+        line for line in modelfile.splitlines() if line.startswith("PARAMETER")
+    ]
 
 
-def test_a_tokenizer_that_ollama_does_not_know(short_smollm2, tmp_path, capsys, monkeypatch):
-    """Ollama is warned of, and not proposed as the next step."""
-    monkeypatch.setattr(sys, "argv", ["merge_lora.py"])
-    merge(random_adapter(short_smollm2, tmp_path / "adapter"), tmp_path / "merged")
-    shown = capsys.readouterr().out
-    assert "warning    Ollama does not know this tokenizer" in shown and "ollama create" not in shown
-    assert shown.endswith(f"next       {sys.executable} merge_lora.py --chat {tmp_path}/merged\n")
+# ---- the GGUF ----
+
+
+def ggml_types(gguf: Path) -> dict[str, str]:
+    from gguf import GGUFReader
+
+    return {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(gguf).tensors}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0"])
+def test_the_gguf_is_what_llama_cpps_converter_makes_of_the_folder(smollm2, tmp_path, kind):
+    """Every tensor and every key, but for those that come from the folder's name and card."""
+    from engine import to_gguf
+    from gguf import GGUFReader
+
+    merged = merge(random_adapter(smollm2, tmp_path / "a", r=1), tmp_path / "merged", "--gguf", kind)
+    files = [merged / f"dolores-v5-{kind}.gguf", to_gguf(merged, tmp_path / "theirs.gguf", kind.lower())]
+    ours, theirs = ({t.name: (t.tensor_type, t.data) for t in GGUFReader(file).tensors} for file in files)
+    assert ours.keys() == theirs.keys()
+    for name, (of_type, data) in ours.items():
+        assert of_type == theirs[name][0] and (data == theirs[name][1]).all(), name
+    ours, theirs = ({k: v for k, v in fields(f).items() if not k.startswith(("general.", "GGUF."))} for f in files)
+    assert ours == theirs
+
+
+def test_without_safetensors_the_gguf_is_the_same(copy, tmp_path):
+    both, alone = merge(copy, tmp_path / "both"), merge(copy, tmp_path / "alone", "--gguf-only")
+    name = "dolores-v5-Q8_0.gguf"
+    assert (both / name).read_bytes() == (alone / name).read_bytes()
+    assert {file.name for file in both.iterdir()} - {file.name for file in alone.iterdir()} == {"model.safetensors"}
+    with pytest.raises(merge_lora.InputError, match="no safetensors"):
+        merge_lora.main(["--chat", str(alone)])
+    with pytest.raises(SystemExit):
+        merge(copy, tmp_path / "neither", "--gguf-only", "--gguf", "none")
+
+
+def test_a_base_that_the_converter_does_not_know(copy, tmp_path, capsys):
+    """The safetensors are still written, unless they were not wanted."""
+    from conversion.base import TextModel
+
+    def unknown(*_):
+        raise NotImplementedError("BPE pre-tokenizer was not recognized")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TextModel, "get_vocab_base_pre", unknown)
+        merged = merge(copy, tmp_path / "merged")
+        printed = capsys.readouterr().out
+        assert "warning    no GGUF" in printed and "not recognized" in printed and "ollama create" not in printed
+        assert not list(merged.glob("*.gguf")) and (merged / "model.safetensors").is_file()
+        assert (merged / "Modelfile").read_text().startswith("FROM .\n")
+        refused(copy, tmp_path, "--gguf-only", "not recognized", options=["--gguf-only"])
+
+
+# What llama-quantize b11434 writes, compared once tensor by tensor and byte by byte: SmolLM2 (30 layers, tied, 576 wide,
+# so that most rows are no multiple of 256) and random Llamas of 32 and 80 layers, untied, 256 and 288 wide.
+LAYERS_WITH_MORE_BITS = {30: [0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 26, 27, 28, 29],
+                         32: [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]}  # fmt: skip
+OTHERS = {"Q8_0": "Q8_0", "Q6_K": "Q6_K", "Q5_K_M": "Q5_K", "Q4_K_M": "Q4_K", "BF16": "BF16"}
+NARROW = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+
+
+@pytest.mark.parametrize("layers", LAYERS_WITH_MORE_BITS)
+@pytest.mark.parametrize("kind", merge_lora.GGUF_TYPES)
+def test_the_mix_of_types_is_llama_quantizes(kind, layers):
+    def chosen(name: str, layer: int = 0, width: int = 4096, tied: bool = False) -> str:
+        return merge_lora.weight_type(kind, name, layer, layers, width, tied)
+
+    most, mixed = OTHERS[kind], kind.endswith("_M")
+    for name in ("attn_q", "attn_k", "attn_output", "ffn_gate", "ffn_up"):
+        assert {chosen(f"blk.{i}.{name}.weight", i) for i in range(layers)} == {most}
+    for name in ("attn_v", "attn_qkv", "ffn_down"):
+        more = [i for i in range(layers) if chosen(f"blk.{i}.{name}.weight", i) != most]
+        assert more == (LAYERS_WITH_MORE_BITS[layers] if mixed else [])
+        assert {chosen(f"blk.{i}.{name}.weight", i) for i in more} <= {"Q6_K"}
+    head = "Q6_K" if mixed else most
+    assert (chosen("output.weight"), chosen("token_embd.weight")) == (head, most)
+    assert chosen("token_embd.weight", tied=True) == head
+    assert chosen("output.weight", width=288) == NARROW.get(head, head)
+    assert chosen("blk.9.ffn_up.weight", 9, width=288) == NARROW.get(most, most)
+    assert chosen("blk.9.ffn_up.weight", 9, width=40) == ("BF16" if kind == "BF16" else "F16")
+
+
+# ---- a running Ollama ----
+
+RECORDED = json.loads((ROOT / "tests" / "ollama_answers.json").read_text())
+
+
+@pytest.fixture
+def ollama(monkeypatch):
+    """A stand-in that answers as the recorded server, and counts: it is told what to render and how many tokens."""
+    state = {"chats": {}, "stop": "stop"}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            reply, status = RECORDED["unknown model"], 404
+            if asked["model"] == "ada":
+                text, count = state["chats"][json.dumps(asked["messages"])]
+                reply, status = RECORDED["answer"] | {"prompt_eval_count": count, "done_reason": state["stop"]}, 200
+                if asked.get("_debug_render_only"):
+                    reply = RECORDED["render"] | {"_debug_info": {"rendered_template": text}}
+            body = json.dumps(reply).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{server.server_port}")
+    yield state
+    server.shutdown()
+
+
+def test_check_ollama(short_smollm2, tmp_path, capsys, ollama, monkeypatch):
+    adapter = random_adapter(short_smollm2, tmp_path / "adapter")
+    edit_json(adapter / "training_args.json", data={"system": "Tu es Dolores."})
+    merged = merge(adapter, tmp_path / "merged", "--gguf", "none")
+    tokenizer, check = AutoTokenizer.from_pretrained(merged), ["--check-ollama", "ada", "--output", str(merged)]
+    for chat in merge_lora.CHECKED_CHATS:
+        turns = [("system", "Tu es Dolores."), *((turn["role"], turn["content"]) for turn in chat)]
+        text = "".join(f"<|{role}|>\n{said}{'<|im_end|>' * (role == 'assistant')}\n" for role, said in turns)
+        text += "<|assistant|>\n"
+        ollama["chats"][json.dumps(chat)] = text, len(tokenizer(text).input_ids)
+    assert len(ollama["chats"]) == 12
+    capsys.readouterr()
+    assert merge_lora.main(check) == 0 and "12 chats" in capsys.readouterr().out
+
+    ollama["stop"] = "length"
+    assert merge_lora.main(check) == 1 and "no answer ends" in capsys.readouterr().out
+    ollama["stop"], last = "stop", json.dumps(merge_lora.CHECKED_CHATS[-1])
+    text, count = ollama["chats"][last]
+    for wrong in ((text + " ", count), (text, count - 1)):
+        ollama["chats"][last] = wrong
+        assert merge_lora.main(check) == 1
+        assert repr(wrong[0]) in (printed := capsys.readouterr().out) and str(wrong[1]) in printed
+    with pytest.raises(merge_lora.InputError, match="model 'nope' not found"):
+        merge_lora.main(["--check-ollama", "nope", *check[2:]])
+    with pytest.raises(merge_lora.InputError, match="no merged model"):
+        merge_lora.main([*check[:3], str(tmp_path)])
+    monkeypatch.setenv("OLLAMA_HOST", "http://127.0.0.1:1")
+    with pytest.raises(merge_lora.InputError, match="OLLAMA_HOST"):
+        merge_lora.main(check)
+
+
+def test_counts_of_a_real_ollama(smollm2_tokenizer):
+    """Recorded from Ollama 0.33: its prompt_eval_count is the number of ids that training computes."""
+    for text, count in RECORDED["counts"]:
+        assert len(smollm2_tokenizer(text).input_ids) == count, text
 
 
 def test_one_bos_whatever_the_route(adapter, tiny_llama31, llama31_tokenizer, tmp_path):
@@ -685,36 +775,39 @@ def test_chat_reads_bytes_that_are_no_text(short_smollm2, tmp_path):
     assert (done.returncode, done.stderr) == (0, b"") and b"ch" in done.stdout
 
 
-def test_chat_stops_at_a_role_tag():
-    stops = ["<|eot_id|>", "<|user|>"]
-    assert merge_lora.before_stop("Oui. <|user|>\nEt <|eot_id|>", stops) == "Oui. "
-    assert merge_lora.before_stop("Oui.", stops) == "Oui."
+def test_chat_stops_at_a_role_tag_and_shows_control_characters(smollm2_tokenizer, capsys):
+    streamer = merge_lora.answer_streamer(smollm2_tokenizer, ["<|eot_id|>", "<|user|>"])
+    streamer.on_finalized_text("Oui\x1b[2J.\n<|user|>\nEt <|eot_id|>", stream_end=True)
+    assert streamer.answer == "Oui\x1b[2J.\n" and capsys.readouterr().out == "Oui\\x1b[2J.\n\n"
 
 
 def test_chat_without_a_model(tmp_path):
     done = run("--chat", tmp_path / "none", input="")
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith(f"{tmp_path}/none: no such folder; ")
+    assert (
+        (done.returncode, done.stdout) == (2, "") and f"{tmp_path}/none" in done.stderr and done.stderr.count("\n") == 1
+    )
 
 
 def test_help_waits_for_no_library():
-    code = "import sys, merge_lora; assert not {'torch', 'numpy', 'transformers', 'peft'} & set(sys.modules)"
+    code = "import sys, merge_lora; assert not {'torch', 'transformers', 'gguf', 'tokenizers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     shown = run("--help").stdout
     for word in ("runs_dolores_v5/llama31_clean", "dolores_v5_full", "--overwrite"):
         assert word in shown
-    assert "None" not in shown and shown.count("\n  python3 merge_lora.py") == 3  # three examples
+    assert "None" not in shown and shown.count("\n  python3 merge_lora.py") == 4  # four examples
 
 
 # ---- what is refused: one line, before anything is written ----
 
 
-def refused(message: str, adapter: Path, tmp_path: Path, *options):
-    """`message` is the whole line, with {a} for the adapter folder and {o} for the output."""
-    output, before = tmp_path / "refused", set(tmp_path.iterdir())
+def refused(adapter: Path, tmp_path: Path, *parts: str, options=()):
+    """InputError in one line that holds these parts, and nothing is left."""
+    before = set(tmp_path.iterdir())
     with pytest.raises(merge_lora.InputError) as error:
-        merge(adapter, output, *options)
-    assert str(error.value) == message.format(a=adapter, o=output)
-    assert "\n" not in str(error.value) and set(tmp_path.iterdir()) == before
+        merge(adapter, tmp_path / "refused", *options)
+    line = str(error.value)
+    assert all(part in line for part in parts), line
+    assert "\n" not in line and "; " in line and set(tmp_path.iterdir()) == before
 
 
 def test_one_line_and_exit_status_2(tmp_path):
@@ -728,17 +821,14 @@ def test_one_line_and_exit_status_2(tmp_path):
     [
         (["--adaptor", "a"], "unknown option --adaptor; did you mean --adapter?"),
         (["--over"], "unknown option --over; did you mean --overwrite?"),  # no abbreviations
-        (["--xyz=1"], "unknown option --xyz"),
-        (["my_run"], "unexpected argument my_run"),
-        (["--adapter"], "--adapter: expected one argument"),
+        (["--dataset=1"], "unknown option --dataset"),  # the trainer would know what is meant
+        (["my_run"], "unexpected argument my_run; did you mean --adapter my_run?"),
     ],
 )
 def test_a_wrong_flag_is_one_line(flags, line, capsys):
     with pytest.raises(SystemExit) as ended:
         merge_lora.parse_args(flags)
-    written = capsys.readouterr()
-    said = written.err.replace("'original', 'nf4'", "original, nf4")  # Python 3.11 puts quotes there
-    assert (ended.value.code, written.out, said) == (2, "", f"merge_lora.py: {line}; see --help\n")
+    assert (ended.value.code, capsys.readouterr().err) == (2, f"merge_lora.py: {line}; see --help\n")
 
 
 @pytest.mark.parametrize("name", [*merge_lora.CHECKPOINT_FILES, *merge_lora.RUN_FILES])
@@ -746,14 +836,9 @@ def test_a_missing_adapter_file(copy, tmp_path, name):
     (copy / name).unlink()
     for checkpoint in copy.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    missing = f"{{a}}/{name}: missing; train_sft_dolores.py writes it when training has ended"
-    refused(missing, copy, tmp_path)
+    refused(copy, tmp_path, f"{copy}/{name}", "missing", "train_sft_dolores.py")
     (copy / "checkpoint-7").mkdir()
-    refused(
-        f"{missing}: continue it with --resume, or merge what is there with --adapter {copy}/checkpoint-7",
-        copy,
-        tmp_path,
-    )
+    refused(copy, tmp_path, f"{copy}/{name}", "--resume", f"--adapter {copy}/checkpoint-7")
 
 
 @pytest.mark.parametrize(
@@ -761,59 +846,39 @@ def test_a_missing_adapter_file(copy, tmp_path, name):
     [
         ("modules_to_save", ["embed_tokens"]),
         ("bias", "all"),
-        ("lora_bias", True),
         ("trainable_token_indices", [1]),
-        ("layer_replication", [[0, 2]]),
-        ("target_parameters", ["weight"]),
         ("something_new", {"a": 1}),
+        ("use_dora", True),
+        ("use_rslora", True),
+        ("rank_pattern", {"q_proj": 2}),
+        ("init_lora_weights", "pissa"),
+        ("peft_type", "IA3"),
     ],
 )
 def test_settings_that_a_merge_would_lose(copy, tmp_path, setting, value):
     edit_json(copy / "adapter_config.json", **{setting: value})
-    line = f"{{a}}/adapter_config.json: {setting} is set, which this merge would lose; use PEFT's own merge_and_unload"
-    refused(line, copy, tmp_path)
+    refused(copy, tmp_path, f"{copy}/adapter_config.json: {setting} is ", "merge_and_unload")
 
 
-def test_adapters_of_another_kind(copy, tiny_llama31, tmp_path):
-    edit_json(copy / "adapter_config.json", peft_type="IA3")
-    refused("{a}/adapter_config.json: IA3 adapter; only a plain LoRA can be merged here", copy, tmp_path)
-    edit_json(copy / "adapter_config.json", peft_type="LORA")
-    for key, value in (("init_lora_weights", "pissa"), ("use_dora", True), ("rank_pattern", {"q_proj": 2})):
-        edit_json(copy / "adapter_config.json", **{key: value})
-        line = f"{{a}}/adapter_config.json: {key} is set, which this merge would lose; use PEFT's own merge_and_unload"
-        refused(line, copy, tmp_path)
-        edit_json(copy / "adapter_config.json", **{key: True if key == "init_lora_weights" else None})
+def test_an_adapter_of_the_embedding(tiny_llama31, tmp_path):
     other = random_adapter(tiny_llama31, tmp_path / "embedding", target_modules=["embed_tokens"])
-    with pytest.raises(merge_lora.InputError, match=r"model\.embed_tokens.* fits no layer of the base"):
-        merge(other, tmp_path / "merged")
+    refused(other, tmp_path, "model.embed_tokens", "fits no layer of the base")
 
 
 def test_another_base(copy, smollm2, tmp_path):
-    line = f"{smollm2}: hidden_size is 576, but the adapter's base had 64; name the right --base"
-    refused(line, copy, tmp_path, "--base", smollm2)
-
-
-@pytest.mark.parametrize(("key", "here"), [("vocab_size", 128000), ("num_hidden_layers", 3), ("model_type", "mistral")])
-def test_a_base_that_differs_in_its_config(copy, tiny_llama31, tmp_path, key, here):
-    base = Path(shutil.copytree(tiny_llama31, tmp_path / "base"))
-    there = json.loads((base / "config.json").read_text())[key]
-    edit_json(base / "config.json", **{key: here})
-    line = f"{base}: {key} is {here}, but the adapter's base had {there}; name the right --base"
-    refused(line, copy, tmp_path, "--base", base)
+    refused(copy, tmp_path, "fits no layer of the base", "--base", options=["--base", smollm2])
 
 
 def test_an_adapter_file_that_is_not_the_configs(copy, tmp_path):
     tensors = load_file(copy / "adapter_model.safetensors")
     key = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
     save_file({k: v for k, v in tensors.items() if k != key}, copy / "adapter_model.safetensors")
-    fix = "fits no layer of the base, or is not complete; name the right --base"
-    refused(f"{{a}}/adapter_model.safetensors: model.layers.1.mlp.up_proj {fix}", copy, tmp_path)
+    refused(copy, tmp_path, "model.layers.1.mlp.up_proj fits no layer")
     save_file({**tensors, "base_model.model.extra.lora_A.weight": torch.ones(1)}, copy / "adapter_model.safetensors")
-    refused(f"{{a}}/adapter_model.safetensors: extra {fix}", copy, tmp_path)
+    refused(copy, tmp_path, "extra fits no layer")
     both = {k: v for k, v in tensors.items() if "layers.1.mlp.up_proj" not in k}
     save_file(both, copy / "adapter_model.safetensors")
-    line = "no adapter of model.layers.1.mlp.up_proj.weight in it; is it complete, and does it belong to this base?"
-    refused(f"{{a}}/adapter_model.safetensors: {line}", copy, tmp_path)
+    refused(copy, tmp_path, "no adapter of model.layers.1.mlp.up_proj.weight")
 
 
 def test_a_quantised_base(copy, tiny_llama31, tmp_path):
@@ -821,36 +886,28 @@ def test_a_quantised_base(copy, tiny_llama31, tmp_path):
     tensors = weights(base)
     tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(4096, 1, dtype=torch.uint8)
     save_file(tensors, base / "model.safetensors")
-    line = f"{base}/model.safetensors: model.layers.0.mlp.up_proj.weight is U8; the base must have bf16, f16 or f32 weights"
-    refused(line, copy, tmp_path, "--base", base)
-    edit_json(base / "config.json", quantization_config={"quant_method": "bitsandbytes"})
-    line = f"{base}: already quantized; name the 16-bit base that it was made from with --base"
-    refused(line, copy, tmp_path, "--base", base)
+    refused(copy, tmp_path, "model.layers.0.mlp.up_proj.weight is U8", "bf16, f16 or f32", options=["--base", base])
 
 
 def test_files_that_are_cut_off(copy, tiny_llama31, tmp_path):
     base = Path(shutil.copytree(tiny_llama31, tmp_path / "base"))
     with open(base / "model.safetensors", "r+b") as file:
         file.truncate(20_000_000)
-    line = f"{base}/model.safetensors: incomplete, or not a safetensors file; copy or download it again"
-    refused(line, copy, tmp_path, "--base", base)
+    refused(copy, tmp_path, str(base), "model.safetensors is damaged or incomplete", options=["--base", base])
     (base / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3\n")
-    refused(line, copy, tmp_path, "--base", base)
+    refused(copy, tmp_path, str(base), "model.safetensors is damaged or incomplete", options=["--base", base])
     (base / "model.safetensors").unlink()
-    line = f"{base}/model.safetensors: missing; the base must be a folder of safetensors, or a Hugging Face id"
-    refused(line, copy, tmp_path, "--base", base)
+    refused(copy, tmp_path, f"{base}/model.safetensors", "missing", options=["--base", base])
     (copy / "training_args.json").write_text("{\n  nonsense")
-    refused("{a}/training_args.json:2: not JSON (Expecting property name enclosed in double quotes); copy or write it again",
-            copy, tmp_path)  # fmt: skip
+    refused(copy, tmp_path, f"{copy}/training_args.json", "not JSON", "line 2")
 
 
-def test_no_or_infinite_numbers(copy, tmp_path):
+@pytest.mark.parametrize("options", [[], ["--gguf-only"]])
+def test_no_or_infinite_numbers(copy, tmp_path, options):
     tensors = load_file(copy / "adapter_model.safetensors")
     tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"][3, 1] = float("nan")
     save_file(tensors, copy / "adapter_model.safetensors")
-    with pytest.raises(merge_lora.InputError, match=r"NaN or infinity in model.layers.1.self_attn.q_proj.weight"):
-        merge(copy, tmp_path / "merged")
-    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+    refused(copy, tmp_path, "NaN or infinity in model.layers.1.self_attn.q_proj.weight", options=options)
 
 
 def test_infinity_in_a_tensor_without_adapter(copy, tiny_llama31, tmp_path):
@@ -866,30 +923,22 @@ def test_a_tokenizer_larger_than_the_embedding(copy, tmp_path):
     tokenizer = json.loads((copy / "tokenizer.json").read_text())
     tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": 128256, "content": "<|new|>"})
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
-    refused(
-        "{a}/tokenizer.json: has token id 128256, but the base's embedding 128256 rows; name the right --base",
-        copy,
-        tmp_path,
-    )
+    refused(copy, tmp_path, f"{copy}/tokenizer.json", "128256")
 
 
 def test_an_end_token_that_does_not_exist(copy, tmp_path):
     edit_json(copy / "training_args.json", chat_format=chat_format("chatml", ""))
-    line = "{a}/tokenizer.json: has no <|im_end|>, the chat format's end token; is it the right adapter?"
-    refused(line, copy, tmp_path)
+    refused(copy, tmp_path, f"{copy}/tokenizer.json", "<|im_end|>")
 
 
 # ---- the base by name ----
 
 
 def test_a_base_that_is_nowhere(copy, tmp_path):
-    refused(
-        "./none: no such base folder; --base takes a folder or a Hugging Face id", copy, tmp_path, "--base", "./none"
-    )
-    line = "org/none: not in the cache, and cannot reach the Hugging Face Hub; name a local folder with --base"
-    refused(line, copy, tmp_path, "--base", "org/none")  # the tests are offline
+    refused(copy, tmp_path, "--base ./none", "neither a folder nor a Hub name", options=["--base", "./none"])
+    refused(copy, tmp_path, "--base org/none", "cannot reach", options=["--base", "org/none"])  # the tests are offline
     name_base(copy, "/gone/base", None)
-    refused("/gone/base: no such base folder; name it with --base", copy, tmp_path)
+    refused(copy, tmp_path, "--base /gone/base", "neither a folder nor a Hub name")
 
 
 def test_the_hub_is_asked_for_the_trained_revision(copy, tiny_llama31, tmp_path, monkeypatch):
@@ -906,17 +955,14 @@ def test_the_hub_is_asked_for_the_trained_revision(copy, tiny_llama31, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("error", "line"),
+    ("error", "said"),
     [
-        ("GatedRepoError", "org/base: gated; accept its license on huggingface.co/org/base, then `hf auth login`"),
-        (
-            "RepositoryNotFoundError",
-            "org/base: not found on the Hugging Face Hub; check the name, run `hf auth login`, or name a local folder with --base",
-        ),
-        ("RevisionNotFoundError", "org/base: no revision abc on the Hugging Face Hub; name a local folder with --base"),
+        ("GatedRepoError", "hf.co/org/base"),
+        ("RepositoryNotFoundError", "not found"),
+        ("RevisionNotFoundError", "no revision abc"),
     ],
 )
-def test_what_the_hub_says(copy, tmp_path, monkeypatch, error, line):
+def test_what_the_hub_says(copy, tmp_path, monkeypatch, error, said):
     import huggingface_hub
 
     class Response:  # as much as the error's constructor looks at
@@ -927,7 +973,7 @@ def test_what_the_hub_says(copy, tmp_path, monkeypatch, error, line):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     name_base(copy, "org/base", "abc")
-    refused(line, copy, tmp_path)
+    refused(copy, tmp_path, "--base org/base", said)
 
 
 # ---- nothing half done ----
@@ -969,10 +1015,23 @@ def test_overwrite_spares_what_is_no_merge(copy, tmp_path):
 
 def test_a_folder_that_cannot_be_written(copy, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    line = f"{tmp_path}/file/merged: cannot write into {tmp_path}/file; make it writable or choose another --output"
-    with pytest.raises(merge_lora.InputError) as error:
+    with pytest.raises(merge_lora.InputError, match=f"cannot write into {tmp_path}/file"):
         merge(copy, tmp_path / "file" / "merged")
-    assert str(error.value) == line
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_a_mount_point_is_refused_before_the_merge(copy, tmp_path):
+    """A folder next to it could not be renamed to it, nor does it lie on the same disk."""
+    output = tmp_path / "full"
+    output.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "none", output], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(merge_lora.InputError, match=f"{output}: cannot be replaced .* --output {output}/merged"):
+            merge(copy, output)
+        assert (merge(copy, output / "merged") / "Modelfile").is_file()
+    finally:
+        subprocess.run(["umount", output], check=True)
 
 
 def test_a_hub_cache_that_cannot_be_written(copy, tmp_path, monkeypatch):
@@ -983,27 +1042,28 @@ def test_a_hub_cache_that_cannot_be_written(copy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     name_base(copy, "org/base", "abc")
-    with pytest.raises(
-        merge_lora.InputError, match=r"^org/base: cannot use the Hugging Face cache .*; set HF_HOME to "
-    ):
-        merge(copy, tmp_path / "merged")
+    refused(copy, tmp_path, "--base org/base: cannot use the Hugging Face cache", "HF_HOME")
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(copy, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000_000))
-    size = (merge_lora.read_adapter(copy).training["base"]["model"], "model.safetensors")
-    need = (Path(*size).stat().st_size + (64 << 20)) / 1e9
-    line = f"{tmp_path}: 0.01 GB free, {need:.2f} GB needed; make room or choose another --output"
-    refused(line, copy, tmp_path)
+    base = Path(json.loads((copy / "training_args.json").read_text())["base"]["model"])
+    weights = (base / "model.safetensors").stat().st_size
+    # Q8_0 takes 34 bytes for 32 weights of two bytes; norms are few.
+    for options, need in (["--gguf", "none"], weights), (["--gguf-only"], weights * 17 / 32), ([], weights * 49 / 32):
+        refused(copy, tmp_path, "0.01 GB free", f"{(need + (64 << 20)) / 1e9:.2f} GB needed", options=options)
 
 
 SLOW = """if True:
-    import sys, time, merge_lora
-    merged = merge_lora.merged_rows
+    import os, sys, time, merge_lora
+    merged, calls = merge_lora.merged_rows, 0
     def slowly(*args):
-        print("writing", flush=True)
-        time.sleep(0.5)
+        global calls
+        calls += 1
+        if calls == int(os.environ.get("MOMENT", 1)):
+            print("writing", flush=True)
+            time.sleep(0.5)
         yield from merged(*args)
     merge_lora.merged_rows = slowly
     sys.argv[0] = "merge_lora.py"
@@ -1012,17 +1072,18 @@ SLOW = """if True:
 
 
 @pytest.mark.parametrize(
-    ("number", "status"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)],
+    ("number", "status", "moment"),  # the base has 21 tensors: 1 is a safetensors file, 30 the GGUF
+    [(signal.SIGINT, 130, 30), (signal.SIGTERM, 143, 1), (signal.SIGHUP, 129, 1), (signal.SIGKILL, -9, 30)],
     ids=str,
 )
 @pytest.mark.slow
-def test_an_interrupted_merge(adapter, tmp_path, number, status):
+def test_an_interrupted_merge(adapter, tmp_path, number, status, moment):
     output = merge(adapter, tmp_path / "merged")
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # that merge ignores it at its end
     before = digests(output)
     command = [sys.executable, "-c", SLOW, "--adapter", str(adapter), "--output", str(output), "--overwrite"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                               env={**os.environ, "MOMENT": str(moment)})  # fmt: skip
     assert process.stdout.readline().startswith("merging") and process.stdout.readline() == "writing\n"
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
@@ -1045,22 +1106,20 @@ def test_killed_between_the_two_renames(adapter, tmp_path):
     assert digests(output) == before
 
 
-@pytest.mark.parametrize(
-    ("number", "line"),
-    [
-        (errno.ENOSPC, "shard: No space left on device; make room; an earlier merge is unchanged"),
-        (
-            errno.EROFS,
-            "shard: Read-only file system; name a folder that can be written to; an earlier merge is unchanged",
-        ),
-    ],
-)
-def test_a_disk_that_fails_during_the_merge(copy, tmp_path, number, line):
-    code = SLOW.replace("time.sleep(0.5)", f"import os; raise OSError({number}, os.strerror({number}), 'shard')")
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_fails_during_the_merge(copy, tmp_path, number):
+    code = SLOW.replace("time.sleep(0.5)", f"raise OSError({number}, os.strerror({number}), 'shard')")
     command = [sys.executable, "-c", code, "--adapter", str(copy), "--output", str(tmp_path / "merged")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (2, f"{line}\n")
+    assert done.returncode == 2 and done.stderr.startswith("shard: ") and done.stderr.count("\n") == 1, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
-# ---- verification on demand ----
+def test_printed_in_any_locale_and_into_a_pipe_that_ends(tmp_path):
+    """A name that the terminal, or UTF-8, does not have is escaped; `| head` ends the script quietly."""
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = run("--adapter", os.fsencode(tmp_path) + b"/caf\xe9 \xf0\x9f\x99\x82", env=env)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "\\udce9 \\U0001f642" in done.stderr, done.stderr
+    script = f"{shlex.quote(sys.executable)} merge_lora.py --help | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() in ("0", "141") and not done.stderr

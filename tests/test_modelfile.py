@@ -118,6 +118,11 @@ def tokenizers(llama31_tokenizer, smollm2_tokenizer):
     return {"llama31": llama31_tokenizer, "smollm2": smollm2_tokenizer}
 
 
+def modelfile(chat: dict, num_ctx: int = 8192, source: str = ".") -> str:
+    settings = {"temperature": 0.7, "num_ctx": num_ctx, "stop": merge_lora.stop_texts(chat)}
+    return merge_lora.modelfile(chat, settings, source)
+
+
 def template(modelfile: str) -> str:
     """The TEMPLATE as Ollama's parser reads it: everything between the triple quotes, including white space."""
     found = re.findall(r'^TEMPLATE """(.*?)"""$', modelfile, re.DOTALL | re.MULTILINE)
@@ -126,7 +131,7 @@ def template(modelfile: str) -> str:
 
 
 def render_go(renderer: Path, chat: dict, chats: list[list[dict]], folder: Path) -> list[str]:
-    (folder / "template").write_text(template(merge_lora.modelfile(chat, 8192)))
+    (folder / "template").write_text(template(modelfile(chat)))
     lines = "".join(json.dumps(messages) + "\n" for messages in chats)
     done = subprocess.run([renderer, folder / "template"], input=lines, capture_output=True, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -223,10 +228,7 @@ def test_the_shipped_modelfile_is_what_the_documented_run_writes():
     assert comment.startswith("# This file fits the documented run only") and comment.count("\n") == 2
     assert "ollama create dolores-v5 -f dolores_v5_full/Modelfile" in comment
     shipped = "FROM " + shipped
-    assert shipped == merge_lora.modelfile(chat_format("dolores", "<|eot_id|>"), 8192, source="./dolores_v5_full")
-    assert shipped.replace("FROM ./dolores_v5_full\n", "FROM .\n") == merge_lora.modelfile(
-        chat_format("dolores", "<|eot_id|>"), 8192
-    )
+    assert shipped == modelfile(chat_format("dolores", "<|eot_id|>"), source="./dolores_v5_full/dolores-v5-Q8_0.gguf")
 
 
 @pytest.mark.parametrize(
@@ -240,7 +242,7 @@ def test_the_shipped_modelfile_is_what_the_documented_run_writes():
 )
 def test_parameters_and_stops(tokenizers, name, base, stops):
     """Stops are control tokens of the base or role tags in plain text; without them the model would write both sides."""
-    text = merge_lora.modelfile(chat_format(name, EOS[base]), 4096)
+    text = modelfile(chat_format(name, EOS[base]), 4096)
     parameters = re.findall(r"^PARAMETER (\S+) (.*)$", text, re.MULTILINE)
     assert parameters == [("temperature", "0.7"), ("num_ctx", "4096"), *(("stop", f'"{stop}"') for stop in stops)]
     control = {str(token) for token in tokenizers[base].added_tokens_decoder.values()}
@@ -252,7 +254,7 @@ def test_parameters_and_stops(tokenizers, name, base, stops):
 @pytest.mark.parametrize(("name", "base"), BASES.items())
 def test_no_begin_of_text_in_the_template(tokenizers, name, base):
     """Ollama's engine adds it; no training row has a second one."""
-    text = template(merge_lora.modelfile(chat_format(name, EOS[base]), 8192))
+    text = template(modelfile(chat_format(name, EOS[base])))
     bos = tokenizers[base].bos_token
     assert not text.startswith(bos) and (bos not in text or name == "chatml")  # SmolLM2's BOS is its header token
 
@@ -305,5 +307,5 @@ def test_a_folded_system_turn_in_any_place(go_renderer, tokenizers, tmp_path):
     ],
 )
 def test_stops_of_base_formats(name, stops):
-    text = merge_lora.modelfile(sft.chat_format("base", families.tokenizer(name))._asdict(), 4096)
+    text = modelfile(sft.chat_format("base", families.tokenizer(name))._asdict())
     assert re.findall(r'^PARAMETER stop "(.*)"$', text, re.MULTILINE) == stops

@@ -217,13 +217,13 @@ def test_what_is_evaluated_is_not_trained_on(cache, encode):
     Path("e").write_text(dialogue("q", "a") + dialogue("r", "b"))
     both = ("--train-files", "d", "e", "--eval-files")
     plan = prepare(arguments(*both, "e"), encode)
-    train, held_out, counts, warnings = plan.train_rows, plan.eval_rows, plan.counts, plan.warnings
+    train, held_out, counts, warnings = plan.train_rows, plan.eval_rows, plan.counts, plan.findings
     assert sorted(samples_of(held_out)) == sorted(expected_samples("e", encode))
     copies = {sample[2] for sample in expected_samples("e", encode)}
     assert sorted(samples_of(train)) == sorted(s for s in expected_samples("d", encode) if s[2] not in copies)
     # The copy in d is not trained on either; e is read once, and named once.
     assert (counts["trained_on"], counts["held_out"], counts["copies"], counts["conversations"]) == (50, 2, 1, 53)
-    assert sorted(warning[0] for warning in warnings if warning[2] == "held out") == ["d", "e"]
+    assert sorted(warning.file for warning in warnings if warning.kind == "held out") == ["d", "e"]
     error = error_of(prepare, arguments("--train-files", "e", "--eval-files", "d", "e"), encode)
     assert_says(error, "e", "--eval-files")
 
@@ -263,11 +263,11 @@ def test_every_conversation_is_counted_once(cache, encode):
 def test_one_conversation_leaves_nothing_to_hold_out(cache, encode):
     Path("d").write_text(dialogue("q", "a", "r", "b"))
     data = prepare(arguments(), encode)
-    assert data.eval_rows is None and [warning[:3] for warning in data.warnings] == [
+    assert data.eval_rows is None and [finding[1:4] for finding in data.findings] == [
         ("d", 2, "several exchanges"),
         ("d", 1, "held out"),
     ]
-    assert prepare(arguments("--eval-fraction", "0"), encode).warnings == data.warnings[:1]
+    assert prepare(arguments("--eval-fraction", "0"), encode).findings == data.findings[:1]
 
 
 def test_a_run_that_would_train_on_nothing_stops(cache, encode):

@@ -205,6 +205,6 @@ def test_json(folder):
     screen(folder, "--json", "report.json", "--model", "base")
     report = json.loads((folder / "report.json").read_text())
     keys = [f"{key}: {type(value).__name__}" for key, value in report.items()]
-    keys += [f"warnings[0].{key}: {type(value).__name__}" for key, value in report["warnings"][0].items()]
+    keys += [f"findings[0].{key}: {type(value).__name__}" for key, value in report["findings"][0].items()]
     keys += [f"memory_gib.{key}: {type(value).__name__}" for key, value in report["memory_gib"].items()]
     check("json_keys", "\n".join(keys) + "\n")

@@ -8,7 +8,7 @@ import parts
 import pytest
 import torch
 from families import TRAINABLE, family, template
-from runs import assert_says, error_of
+from runs import arguments, assert_says, error_of
 from transformers import AutoModelForCausalLM
 
 import train_sft_dolores as sft
@@ -49,7 +49,7 @@ MESSAGES = [
 def training_ids(encode: sft.Encoder, messages: list[dict]) -> list[int]:
     """What training makes of these messages, read as it reads all data."""
     turns = [sft.Turn(message["role"], message["content"], 1) for message in messages]
-    conversation = sft.build_conversation(turns, "d.chatml", lambda *_: None)
+    conversation = sft.check_conversation("d.chatml", turns)
     return encode([conversation.turns])[0].input_ids.tolist()
 
 
@@ -88,7 +88,7 @@ def test_the_template_renders_what_ollama_rendered(case):
 def test_answers_are_greedy_with_llama31s_own_settings(capfd):
     """Its generation_config samples: two seeds, one answer, no random number drawn, nothing printed."""
     setup = Setup("llama31", "dolores")
-    model = AutoModelForCausalLM.from_pretrained(setup.folder, attn_implementation=sft.packed_attention())
+    model = AutoModelForCausalLM.from_pretrained(setup.folder, attn_implementation="sdpa")
     settings = model.generation_config
     assert settings.do_sample and settings.temperature == 0.6 and settings.top_p == 0.9
     ids = setup.ids([{"role": "user", "content": "Qui es-tu ?"}], add_generation_prompt=True)
@@ -151,6 +151,25 @@ def test_base_format_gives_the_ids_of_the_bases_own_template(name):
         assert tokenizer.decode(trained).startswith(tokenizer.decode(theirs))
         end = encode.special_ids[encode.chat.eos_token]
         assert trained.count(end) == theirs.count(end) + 1 and end in trained[-2:]
+
+
+LATE = [{"role": role, "content": role} for role in (SYSTEM, USER, ASSISTANT, SYSTEM, USER, SYSTEM, ASSISTANT)]
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_a_system_turn_in_mid_chat(name, tmp_path, monkeypatch):
+    """Either training sees what the base's own template writes, or the conversation is refused."""
+    encode, tokenizer = base_encoder(name)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    file, args = tmp_path / "d.jsonl", arguments("--max-length", 512)
+    file.write_text(json.dumps({"messages": LATE}))
+    assert encode.late_system == (name in ("qwen2", "qwen3", "phi3", "phi4"))
+    if not encode.late_system:
+        assert_says(error_of(sft.read_data, {str(file): ""}, args, encode), f"{file}:1", "--chat-format")
+        return
+    ids = sft.read_data({str(file): ""}, args, encode)[2][0]["input_ids"]
+    theirs = tokenizer.apply_chat_template(LATE[:-1], add_generation_prompt=True).input_ids
+    assert tokenizer.decode(ids).startswith(tokenizer.decode(theirs))
 
 
 @pytest.mark.parametrize("name", TRAINABLE)

@@ -264,17 +264,17 @@ def test_a_word_of_100_000_characters(small):
 NOTHING = {"split": 0, "dropped": 0, "dropped_exchanges": 0, "lost_trained_tokens": 0}
 
 
-def encoded(data, encode, max_length, overlong="split") -> tuple[list[sft.Sample], dict]:
-    """(the samples of these conversations, what was found)."""
-    found = {**NOTHING, "warnings": [], "too_long": []}
-    return sft.encode_conversations(data, encode, max_length, overlong, found), found
+def encoded(data, encode, max_length, overlong="split") -> tuple[list[sft.Sample], dict, list[sft.Finding]]:
+    """The samples of these conversations, counts and findings."""
+    counts, findings = dict(NOTHING), []
+    return sft.encode_conversations(data, encode, max_length, overlong, counts, findings), counts, findings
 
 
 def parts_of(conversations, *args):
     """(samples, [(line, text)] of the warnings) of lists of turns, each a conversation of its own."""
-    samples, found = encoded([Conversation(turns, "d", turns[0].line) for turns in conversations], *args)
-    assert {warning.kind for warning in found["warnings"]} <= {"split", "dropped"}
-    return samples, [(warning.line, warning.text) for warning in found["warnings"]]
+    samples, _, findings = encoded([Conversation(turns, "d", turns[0].line) for turns in conversations], *args)
+    assert {finding[0::3] for finding in findings} <= {("warning", "split"), ("warning", "dropped")}
+    return samples, [(finding.line, finding.text) for finding in findings]
 
 
 def test_overlong_exact(small):
@@ -302,8 +302,8 @@ def test_drop_and_error(small):
     ((line, text),) = warned
     assert line == 1 and f"{size} tokens" in text
     data = [Conversation(turns, "d", turns[0].line) for turns in (short, long)]
-    (error,) = encoded(data, small.encode, 64, "error")[1]["too_long"]
-    assert_says(error, "d:1", f"{size} tokens", "--max-length 64", "--overlong split")
+    (error,) = encoded(data, small.encode, 64, "error")[2]
+    assert_says(str(error), "d:1", f"{size} tokens", "--max-length 64", "--overlong split")
 
 
 def test_what_is_split_and_dropped_is_counted(small):
@@ -318,8 +318,7 @@ def test_what_is_split_and_dropped_is_counted(small):
         return sum((labels != IGNORE).sum() for _, labels in small.encode(list(turns)))
 
     def tally(overlong):
-        samples, found = encoded(data, small.encode, 64, overlong)
-        return samples, {name: found[name] for name in NOTHING}
+        return encoded(data, small.encode, 64, overlong)[:2]
 
     samples, counts = tally("split")
     lost = int(trained(split[3:5], gone))
@@ -329,8 +328,8 @@ def test_what_is_split_and_dropped_is_counted(small):
     lost = int(trained(split, gone, context))
     assert counts == {"split": 0, "dropped": 3, "dropped_exchanges": 0, "lost_trained_tokens": lost}
     assert [sample.line for sample in samples] == [0]
-    lines = encoded(data, small.encode, 64, "error")[1]["too_long"]
-    assert [line.split(": ")[0] for line in lines] == ["d:1", "d:2", "d:3"]
+    findings = encoded(data, small.encode, 64, "error")[2]
+    assert [(finding.level, finding.line) for finding in findings] == [("error", 1), ("error", 2), ("error", 3)]
 
 
 def test_a_system_turn_as_long_as_a_row_drops_every_exchange(small):
