@@ -571,10 +571,10 @@ def finish(plan: Plan, trainer, record: dict) -> None:
     results["steps"] = state.global_step
     if state.best_metric is not None:
         results |= {"eval_loss_after": state.best_metric, "best_step": state.best_global_step}
-    held_out = results.get("held_out", {}).get("tokens", {})
     if answers := results["samples"]["after"]:
         print_field("after", "copies of the training data in the answers")
-        results["copied"] = count_copied(answers.values(), training_answers(plan, held_out))
+        texts = training_answers(plan, results.get("held_out", {}).get("tokens", ()))
+        results["copied"] = count_copied(answers.values(), texts)
         write_samples(args.output / "samples.md", args.name, "After training", answers, verdict(results).get("copied"))
     write_json(args.output / RECORD, record)
     write_card(args.output, args, record)
@@ -1889,11 +1889,11 @@ def advise(args: argparse.Namespace, processes: int, counts: dict[str, Any]) -> 
 
     kept = (1 - five) * own / counts["trained_on"] if hold_out_more else 1
     step_flags, steps = more_steps(args, processes, counts, kept)
-    too_few = too_few_rows(args, counts)
+    too_few, per_step = too_few_rows(args, counts), counts["rows_per_step"]
     if not too_few and counts["steps"] < 0.75 * ENOUGH_STEPS:  # close to it is good enough
         too_few = f"{plural(counts['steps'], 'step')} will teach little"
-    elif not too_few and args.grad_accum > 1 and counts["rows_per_step"] > 1.25 * MOST_ROWS:
-        too_few = f"{counts['rows_per_step']} rows in a step are many" if counts["steps"] < PLENTY_STEPS else ""
+    elif not too_few and counts["steps"] < PLENTY_STEPS and per_step > 1.25 * MOST_ROWS and args.grad_accum > 1:
+        too_few = f"{per_step} rows in a step are many"
     if too_few and steps > counts["steps"]:
         advice.append(f"{too_few}: {' '.join(step_flags)} would make about {steps:,} steps")
         flags += step_flags
@@ -2849,18 +2849,15 @@ class Training(Trainer):
 
     def evaluation_loop(self, dataloader, description, *_, metric_key_prefix="eval", **__):
         """Mean loss of all trained tokens; Trainer's own is a mean of batch means. Keeps each conversation's loss."""
+        cross_entropy, found = torch.nn.functional.cross_entropy, []
         self.model.eval()
-        found = []
-        for inputs in dataloader:
-            places, targets = inputs.pop("documents"), inputs.pop("shift_labels")[0]
-            del inputs["labels"]
-            with torch.no_grad():
-                logits = self.model(**self._prepare_inputs(inputs)).logits[0]
-                losses = torch.nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
-            ends, kept = (inputs[name].cpu().numpy() for name in ("cu_seq_lens_q", "logits_to_keep"))
-            document, count = np.searchsorted(ends, kept, side="right") - 1, len(places)
-            sums = np.bincount(document, losses.double().cpu().numpy(), count)
-            found += zip(places, sums.tolist(), np.bincount(document, minlength=count).tolist(), strict=True)
+        for inputs in map(self._prepare_inputs, dataloader):
+            places, targets, _ = (inputs.pop(name) for name in ("documents", "labels", "shift_labels"))
+            with torch.no_grad():  # in one expression: a second batch of logits would not fit
+                losses = cross_entropy(self.model(**inputs).logits[0].float(), targets[0], reduction="none")
+            starts, kept = (inputs[name].cpu().numpy() for name in ("cu_seq_lens_q", "logits_to_keep"))
+            each = losses.double().cpu().split(np.diff(np.searchsorted(kept, starts)).tolist())
+            found += [(place, float(part.sum()), len(part)) for place, part in zip(places, each, strict=True)]
         total, self.trained_tokens = Counter(), Counter()  # parts of a conversation are added up
         for place, loss, tokens in accelerate.utils.gather_object(found):
             total[place] += loss
@@ -3406,7 +3403,7 @@ def plot_losses(history: list[dict], results: dict[str, Any], tokens_per_step: f
     window = max(1, len(losses) // 25)
     if window > 1:
         loss.plot(steps, losses, lw=0.6, alpha=0.35, color="tab:blue")
-    label = f"training, mean of {plural(window, 'step')}"
+    label = f"training, mean of {window} steps" if window > 1 else "training"
     means = np.convolve(losses, np.ones(window) / window, "valid")
     loss.plot(steps[window - 1 :], means, color="tab:blue", label=label)
     if held_out:
@@ -3465,7 +3462,7 @@ def without_folder(name: str, on_hub: Any = None) -> str:
 def training_flags(args: argparse.Namespace) -> list[str]:
     """All flags of a run that are not the default, as they are typed."""
     once = {"resume", "force_resume", "overwrite", "dry_run", "preview"}
-    flags, defaults = [], vars(parse_args([])) | {"save_steps": args.eval_steps}
+    flags, defaults = [], vars(parse_args([])) | {"save_steps": args.eval_steps, "lora_alpha": 2.0 * args.lora_r}
     for name, value in vars(args).items():
         flag = "--" + name.replace("_", "-")
         if name in once or value == defaults[name]:
