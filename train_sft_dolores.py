@@ -1112,8 +1112,8 @@ def read_rows(file: str, kind: str) -> Iterator[list[Turn | Finding]]:
 def given(record: dict[str, Any]) -> dict[str, Any]:
     """What a row or message holds; InputError, without a place, where a name in it decides what may be trained."""
     fields = {name: value for name, value in record.items() if value not in (None, "", [], {})}
-    if refused := [name for name in fields if name.lower() in REFUSED]:
-        problem = f"{refused[0]!r} is not read, but decides what may be trained"
+    if refused := REFUSED.intersection(map(str.lower, fields)):
+        problem = f"{min(refused)!r} is not read, but decides what may be trained"
         raise InputError(f"{problem}; delete it, and what should not be trained without it")
     return fields
 
@@ -1263,17 +1263,16 @@ def read_parquet(file: str) -> Iterator[tuple[int, dict]]:
 def check_conversation(file: str, said: list[Turn | Finding]) -> Conversation:
     """Join neighboring turns of one role as Ollama does, and say what is wrong or left out."""
     findings = [part for part in said if isinstance(part, Finding)]
-    every = [part for part in said if isinstance(part, Turn)]
-    turns, line = [turn for turn in every if VISIBLE.search(turn.content)], said[0].line
+    turns, line = [part for part in said if isinstance(part, Turn)], said[0].line
     if any(finding.level == "error" for finding in findings):  # what it hides would only look like another one
         return Conversation(turns, file, line, findings)
-    wrong = []  # (line, what is wrong; fix)
-    for role, content, at, _ in every:
-        if not VISIBLE.search(content) and role == "system":
-            findings.append(Finding("warning", file, at, "empty system", "an empty system turn is ignored"))
-        elif not VISIBLE.search(content):
-            wrong.append((at, f"empty {role} turn; fill it or delete it"))
-        elif " " * 1_000_000 in content:  # ten million make Llama 3.1's tokenizer panic
+    empty = [turn for turn in turns if not VISIBLE.search(turn.content)]
+    turns = [turn for turn in turns if turn not in empty] if empty else turns
+    wrong = [(turn.line, f"empty {turn.role} turn; fill it or delete it") for turn in empty if turn.role != "system"]
+    ignored = [turn.line for turn in empty if turn.role == "system"]
+    findings += [Finding("warning", file, at, "empty system", "an empty system turn is ignored") for at in ignored]
+    for _, content, at, _ in turns:
+        if len(content) > 10**6 and " " * 10**6 in content:  # ten million make Llama 3.1's tokenizer panic
             wrong.append((at, "a million spaces in a row; delete them"))
         elif content.endswith(("</s>", "<end_of_turn>", "<eos>")):  # TAG has found those with bars
             findings.append(Finding("warning", file, at, *describe_tag(content[content.rindex("<") :])))
