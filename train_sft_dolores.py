@@ -404,7 +404,9 @@ def train(args: argparse.Namespace, world: World) -> None:
         if device.type == "cuda":
             card = torch.cuda.get_device_properties(device)
             print_memory(plan, card.total_memory / 2**30, card.name)
-        check_steps(plan)
+        if too_few := too_few_rows(args, plan.counts):
+            fix = " ".join(more_steps(args, world.size, plan.counts)[0])
+            raise InputError(f"--grad-accum {args.grad_accum}: {too_few}; use {fix}")
         record, checkpoint = run_record(plan, fingerprint(headers)), None
         if args.init_adapter:
             check_ancestor(args.init_adapter, record)
@@ -511,7 +513,9 @@ def fit(plan: Plan, trainer, record: dict, checkpoint: str | None) -> None:
             results |= measure_before(plan, trainer)
         results["samples"] = {"before": trainer.answer("before")}
         if not plan.world.rank:
-            clear_output(args.output)
+            for entry in args.output.iterdir():  # what --overwrite deletes, now that the first step can begin
+                if entry.name != ".lock":
+                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             write_json(args.output / RECORD, record)
             write_samples(args.output / "samples.md", args.name, "Before training", results["samples"]["before"])
 
@@ -527,8 +531,15 @@ def fit(plan: Plan, trainer, record: dict, checkpoint: str | None) -> None:
     name = f"CPU ({platform.machine()}, {plural(os.cpu_count() or 1, 'core')})"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
     results |= {"seconds": round(time.monotonic() - began), "resumed": bool(checkpoint), "device": name}
-    if trainer.state.global_step < trainer.state.max_steps:
-        explain_early_end(trainer.state, trainer.stop, args.early_stopping, plan.world)
+    state, at = trainer.state, f"at step {trainer.state.global_step} of {trainer.state.max_steps}"
+    if state.global_step < state.max_steps and trainer.stop.agreed:
+        print(f"stopped {at}; continue with:\n  {resume_command(plan.world)}")
+        sys.exit(128 + trainer.stop.agreed)
+    if state.global_step < state.max_steps and args.early_stopping:
+        without = (
+            f"{plural(args.early_stopping, 'evaluation')} without a better held-out loss than {state.best_metric:.4f}"
+        )
+        print_field("stopped", f"{at}: {without} at step {state.best_global_step}")
     if plan.eval_rows and "held_out" in results:
         print_field("after", "the loss of each held-out conversation")
         results["held_out"]["after"] = trainer.losses(plan.eval_rows)
@@ -545,17 +556,6 @@ def measure_before(plan: Plan, trainer) -> dict[str, Any]:
     rows, examples = prompted_rows(plan, list(trainer.measured))
     held_out["prompted"] = trainer.losses(rows) if len(rows) else {}
     return {"eval_loss_before": loss, "examples": examples, "held_out": held_out}
-
-
-def explain_early_end(state, stop: Stop, early_stopping: int | None, world: World) -> None:
-    """Say why training has ended before its last step; exit if a signal has ended it."""
-    at = f"at step {state.global_step} of {state.max_steps}"
-    if stop.agreed:
-        print(f"stopped {at}; continue with:\n  {resume_command(world)}")
-        sys.exit(128 + stop.agreed)
-    if early_stopping:
-        without = f"{plural(early_stopping, 'evaluation')} without a better held-out loss than {state.best_metric:.4f}"
-        print_field("stopped", f"{at}: {without} at step {state.best_global_step}")
 
 
 def finish(plan: Plan, trainer, record: dict) -> None:
@@ -1360,11 +1360,6 @@ class Sample(NamedTuple):
     part: int  # 0 for a whole conversation or its first part
 
 
-def special_pattern(token) -> str:
-    """A regular expression for a special token, with the white space around it that the tokenizer removes (Phi-3)."""
-    return (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
-
-
 NO_SYSTEM = Turn("no system", "", 0)  # opens a conversation without a system turn
 
 
@@ -1384,8 +1379,12 @@ class Encoder:
         self.start = self.tokenizer.encode("").ids[:1]  # BOS, if this tokenizer adds one
         self.special_ids = special_tokens(vocabulary)
         added = [token for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
-        longest_first = sorted(added, key=lambda token: -len(token.content))
-        self.special = re.compile("(" + "|".join(map(special_pattern, longest_first)) + ")")
+        # A special token, with the white space around it that the tokenizer removes (Phi-3).
+        patterns = [
+            (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
+            for token in sorted(added, key=lambda token: -len(token.content))
+        ]
+        self.special = re.compile(f"({'|'.join(patterns)})")
         end = self.special_ids[chat.eos_token]
         self.before = {role: [(bit, False) for bit in self.split(chat.before[role])] for role in ROLES}
         self.after = {role: [(bit, False) for bit in self.split(chat.after[role])] for role in ROLES}
@@ -1943,14 +1942,6 @@ def too_few_rows(args: argparse.Namespace, counts: dict[str, Any]) -> str:
     return f"{plural(counts['rows'], 'row')} of data, too few for one step of {counts['rows_per_step']}"
 
 
-def check_steps(plan: Plan) -> None:
-    """Refuse a run whose rows do not even fill one optimizer step."""
-    args, counts = plan.args, plan.counts
-    if too_few := too_few_rows(args, counts):
-        flags = " ".join(more_steps(args, plan.world.size, counts)[0])
-        raise InputError(f"--grad-accum {args.grad_accum}: {too_few}; use {flags}")
-
-
 def print_rows(rows: Rows, count: int, tokenizer) -> None:
     """Print rows with trained tokens in color, or between ⟦ ⟧ where color is not wanted."""
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -2218,19 +2209,18 @@ def download_model(place: str, name: str, patterns: list[str], revision: str | N
     from huggingface_hub import errors, snapshot_download
 
     offline = (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError)
-    unreachable = "not in the local cache, and cannot reach the Hugging Face Hub; go online or give a local folder"
-    unwritable = "cannot use the Hugging Face cache ({error}); set HF_HOME to a folder that can be written to"
-    unknown = "not found on the Hub; check the name, or run `hf auth login` if it is private"
-    hub = functools.partial(explain, place)
-    with (  # the last one that fits counts
-        hub(unwritable, OSError),
-        hub(unreachable, *offline),
-        hub("neither a folder nor a Hub name; check the path", errors.HFValidationError),
-        hub(unknown, errors.RepositoryNotFoundError),
-        hub(f"no revision {revision} on the Hub; give a local folder", errors.RevisionNotFoundError),
-        hub(f"access is gated; accept the license at hf.co/{name}, then run `hf auth login`", errors.GatedRepoError),
-    ):
-        which = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": ["*/*", "consolidated*"]}
+    reasons = {  # the last one that fits counts
+        "cannot use the Hugging Face cache ({error}); set HF_HOME to a folder that can be written to": (OSError,),
+        "not in the local cache, and cannot reach the Hugging Face Hub; go online or give a local folder": offline,
+        "neither a folder nor a Hub name; check the path": (errors.HFValidationError,),
+        "not found on the Hub; check the name, or run `hf auth login` if it is private": (errors.RepositoryNotFoundError,),
+        f"no revision {revision} on the Hub; give a local folder": (errors.RevisionNotFoundError,),
+        f"access is gated; accept the license at hf.co/{name}, then run `hf auth login`": (errors.GatedRepoError,),
+    }
+    which = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": ["*/*", "consolidated*"]}
+    with contextlib.ExitStack() as stack:
+        for hint, kinds in reasons.items():
+            stack.enter_context(explain(place, hint, *kinds))
         with contextlib.suppress(errors.DryRunError):  # offline: nothing to download
             files = snapshot_download(name, dry_run=True, **which)
             check_download(place, sum(file.file_size or 0 for file in files if file.will_download))
@@ -3045,13 +3035,6 @@ def claim_output(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
             with contextlib.suppress(OSError):  # someone else has deleted the folder
                 if os.listdir(folder) == [".lock"]:
                     shutil.rmtree(folder)
-
-
-def clear_output(folder: Path) -> None:
-    """Delete the contents of the output folder, once the new run's first step can begin."""
-    for entry in folder.iterdir():
-        if entry.name != ".lock":
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def check_disk(output: Path, save_total_limit: int, adapter_bytes: int) -> None:

@@ -156,20 +156,16 @@ def test_base_format_gives_the_ids_of_the_bases_own_template(name):
 LATE = [{"role": role, "content": role} for role in (SYSTEM, USER, ASSISTANT, SYSTEM, USER, SYSTEM, ASSISTANT)]
 
 
-@pytest.mark.parametrize("name", TRAINABLE)
+@pytest.mark.parametrize("name", ["gemma3", "qwen3"])
 def test_a_system_turn_in_mid_chat(name, tmp_path, monkeypatch):
-    """Either training sees what the base's own template writes, or the conversation is refused."""
-    encode, tokenizer = base_encoder(name)
+    """Few templates can write one as `--chat-format base` would: it is refused there, whatever the base."""
+    encode, _ = base_encoder(name)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    file, args = tmp_path / "d.jsonl", arguments("--max-length", 512)
+    file = tmp_path / "d.jsonl"
     file.write_text(json.dumps({"messages": LATE}))
-    assert encode.late_system == (name in ("qwen2", "qwen3", "phi3", "phi4"))
-    if not encode.late_system:
-        assert_says(error_of(sft.read_data, {str(file): ""}, args, encode), f"{file}:1", "--chat-format")
-        return
-    ids = sft.read_data({str(file): ""}, args, encode)[2][0]["input_ids"]
-    theirs = tokenizer.apply_chat_template(LATE[:-1], add_generation_prompt=True).input_ids
-    assert tokenizer.decode(ids).startswith(tokenizer.decode(theirs))
+    refused = arguments("--chat-format", "base", "--max-length", 512)
+    assert_says(error_of(sft.read_data, {str(file): ""}, refused, encode), f"{file}:1", "--chat-format")
+    assert len(sft.read_data({str(file): ""}, arguments("--max-length", 512), encode)[2]) == 1
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
