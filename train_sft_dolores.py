@@ -90,7 +90,8 @@ def explain(place: str, hint: str, *errors: type[Exception]):
 
 def first_line(error: Exception) -> str:
     """The first line of a library's error, without its full stop."""
-    return f"no {error} in it" if isinstance(error, KeyError) else str(error).strip().split("\n")[0].rstrip(".")
+    text = f"no {error} in it" if isinstance(error, KeyError) else getattr(error, "strerror", None) or str(error)
+    return text.strip().split("\n")[0].rstrip(".")
 
 
 @contextlib.contextmanager
@@ -875,13 +876,11 @@ def find_files(patterns: list[str]) -> dict[str, str]:
             for name in files_in(match) if os.path.isdir(match) else [match]:
                 check_name(name)
                 if not os.path.isfile(name):
-                    problem = "no such file; give the path of a data file or a glob that matches one"
-                    pipe = "not a file, but a pipe that can be read only once; write it into a file first"
-                    raise InputError(f"{name}: {pipe if os.path.exists(name) else problem}")
-                try:
+                    fix = "give the path of a data file or a glob that matches one"
+                    pipe = "a pipe can be read only once; write it into a file first"
+                    raise InputError(f"{name}: {pipe if os.path.exists(name) else f'no such file; {fix}'}")
+                with explain(name, "cannot be read ({error}); make it readable", OSError):
                     found[name] = found.get(name) or sha256(name)
-                except OSError as error:
-                    raise InputError(f"{name}: cannot be read ({error.strerror}); make it readable") from None
                 if not os.path.getsize(name):
                     raise InputError(f"{name}: the file is empty; write dialogues into it (README, data format)")
     return found
@@ -1066,13 +1065,10 @@ def unescape_tags(file: str, line: int, text: str, escaped: re.Pattern) -> tuple
 def like_tag(line: str) -> tuple[str, str] | None:
     """(what a line begins with, the tag that it is probably meant to be), if it begins with a misspelled tag."""
     found = LIKE_TAG.match(line)
-    if not found:
-        return None
-    start = found[0].strip()
-    has_bracket_and_bar = re.search("[<>]", start) and re.search("[|｜]", start)
-    if not has_bracket_and_bar and start != f"<{found[2]}>":
-        return None
-    return shorten(start), f"<|{found[2].lower()}|>"
+    start = found[0].strip() if found else ""
+    if found and (start == f"<{found[2]}>" or (re.search("[<>]", start) and re.search("[|｜]", start))):
+        return shorten(start), f"<|{found[2].lower()}|>"
+    return None
 
 
 def describe_tag(tag: str, by_row: bool = False) -> tuple[str, str]:

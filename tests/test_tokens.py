@@ -245,13 +245,6 @@ def test_padding_and_truncation_of_a_saved_tokenizer_are_off(small):
     assert ids.tolist() == same_ids.tolist() and labels.tolist() == same_labels.tolist()
 
 
-def test_bos_once(chat):
-    ((ids, labels),) = chat.encode([SMALL])
-    assert chat.encode.start == ([128000] if len(chat.encode.special_ids) == 256 else [])
-    assert ids[: len(chat.encode.start)].tolist() == chat.encode.start
-    assert (ids == 128000).sum() == len(chat.encode.start) and labels[0] == IGNORE
-
-
 def test_a_word_of_100_000_characters(small):
     ((ids, labels),) = small.encode([turns_of("é" * 100_000, "<|im_end|>" * 10_000)])
     assert small.control_ids(ids.tolist()) == [2]
