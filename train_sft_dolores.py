@@ -186,13 +186,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--input-format", choices=("auto", "chatml", "messages"), default="auto",
         help="role tags, or rows of JSON, CSV or Parquet; auto: as each file looks")  # fmt: skip
     add("--eval-files", metavar="FILE", nargs="+", default=[], help="held-out data, instead of --eval-fraction")
-    add(
-        "--eval-fraction",
-        metavar="N",
-        type=bounded(float, 0, 0.5),
-        default=0.05,
-        help="share of the data held out, at most 500 conversations",
-    )
+    add("--eval-fraction", metavar="N", type=bounded(float, 0, 0.5), default=0.05,
+        help="share of the data held out, at most 500 conversations")  # fmt: skip
     add("--chat-format", choices=(*FORMATS, "base"), default="dolores",
         help="the text that wraps each turn; base: as in the base's own chat template")  # fmt: skip
     add("--overlong", choices=("split", "drop", "error"), default="split", help="conversations over --max-length")
@@ -240,12 +235,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sample-prompts", metavar="FILE", type=Path, help="one question per line, or 'none' to ask nothing")
     add("--report-to", metavar="NAME", nargs="+", default=["none"], help="trackers such as tensorboard or wandb")
     add("--preview", metavar="N", type=bounded(int, 0), default=0, help="show N rows, trained tokens marked, then exit")
-    add("--json", metavar="FILE", type=Path, help="write the findings of --dry-run as JSON")
     add("--force-resume", action="store_true", help="--resume even if data or settings have changed")
 
     args = parser.parse_args(argv)
     args.resume |= args.force_resume
-    args.dry_run |= bool(args.preview or args.json)
+    args.dry_run |= bool(args.preview)
     args.save_steps = args.save_steps or args.eval_steps
     args.lora_alpha = args.lora_alpha or 2.0 * args.lora_r
     args.report_to = [name for names in args.report_to for name in comma_separated(names)]
@@ -329,7 +323,6 @@ class Plan(NamedTuple):
     base: Base = None  # type: ignore[assignment]  # None, with all that follows, until its tokenizer is on this machine
     train_rows: Rows = None  # type: ignore[assignment]
     eval_rows: Rows | None = None
-    lengths: np.ndarray = None  # type: ignore[assignment]  # int64 [N]: tokens of each training sample
     advice: Sequence[str] = ()
     advised: Sequence[str] = ()  # the flags that the advice names
 
@@ -379,14 +372,11 @@ def describe_error(error: Exception, less_memory: str = "take smaller files or a
 def dry_run(args: argparse.Namespace, world: World) -> None:
     """Show the data, the memory that a step needs, and what is trained on; torch is not imported."""
     Stop(world)
-    if args.json:
-        check_report(args.json)
     folder = model_on_disk(args.model)
     plan = make_plan(args, world, find_base(args, folder) if folder else None)
     print_plan(plan)
-    report = plan.counts | {"findings": [finding._asdict() for finding in plan.findings], "advice": plan.advice}
     if plan.base:
-        report["memory_gib"] = print_memory(plan)
+        print_memory(plan)
         print_time(plan)
         print_rows(plan.train_rows, args.preview, plan.base.encode.tokenizer)
         if not args.preview and world.size == 1:  # a launcher's command is not known here
@@ -396,8 +386,6 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
         missing = "is not on this machine yet; tokens, settings and --preview need these files:"
         print_field("tokens", f"{args.model} {missing}")
         print(f"  hf download {args.model} {' '.join(TOKENIZER_FILES)}")
-    if args.json:
-        write_json(args.json, report)
 
 
 def train(args: argparse.Namespace, world: World) -> None:
@@ -456,6 +444,7 @@ def make_plan(args: argparse.Namespace, world: World, base: Base | None = None) 
         "held_out": evaluated,
         "copies": counts["conversations"] - counts["dropped"] - trained_on - evaluated,  # also in --eval-files
         "tokens": int(tokens[chosen].sum()),
+        "longest": int(tokens[chosen].max()),  # after splitting
         "trained_tokens": int(trained[chosen].sum()),
         "rows": len(train_rows),
         "fill": round(float(tokens[chosen].sum() / (len(train_rows) * args.max_length)), 4),
@@ -465,25 +454,24 @@ def make_plan(args: argparse.Namespace, world: World, base: Base | None = None) 
     }
     eval_rows = make_rows(samples, held_out, tokens, args) if len(held_out) else None
     advice = advise(args, world.size, counts)
-    return Plan(
-        args, world, files, counts, findings + more, questions, base, train_rows, eval_rows, tokens[chosen], *advice
-    )
+    return Plan(args, world, files, counts, findings + more, questions, base, train_rows, eval_rows, *advice)
 
 
 def split_data(samples, train_files: dict[str, str], eval_files: dict[str, str], args: argparse.Namespace) -> tuple:
     """(tokens, trained tokens, part, whether trained on, whether held out) of each sample, [N] each; and warnings."""
     digests, tokens, trained, part, for_eval = measure(samples, eval_files)
-    both = [file for file in train_files if file in eval_files]
-    found = [Finding("warning", file, 1, "held out", "also in --eval-files: not trained on") for file in both]
+    both, found = [(file, 1) for file in train_files if file in eval_files], []
     copies = np.zeros_like(for_eval)
     if eval_files:
         copies = ~for_eval & np.isin(digests, digests[for_eval])
-        found += warn_held_out(samples, copies)
+        places = samples.select(np.flatnonzero(copies)).select_columns(["file", "line"])
+        both += dict.fromkeys((place["file"], place["line"]) for place in places)  # once, even if it has several parts
     else:
         for_eval = hold_out(digests, args.eval_fraction, args.seed)
         if args.eval_fraction and not for_eval.any():
             nothing = "nothing is: the data is one conversation"
             found.append(Finding("warning", next(iter(train_files)), 1, "held out", nothing))
+    found += [Finding("warning", *place, "held out", "also in --eval-files: not trained on") for place in both]
     return tokens, trained, part, ~for_eval & ~copies, for_eval, found
 
 
@@ -535,8 +523,10 @@ def fit(plan: Plan, trainer, record: dict, checkpoint: str | None) -> None:
     except Exception:  # torch, safetensors and tokenizers each raise their own error where the disk is full
         raise_if_disk_full(args.output, trainer.state.global_step)
         raise
-    seconds, device = round(time.monotonic() - began), device_name(trainer.model.device)
-    results |= {"seconds": seconds, "resumed": bool(checkpoint), "device": device}
+    device = trainer.model.device
+    name = f"CPU ({platform.machine()}, {plural(os.cpu_count() or 1, 'core')})"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
+    results |= {"seconds": round(time.monotonic() - began), "resumed": bool(checkpoint), "device": name}
     if trainer.state.global_step < trainer.state.max_steps:
         explain_early_end(trainer.state, trainer.stop, args.early_stopping, plan.world)
     if plan.eval_rows and "held_out" in results:
@@ -571,16 +561,20 @@ def explain_early_end(state, stop: Stop, early_stopping: int | None, world: Worl
 def finish(plan: Plan, trainer, record: dict) -> None:
     """Write the adapter (the best by held-out loss), its record, card and loss curve; print what to type next."""
     args, state, results = plan.args, trainer.state, record["results"]
-    check_learned(trainer.model, args.learning_rate, state.global_step)
+    if not any(parameter.any() for name, parameter in trainer.model.named_parameters() if "lora_B" in name):
+        problem = (
+            f"after {plural(state.global_step, 'optimizer step')} the adapter is still zero, so nothing was learned"
+        )
+        raise InputError(f"--learning-rate {args.learning_rate:g}: {problem}; raise it, or train for more steps")
     trainer.save_model(str(args.output))
     transformers.AutoConfig.from_pretrained(plan.base.folder).save_pretrained(args.output)
     results["steps"] = state.global_step
     if state.best_metric is not None:
         results |= {"eval_loss_after": state.best_metric, "best_step": state.best_global_step}
-    held_out = results.get("held_out", {}).get("tokens", {})
     if answers := results["samples"]["after"]:
         print_field("after", "copies of the training data in the answers")
-        results["copied"] = count_copied(answers.values(), training_answers(plan, held_out))
+        texts = training_answers(plan, results.get("held_out", {}).get("tokens", ()))
+        results["copied"] = count_copied(answers.values(), texts)
         write_samples(args.output / "samples.md", args.name, "After training", answers, verdict(results).get("copied"))
     write_json(args.output / RECORD, record)
     write_card(args.output, args, record)
@@ -707,19 +701,6 @@ def base_format(vocabulary: Vocabulary) -> ChatFormat:
     if not takes_system:
         print_field("format", "the base's template takes no system turn: its text opens the first user turn")
     return chat
-
-
-def takes_late_system(chat: ChatFormat, vocabulary: Vocabulary) -> bool:
-    """Whether the base's own template writes a system turn in mid-chat as the format does."""
-    from jinja2 import TemplateError
-
-    roles = ("system", "user", "assistant", "system", "user", "system")
-    messages = [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
-    templates = (vocabulary.chat_template or "", chat_template(chat))
-    with contextlib.suppress(TemplateError, TypeError):
-        theirs, ours = (chat_renderer(template, vocabulary)(messages) for template in templates)
-        return theirs == ours
-    return False
 
 
 def derive_format(render: Callable, vocabulary: Vocabulary) -> tuple[ChatFormat, bool]:
@@ -1131,8 +1112,8 @@ def read_rows(file: str, kind: str) -> Iterator[list[Turn | Finding]]:
 def given(record: dict[str, Any]) -> dict[str, Any]:
     """What a row or message holds; InputError, without a place, where a name in it decides what may be trained."""
     fields = {name: value for name, value in record.items() if value not in (None, "", [], {})}
-    if refused := [name for name in fields if name.lower() in REFUSED]:
-        problem = f"{refused[0]!r} is not read, but decides what may be trained"
+    if refused := REFUSED.intersection(map(str.lower, fields)):
+        problem = f"{min(refused)!r} is not read, but decides what may be trained"
         raise InputError(f"{problem}; delete it, and what should not be trained without it")
     return fields
 
@@ -1282,17 +1263,16 @@ def read_parquet(file: str) -> Iterator[tuple[int, dict]]:
 def check_conversation(file: str, said: list[Turn | Finding]) -> Conversation:
     """Join neighboring turns of one role as Ollama does, and say what is wrong or left out."""
     findings = [part for part in said if isinstance(part, Finding)]
-    every = [part for part in said if isinstance(part, Turn)]
-    turns, line = [turn for turn in every if VISIBLE.search(turn.content)], said[0].line
+    turns, line = [part for part in said if isinstance(part, Turn)], said[0].line
     if any(finding.level == "error" for finding in findings):  # what it hides would only look like another one
         return Conversation(turns, file, line, findings)
-    wrong = []  # (line, what is wrong; fix)
-    for role, content, at, _ in every:
-        if not VISIBLE.search(content) and role == "system":
-            findings.append(Finding("warning", file, at, "empty system", "an empty system turn is ignored"))
-        elif not VISIBLE.search(content):
-            wrong.append((at, f"empty {role} turn; fill it or delete it"))
-        elif " " * 1_000_000 in content:  # ten million make Llama 3.1's tokenizer panic
+    empty = [turn for turn in turns if not VISIBLE.search(turn.content)]
+    turns = [turn for turn in turns if turn not in empty] if empty else turns
+    wrong = [(turn.line, f"empty {turn.role} turn; fill it or delete it") for turn in empty if turn.role != "system"]
+    ignored = [turn.line for turn in empty if turn.role == "system"]
+    findings += [Finding("warning", file, at, "empty system", "an empty system turn is ignored") for at in ignored]
+    for _, content, at, _ in turns:
+        if len(content) > 10**6 and " " * 10**6 in content:  # ten million make Llama 3.1's tokenizer panic
             wrong.append((at, "a million spaces in a row; delete them"))
         elif content.endswith(("</s>", "<end_of_turn>", "<eos>")):  # TAG has found those with bars
             findings.append(Finding("warning", file, at, *describe_tag(content[content.rindex("<") :])))
@@ -1396,8 +1376,6 @@ class Encoder:
     come from the format alone: contents are encoded with encode_special_tokens, so that a user's
     `<|eot_id|>` stays text.
     """
-
-    late_system = True  # whether a system turn may stand in mid-chat
 
     def __init__(self, vocabulary: Vocabulary, chat: ChatFormat):
         self.tokenizer, self.chat = vocabulary.backend_tokenizer, chat
@@ -1556,8 +1534,7 @@ def read_data(
     """
     counts: dict[str, Any] = {"split": 0, "dropped": 0, "dropped_exchanges": 0, "lost_trained_tokens": 0}
     findings: list[Finding] = []
-    late_system = encode is None or encode.late_system
-    conversations = survey(files, args, late_system, counts, findings)
+    conversations = survey(files, args, counts, findings)
 
     def samples() -> Iterator[dict[str, Any]]:
         assert encode
@@ -1576,7 +1553,7 @@ def read_data(
     from huggingface_hub.constants import HF_HOME
 
     code, tokenizer = Path(__file__).read_text(encoding="utf-8"), encode.tokenizer.to_str()
-    settings = (args.input_format, args.skip_bad, args.max_length, args.overlong, late_system, encode.chat)
+    settings = (args.input_format, args.skip_bad, args.max_length, args.overlong, args.chat_format, encode.chat)
     key = hashlib.sha256(repr([code, tokenizer, *settings, *files.items()]).encode()).hexdigest()
     ids = datasets.List(datasets.Value("int32"))
     types = (ids, ids, *(datasets.Value(name) for name in ("int32", "int64", "string", "int32", "int32")))
@@ -1619,14 +1596,6 @@ def hold_out(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     conversations = np.unique(digests)
     size = min(max(1, round(fraction * len(conversations))), len(conversations) - 1, MAX_HELD_OUT) if fraction else 0
     return np.isin(digests, np.random.default_rng(seed).permutation(conversations)[:size])
-
-
-def warn_held_out(samples, held_out: np.ndarray) -> list[Finding]:
-    """A warning for each conversation of the training files that is also in --eval-files."""
-    both = samples.select(np.flatnonzero(held_out)).select_columns(["file", "line"])
-    places = dict.fromkeys((place["file"], place["line"]) for place in both)  # once, even if it has several parts
-    text = "also in --eval-files: not trained on"
-    return [Finding("warning", file, line, "held out", text) for file, line in places]
 
 
 def make_rows(samples, chosen: np.ndarray, lengths: np.ndarray, args: argparse.Namespace) -> Rows:
@@ -1723,40 +1692,37 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 # ---- Looking at the data -------------------------------------------------------------------------
 
 MOJIBAKE = re.compile("Ã[\u0080-\u00bf©¨ª«´§¹]|â€|Â[«»°\u00a0]|\ufffd")
-LONG_TURN = 20_000  # characters
-# Dialogues that nothing separates are read as one conversation. It is named if it has so many exchanges, or if it is one
-# of a few that have more than one.
-MANY_EXCHANGES, FEW_EXCEPTIONS = 30, 5
+MANY_EXCHANGES = 30  # dialogues that nothing separates are read as one conversation
 
 
 def survey(
-    files: Iterable[str], args: argparse.Namespace, late_system: bool, counts: dict[str, Any], findings: list[Finding]
+    files: Iterable[str], args: argparse.Namespace, counts: dict[str, Any], findings: list[Finding]
 ) -> Iterator[Conversation]:
     """Read and check all files: yield their conversations, and fill `counts` and `findings`.
 
     With --skip-bad each mistake in a conversation is a warning. After an error nothing is yielded.
-    late_system: whether the chat format takes a system turn in mid-chat.
     """
     counts |= {"files": list(files), "conversations": 0, "skipped": 0, "turns": Counter(), "exchanges": Counter()}
     counts |= {"characters": 0, "system": None, "not_read": {"row": Counter(), "message": Counter()}}
     seen: dict[int, str] = {}  # the first place of each conversation, by its content
-    several: list[Conversation] = []  # some that have more than one exchange
     with_system = ("", 0)  # the last place of a system turn
     failed = False
     for name in files:
         try:
             for conversation in read_conversations([name], args.input_format):
                 said, file, line, found = conversation
-                if not late_system and (late := [turn.line for turn in said[1:] if turn.role == "system"]):
+                if args.chat_format == "base" and (late := [turn.line for turn in said[1:] if turn.role == "system"]):
                     problem = "a system turn in mid-chat, which the base's template cannot follow"
                     fix = "write it into the first system turn or a user turn, or use another --chat-format"
                     found = [*found, mistake(file, late[0], f"{problem}; {fix}")]
                 bad = any(finding.level == "error" for finding in found)
                 if not bad:
-                    found = [*found, *unusual(conversation)]
-                    exchanges = count_turns(said, counts)
-                    if 1 < exchanges < MANY_EXCHANGES and len(several) <= FEW_EXCEPTIONS:
-                        several.append(conversation)
+                    last, exchanges = conversation, count_turns(said, counts)
+                    found = [*found, *([not_separated(conversation)] if exchanges >= MANY_EXCHANGES else [])]
+                    for _, content, at, _ in said:
+                        if wrong := MOJIBAKE.search(content):
+                            text = f"{wrong[0]!r} looks like text in a wrong encoding"
+                            found.append(Finding("warning", file, at, "encoding", text))
                     if said[0].role == "system":
                         with_system = file, line
                     if (first := seen.setdefault(digest(said), f"{file}:{line}")) != f"{file}:{line}":
@@ -1775,9 +1741,8 @@ def survey(
         except InputError as error:
             findings.append(Finding("error", name, 0, "unreadable", str(error)))
             failed = True
-    single = counts["exchanges"][1]
-    if counts["conversations"] == 1 or (len(several) <= FEW_EXCEPTIONS and single > 3 * len(several)):
-        findings += map(not_separated, several)
+    if counts["conversations"] == 1 and 1 < exchanges < MANY_EXCHANGES:
+        findings.append(not_separated(last))
     if counts["turns"]["system"] == 1 and counts["conversations"] > 2:
         text = "the only conversation with a system turn; it does not carry over to the next: repeat it or delete it"
         findings.append(Finding("warning", *with_system, "system", text))
@@ -1796,18 +1761,6 @@ def count_turns(turns: list[Turn], counts: dict[str, Any]) -> int:
     counts["exchanges"][roles.count("assistant")] += 1
     counts["characters"] += sum(len(turn.content) for turn in turns)
     return roles.count("assistant")
-
-
-def unusual(conversation: Conversation) -> Iterator[Finding]:
-    """Yield warnings about what is legal in a conversation but probably a mistake."""
-    turns, file, line, _ = conversation
-    if sum(turn.role == "assistant" for turn in turns) >= MANY_EXCHANGES:
-        yield not_separated(conversation)
-    for _, content, line, _ in turns:
-        if wrong := MOJIBAKE.search(content):
-            yield Finding("warning", file, line, "encoding", f"{wrong[0]!r} looks like text in a wrong encoding")
-        if len(content) > LONG_TURN:
-            yield Finding("warning", file, line, "long", f"a turn of {len(content):,} characters")
 
 
 def not_separated(conversation: Conversation) -> Finding:
@@ -1891,8 +1844,8 @@ def print_plan(plan: Plan) -> None:
             lost = f"{counts['lost_trained_tokens']:,} trained tokens lost"
             print_field("overlong", f"{plural(counts['split'], 'conversation')} split, {dropped} dropped, {lost}")
         share = counts["trained_tokens"] / counts["tokens"]
-        print_field("tokens", f"{counts['tokens']:,}, of which {share:.0%} trained")
-        print_lengths(plan.lengths, args.max_length)
+        each = f"{counts['tokens'] / counts['trained_on']:,.0f} in a conversation, {counts['longest']:,} in the longest"
+        print_field("tokens", f"{counts['tokens']:,}, of which {share:.0%} trained; {each}")
         print_field("rows", f"{counts['rows']:,} of at most {args.max_length:,} tokens, {counts['fill']:.1%} full")
         each = f"{plural(args.epochs, 'epoch')}, up to {plural(counts['rows_per_step'], 'row')} each"
         print_field("steps", f"{plural(counts['steps'], 'optimizer step')} ({each})")
@@ -1908,14 +1861,6 @@ def describe_use(counts: dict[str, Any]) -> str:
     parts |= {name: counts[key] for name, key in lost.items() if counts[key]}
     shown = ", ".join(f"{count:,} {name}" for name, count in parts.items())
     return f"{plural(counts['conversations'] + counts['skipped'], 'conversation')}: {shown}"
-
-
-def print_lengths(lengths: np.ndarray, max_length: int) -> None:
-    """A histogram of the samples' tokens, from the shortest to the longest; lengths: int64 [N]."""
-    sizes, edges = np.histogram(lengths, bins=8, range=(0, max_length))
-    used = np.flatnonzero(sizes)
-    for i in range(used[0], used[-1] + 1):
-        print(f"  {edges[i]:>7.0f} to {edges[i + 1]:<7.0f}{sizes[i]:>7,}  {'█' * round(40 * sizes[i] / max(sizes))}")
 
 
 # With fewer optimizer steps little is learned, with many more the data are learned by heart: on 200 dialogues SmolLM2's
@@ -1943,11 +1888,11 @@ def advise(args: argparse.Namespace, processes: int, counts: dict[str, Any]) -> 
 
     kept = (1 - five) * own / counts["trained_on"] if hold_out_more else 1
     step_flags, steps = more_steps(args, processes, counts, kept)
-    too_few = too_few_rows(args, counts)
+    too_few, per_step = too_few_rows(args, counts), counts["rows_per_step"]
     if not too_few and counts["steps"] < 0.75 * ENOUGH_STEPS:  # close to it is good enough
         too_few = f"{plural(counts['steps'], 'step')} will teach little"
-    elif not too_few and args.grad_accum > 1 and counts["rows_per_step"] > 1.25 * MOST_ROWS:
-        too_few = f"{counts['rows_per_step']} rows in a step are many" if counts["steps"] < PLENTY_STEPS else ""
+    elif not too_few and counts["steps"] < PLENTY_STEPS and per_step > 1.25 * MOST_ROWS and args.grad_accum > 1:
+        too_few = f"{per_step} rows in a step are many"
     if too_few and steps > counts["steps"]:
         advice.append(f"{too_few}: {' '.join(step_flags)} would make about {steps:,} steps")
         flags += step_flags
@@ -2323,9 +2268,7 @@ def load_encoder(name: str, folder: str, format_name: str) -> Encoder:
         if isinstance(template, list):  # several by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
     vocabulary = Vocabulary(backend, eos, bos, template)
-    encode = Encoder(vocabulary, chat_format(format_name, vocabulary))
-    encode.late_system = format_name != "base" or takes_late_system(encode.chat, vocabulary)
-    return encode
+    return Encoder(vocabulary, chat_format(format_name, vocabulary))
 
 
 TOKENIZER_HINT = "its tokenizer does not load ({error}); complete the folder"
@@ -2728,24 +2671,12 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
 
 def check_driver() -> None:
     """Refuse to train on the CPU by accident: torch was built for CUDA, but no GPU answers."""
-    if torch.version.cuda and not cpu_wanted():
+    if torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):  # these ask for the CPU
         problem = f"torch {torch.__version__} was built for CUDA {torch.version.cuda}, but no GPU answers"
         fix = "update the NVIDIA driver (CUDA 12 needs 525 or newer)"
         if not torch.version.cuda.startswith("12."):
             fix = "update the NVIDIA driver (CUDA 13 needs 580 or newer), install torch for CUDA 12 as README.md says"
         raise InputError(f"GPU: {problem}; {fix}, or set CUDA_VISIBLE_DEVICES= to train on the CPU")
-
-
-def cpu_wanted() -> bool:
-    """Whether the environment hides all GPUs."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's kind and cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {plural(os.cpu_count() or 1, 'core')})"
 
 
 def on_wsl() -> bool:
@@ -2917,18 +2848,15 @@ class Training(Trainer):
 
     def evaluation_loop(self, dataloader, description, *_, metric_key_prefix="eval", **__):
         """Mean loss of all trained tokens; Trainer's own is a mean of batch means. Keeps each conversation's loss."""
+        cross_entropy, found = torch.nn.functional.cross_entropy, []
         self.model.eval()
-        found = []
-        for inputs in dataloader:
-            places, targets = inputs.pop("documents"), inputs.pop("shift_labels")[0]
-            del inputs["labels"]
-            with torch.no_grad():
-                logits = self.model(**self._prepare_inputs(inputs)).logits[0]
-                losses = torch.nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
-            ends, kept = (inputs[name].cpu().numpy() for name in ("cu_seq_lens_q", "logits_to_keep"))
-            document, count = np.searchsorted(ends, kept, side="right") - 1, len(places)
-            sums = np.bincount(document, losses.double().cpu().numpy(), count)
-            found += zip(places, sums.tolist(), np.bincount(document, minlength=count).tolist(), strict=True)
+        for inputs in map(self._prepare_inputs, dataloader):
+            places, targets, _ = (inputs.pop(name) for name in ("documents", "labels", "shift_labels"))
+            with torch.no_grad():  # in one expression: a second batch of logits would not fit
+                losses = cross_entropy(self.model(**inputs).logits[0].float(), targets[0], reduction="none")
+            starts, kept = (inputs[name].cpu().numpy() for name in ("cu_seq_lens_q", "logits_to_keep"))
+            each = losses.double().cpu().split(np.diff(np.searchsorted(kept, starts)).tolist())
+            found += [(place, float(part.sum()), len(part)) for place, part in zip(places, each, strict=True)]
         total, self.trained_tokens = Counter(), Counter()  # parts of a conversation are added up
         for place, loss, tokens in accelerate.utils.gather_object(found):
             total[place] += loss
@@ -3056,13 +2984,6 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def check_learned(model, learning_rate: float, steps: int) -> None:
-    """Refuse to present an adapter that changes nothing: every B is still zero, as it began."""
-    if not any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name):
-        problem = f"after {plural(steps, 'optimizer step')} the adapter is still zero, so nothing was learned"
-        raise InputError(f"--learning-rate {learning_rate:g}: {problem}; raise it, or train for more steps")
-
-
 def format_duration(seconds: float) -> str:
     """As 1h05 or 4m09; a step line stays within 80 columns."""
     minutes, seconds = divmod(round(seconds), 60)
@@ -3073,7 +2994,7 @@ def format_duration(seconds: float) -> str:
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems
 # These may differ when a run is resumed; batch size and accumulation may as long as their product does not.
-MAY_DIFFER = {"model", "train_files", "eval_files", "init_adapter", "output", "name", "input_format", "resume", "force_resume", "overwrite", "dry_run", "preview", "json", "report_to", "sample_prompts",
+MAY_DIFFER = {"model", "train_files", "eval_files", "init_adapter", "output", "name", "input_format", "resume", "force_resume", "overwrite", "dry_run", "preview", "report_to", "sample_prompts",
               "train_batch_size", "grad_accum", "eval_batch_size", "logging_steps", "save_steps", "save_total_limit",
               "gradient_checkpointing", "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb"}  # fmt: skip
 
@@ -3249,20 +3170,6 @@ def resuming_options() -> list[str]:
 def read_json(file: Path) -> Any:
     """The content of a JSON file."""
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def check_report(file: Path) -> None:
-    """InputError for a --json file that cannot be written, or that is no earlier report, before any work is done for it."""
-    place, fix = f"--json {file}", "name a new file"
-    with explain(place, f"is not an earlier report; {fix}", ValueError, RecursionError, TypeError):
-        if file.is_file() and file.stat().st_size and "conversations" not in dict(read_json(file)):
-            raise ValueError
-    with explain(place, f"cannot be written ({{error}}); {fix}", OSError):
-        if file.exists() and not file.is_file():
-            raise OSError("not a file")
-        partial = file.with_name(file.name + ".partial")
-        partial.touch()
-        partial.unlink()
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -3495,7 +3402,7 @@ def plot_losses(history: list[dict], results: dict[str, Any], tokens_per_step: f
     window = max(1, len(losses) // 25)
     if window > 1:
         loss.plot(steps, losses, lw=0.6, alpha=0.35, color="tab:blue")
-    label = f"training, mean of {plural(window, 'step')}"
+    label = f"training, mean of {window} steps" if window > 1 else "training"
     means = np.convolve(losses, np.ones(window) / window, "valid")
     loss.plot(steps[window - 1 :], means, color="tab:blue", label=label)
     if held_out:
@@ -3553,8 +3460,8 @@ def without_folder(name: str, on_hub: Any = None) -> str:
 
 def training_flags(args: argparse.Namespace) -> list[str]:
     """All flags of a run that are not the default, as they are typed."""
-    once = {"resume", "force_resume", "overwrite", "dry_run", "preview", "json"}
-    flags, defaults = [], vars(parse_args([])) | {"save_steps": args.eval_steps}
+    once = {"resume", "force_resume", "overwrite", "dry_run", "preview"}
+    flags, defaults = [], vars(parse_args([])) | {"save_steps": args.eval_steps, "lora_alpha": 2.0 * args.lora_r}
     for name, value in vars(args).items():
         flag = "--" + name.replace("_", "-")
         if name in once or value == defaults[name]:

@@ -26,6 +26,8 @@ from typing import NamedTuple
 import llama
 import parts
 
+import train_sft_dolores as sft
+
 SEEDS = (1, 2, 3)
 STUDENT_T = 4.303  # for a 95 % interval over three seeds
 
@@ -98,9 +100,8 @@ def run(wanted: Settings, seed: int, output: Path, base: Path, precision: str) -
                "--eval-batch-size", 8, "--grad-accum", wanted.rows // batch, "--learning-rate", wanted.learning_rate,
                "--lora-r", wanted.r, "--lora-alpha", 2 * wanted.r, "--seed", seed, "--epochs", wanted.epochs,
                *([] if wanted.packing else ["--no-packing"])]  # fmt: skip
-    report = Path(f"{output}.report.json")
-    subprocess.run([*map(str, command), "--json", str(report)], check=True, stdout=subprocess.DEVNULL)
-    counts = json.loads(report.read_text())
+    args = sft.parse_args([str(word) for word in command[2:]])
+    counts = sft.make_plan(args, sft.World(), sft.find_base(args, str(base))).counts
     every = counts["steps_per_epoch"] if wanted.epochs > 1 else -(-counts["steps"] // 4)
     steps = ["--eval-steps", str(every), "--save-steps", str(every), "--save-total-limit", "1", "--overwrite"]
     with open(f"{output}.log", "w") as log:

@@ -365,7 +365,7 @@ MESSAGES_ERRORS = [
     (row(*QA, images=["a.jpg"]), "d.jsonl:1", "'images'"),
     (row(QA[0], chosen=OPENAI[2], rejected=OPENAI[2]), "d.jsonl:1", "'chosen'"),
     (json.dumps({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": ""}), "d.jsonl:1", "'chosen'"),
-    (json.dumps({**ALPACA, "Image": "a.jpg"}), "d.jsonl:1", "'Image'"),
+    (json.dumps({**ALPACA, "Image": "a.jpg"}), "d.jsonl:1", "'image'"),
     (json.dumps({**ALPACA, "history": [["q", "a"]]}), "d.jsonl:1", "'history'"),
     (json.dumps({"messages": [OPENAI[1], {**OPENAI[2], "weight": 0}, OPENAI[2]]}), "d.jsonl:1", "only context"),
     (json.dumps({"conversations": SHAREGPT[1:], "system": ["S"]}), "d.jsonl:1", "system"),

@@ -319,12 +319,6 @@ def test_dry_run_and_training_refuse_the_same(options, workdir, smollm2, error):
     assert not (workdir / "out").exists()
 
 
-@pytest.mark.parametrize("file", ["missing/r.json", "/proc/r.json", "."])
-def test_json_that_cannot_be_written(file, workdir, error):
-    Path("train.chatml").unlink()  # it is checked before the data
-    assert_says(error("--json", file), f"--json {file}", "written")
-
-
 def test_a_cache_that_cannot_be_written(tmp_path, smollm2):
     (tmp_path / "train.chatml").write_text(OK)
     options = ("--dry-run", "--model", smollm2)

@@ -289,26 +289,6 @@ def test_a_file_system_without_locks(number, data_folder, monkeypatch, capsys, s
         assert_says(error_of(sft.read_data, files, arguments(), encode), str(data_folder / "cache"), "HF_HOME")
 
 
-def test_a_report_replaces_only_a_report(data_folder):
-    """--json never touches the data, another file or a folder; an earlier report may be written again."""
-    inputs = {
-        "train.chatml": dialogues(2),
-        "d.jsonl": '{"prompt": "q", "completion": "a"}\n' * 2,
-        "d.json": "[]",
-        "e.json": "{}",
-    }
-    for name, content in inputs.items():
-        (data_folder / name).write_text(content)
-        line = error_of(sft.check_report, data_folder / name)
-        assert_says(line, f"--json {data_folder / name}")
-        assert (data_folder / name).read_text() == content
-    for name in (".", "/dev/null", "missing/r.json"):
-        assert_says(error_of(sft.check_report, data_folder / name), f"--json {data_folder / name}")
-    for _ in range(2):
-        done = script(data_folder, "--model", "no/model", "--json", "r.json")
-        assert done.returncode == 0 and json.loads((data_folder / "r.json").read_text())["conversations"] == 2
-
-
 def test_an_output_never_holds_an_input(data_folder, short_smollm2):
     """--overwrite deletes what is in the folder."""
     (data_folder / "out").mkdir()

@@ -298,3 +298,5 @@ def test_steps_of_several_processes_are_not_made_smaller_than_a_batch():
 def test_the_rank_alone_does_not_change_the_scale():
     assert [arguments("--lora-r", r).lora_alpha for r in (32, 8)] == [64, 16]
     assert arguments("--lora-r", "8", "--lora-alpha", "64").lora_alpha == 64
+    for options in (("--lora-r", "8"), ("--lora-r", "8", "--lora-alpha", "64")):
+        assert arguments(*sft.training_flags(arguments(*options))) == arguments(*options)  # the card's command
