@@ -211,17 +211,12 @@ def run(argv: list[str] | None = None) -> int:
     def stop(number: int, _frame: object) -> NoReturn:
         raise Stopped(number)
 
-    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8, or a file name that is not: escaped
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # KeyboardInterrupt, also if a shell had it ignored
     signal.signal(signal.SIGTERM, stop)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
         signal.signal(signal.SIGHUP, stop)
     try:
         return main(argv)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
     except (InputError, ModuleNotFoundError, OSError) as error:
         line = trainer.describe_error(error)
         if line is None:
@@ -945,4 +940,6 @@ def written_beside(output: Path) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    with trainer.any_terminal():
+        status = run()
+    sys.exit(status)

@@ -3,14 +3,13 @@
 
     python benchmarks/export.py
 
-An adapter is trained on NF4 weights, merged into the original base and into the quantised-and-restored one,
-converted by llama.cpp's converter (f16, q8_0), quantised by llama.cpp's quantiser (q4_K_M, from f16), and run by
-llama.cpp. Loss is the mean over the trained tokens of 22 held-out conversations: by transformers in float32, and
-by llama.cpp itself from its logits. Then 20 questions: greedy answers of llama.cpp compared with those of transformers.
+An adapter is trained on NF4 weights and merged; merge_lora.py writes the GGUF in each type. Beside it stand files of
+llama.cpp's own tools: its converter (BF16, Q8_0) and its quantiser (K-quants, from BF16). Loss is the mean over the trained
+tokens of 22 held-out conversations: by transformers in float32, and by llama.cpp itself from its logits. Then 20
+questions: greedy answers of llama.cpp compared with those of transformers.
 """
 
 import argparse
-import collections
 import ctypes
 import json
 import subprocess
@@ -24,6 +23,7 @@ import merge_lora
 import train_sft_dolores as trainer
 
 ROWS = 1024  # tokens, the trainer's --max-length in learning.KNOBS
+KINDS = {"BF16": 32, "Q8_0": 7, "Q6_K": 18, "Q4_K_M": 15}  # llama.h's numbers
 QUANTISER = "muthuishere-modelnexus==0.2.1"  # a wheel with a whole libllama.so; xllamacpp has no quantiser in it
 LLAMA_CPP_LOSS = """
 import ctypes as c, glob, json, sys
@@ -94,8 +94,8 @@ def live(base: Path, adapter: Path):
     return PeftModel.from_pretrained(model, adapter).eval()
 
 
-def quantise(f16: Path, gguf: Path) -> Path:
-    """llama.cpp's llama_model_quantize to q4_K_M."""
+def quantise(bf16: Path, gguf: Path, kind: int) -> Path:
+    """llama.cpp's llama_model_quantize."""
     from parts import CACHE, fetch, made_once
 
     def unpack(partial: Path):
@@ -109,20 +109,21 @@ def quantise(f16: Path, gguf: Path) -> Path:
     lib = ctypes.CDLL(str(next(folder.glob("modelnexus/native/*/libllama.so"))))
     lib.llama_model_quantize_default_params.restype = Params
     params = lib.llama_model_quantize_default_params()
-    params.ftype = 15  # LLAMA_FTYPE_MOSTLY_Q4_K_M
+    params.ftype = kind
     lib.llama_backend_init()
     quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
     lib.llama_log_set(quiet, None)
-    assert lib.llama_model_quantize(str(f16).encode(), str(gguf).encode(), ctypes.byref(params)) == 0
+    assert lib.llama_model_quantize(str(bf16).encode(), str(gguf).encode(), ctypes.byref(params)) == 0
     return gguf
 
 
-def tensor_types(gguf: Path) -> str:
-    """As `210 BF16, 61 F32`."""
+def equal_tensors(a: Path, b: Path) -> str:
+    """How many tensors of two GGUF files have the same type and bytes, as `272 of 272`."""
     from gguf import GGUFReader
 
-    count = collections.Counter(tensor.tensor_type.name for tensor in GGUFReader(gguf).tensors)
-    return ", ".join(f"{number} {name}" for name, number in count.most_common())
+    one, other = ({t.name: (t.tensor_type, t.data) for t in GGUFReader(file).tensors} for file in (a, b))
+    same = sum(kind == other[name][0] and bool((data == other[name][1]).all()) for name, (kind, data) in one.items())
+    return f"{same} of {len(one)}"
 
 
 def compare_answers(merged: Path, ggufs: dict[str, Path], longest: int) -> None:
@@ -181,30 +182,30 @@ def main() -> None:
     samples = held_out(files["held_out"], "dolores")
     vocabulary = AutoConfig.from_pretrained(smollm2()).vocab_size
 
-    merged, ggufs = {}, {}
-    for base in ("original", "nf4"):
-        merged[base] = args.folder / f"merged-{base}"
-        if not merged[base].exists():
-            merge_lora.main(["--adapter", str(adapter), "--output", str(merged[base]), "--base-weights", base])
-        for kind in ("f16", "q8_0", "q4_K_M"):
-            gguf = args.folder / f"{base}-{kind}.gguf"
-            if not gguf.exists():
-                quantise(ggufs[base, "f16"], gguf) if kind == "q4_K_M" else to_gguf(merged[base], gguf, kind)
-            ggufs[base, kind] = gguf
-    print("q4_K_M is here", tensor_types(ggufs["original", "q4_K_M"]))
-
-    table("held-out loss", "transformers, float32", *(f"llama.cpp {kind}" for kind in ("f16", "q8_0", "q4_K_M")))
-    found = {"live": losses(live(smollm2(), adapter), samples)}
+    merged, ours = args.folder / "merged", {}
+    for kind in KINDS:
+        output = args.folder / f"gguf-{kind}" if ours else merged
+        if not output.exists():
+            more = ["--gguf-only"] if ours else []
+            merge_lora.main(
+                ["--adapter", str(adapter), "--output", str(output), "--name", "export", "--gguf", kind, *more]
+            )
+        ours[kind] = output / f"export-{kind}.gguf"
+    table("held-out loss", "size", "merge_lora.py's file", "llama.cpp's tools' file", "equal tensors")
     mean = lambda sums: float(sums[:, 0].sum() / sums[:, 1].sum())  # noqa: E731
-    row("adapter live on NF4, as trained", mean(found["live"]), "", "", "")
-    for base, folder in merged.items():
-        quantised = [loss_of_llama_cpp(ggufs[base, kind], samples, vocabulary) for kind in ("f16", "q8_0", "q4_K_M")]
-        found[base] = losses(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), samples)
-        row(f"merged, --base-weights {base}", mean(found[base]), *quantised)
-    print()
-    for a, b in (("nf4", "original"), ("live", "original"), ("nf4", "live")):
-        print(f"{a} - {b}: {difference(found[a], found[b])}")
-    compare_answers(merged["original"], {kind: gguf for (base, kind), gguf in ggufs.items() if base == "original"}, args.answer)  # fmt: skip
+    live_loss = losses(live(smollm2(), adapter), samples)
+    row("adapter live on NF4, as trained", "", mean(live_loss), "", "")
+    merged_loss = losses(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32), samples)
+    row("merged, transformers, float32", "", mean(merged_loss), "", "")
+    for kind, file in ours.items():
+        theirs = args.folder / f"llama.cpp-{kind}.gguf"
+        if not theirs.exists():
+            by_converter = kind in ("BF16", "Q8_0")
+            to_gguf(merged, theirs, kind.lower()) if by_converter else quantise(ours["BF16"], theirs, KINDS[kind])
+        found = [loss_of_llama_cpp(gguf, samples, vocabulary) for gguf in (file, theirs)]
+        row(kind, f"{file.stat().st_size / 1e6:.0f} MB", *found, equal_tensors(file, theirs))
+    print(f"\nlive - merged: {difference(live_loss, merged_loss)}")
+    compare_answers(merged, ours, args.answer)
 
 
 if __name__ == "__main__":

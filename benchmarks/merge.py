@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Time and memory of merge_lora.py, of a plain copy of the same shards, and of the usual PEFT snippet.
+"""Time, memory and size of merge_lora.py, of a plain copy of the same shards, and of the usual PEFT snippet.
 
-    python benchmarks/merge.py                 # Llama-3.1-8B's shape, 16 GB: needs 50 GB of disk
-    python benchmarks/merge.py --layers 4      # a smaller model of the same width
+    python benchmarks/merge.py                       # Llama-3.1-8B's shape, 16 GB: needs 60 GB of disk
+    python benchmarks/merge.py --gguf Q8_0 Q4_K_M    # with a GGUF of these types too
+    python benchmarks/merge.py --layers 4            # a smaller model of the same width
 
 The base holds random bf16 weights in four shards, made on the spot and removed afterwards. Runs alternate, each in
 a process of its own, with the base to be read from the disk and with the base in the page cache (where it fits into
 memory); each begins with an empty write queue and after a rest, and no side calls fsync. Peak memory is the kernel's figure
-for the process (VmHWM), read every 50 ms. The copy is `cp`; its time is the floor for whoever writes a folder.
+for the process (VmHWM), read every 50 ms. The copy is `cp`; its time is the floor for whoever writes a folder. That
+comparison is of the safetensors alone; each type of GGUF is then written once, without safetensors.
 """
 
 import argparse
@@ -134,7 +136,7 @@ def compare(work: Path, layers: int, rounds: int) -> None:
     size = sum(shard.stat().st_size for shard in shards)
     commands = {
         "copy": ["cp", *map(str, shards), str(work / "copy")],
-        "merge": [sys.executable, str(ROOT / "merge_lora.py"), "--adapter", str(adapter), "--output", str(work / "merge")],
+        "merge": [sys.executable, str(ROOT / "merge_lora.py"), "--adapter", str(adapter), "--output", str(work / "merge"), "--gguf", "none"],
     }  # fmt: skip
     print(
         f"{'':<16}{'base':<12}{'copy':>9}{'merge':>9}{'ratio':>7}{'peak GiB':>10}{'CPU: copy':>12}{'merge':>9}   {size / 1e9:.1f} GB"
@@ -157,6 +159,20 @@ def compare(work: Path, layers: int, rounds: int) -> None:
               f"{peak:>10.2f}{copy_cpu:>10.1f} s{merge_cpu:>7.1f} s   "
               f"{', '.join(f'{m[0] / c[0]:.2f}' for c, m in zip(*runs.values(), strict=True))}",
               flush=True)  # fmt: skip
+
+
+def ggufs(work: Path, kinds: list[str]) -> None:
+    """Each type of GGUF from the base and the adapter of `compare`."""
+    shards = sorted((work / "base").glob("*.safetensors"))
+    for kind in kinds:
+        merge = [sys.executable, str(ROOT / "merge_lora.py"), "--adapter", str(work / "adapter"), "--gguf-only"]
+        merge += ["--output", str(work / "gguf"), "--gguf", kind]
+        seconds, peak, cpu = measured(merge, work / "log", shards, False)
+        size = next((work / "gguf").glob("*.gguf")).stat().st_size
+        print(
+            f"{kind:<16}on disk              {seconds:>7.1f} s{'':>7}{peak:>10.2f}{cpu:>21.1f} s   {size / 1e9:.2f} GB"
+        )
+        shutil.rmtree(work / "gguf")
 
 
 def peft(work: Path, layers: int) -> None:
@@ -183,11 +199,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32, help="decoder layers; Llama-3.1-8B has 32")
     parser.add_argument("--rounds", type=int, default=3, help="alternating runs of copy and merge")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to work")
+    parser.add_argument("--gguf", nargs="*", default=["Q8_0"], help="types of GGUF to write")
     parser.add_argument("--no-peft", action="store_true", help="leave the PEFT snippet out")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="merge-benchmark-", dir=args.folder) as folder:
         print(f"machine        {llama.machine()}")
         compare(Path(folder), args.layers, args.rounds)
+        ggufs(Path(folder), args.gguf)
         if not args.no_peft:
             peft(Path(folder), args.layers)
 

@@ -1,17 +1,16 @@
-"""`make test-ollama`: merged folders in a real Ollama, compared with transformers.
+"""`make test-ollama`: merged folders in a real Ollama, compared with training's text and transformers' answers.
 
     python tests/ollama_e2e.py
 
-Llama 3.1's vocabulary on a two-layer random model: every prompt must have the same text and the same number of tokens.
-SmolLM2, imported in float32: the greedy answers must be the same, where Ollama splits the prompt alike (it does not know
-SmolLM2's pre-tokenizer) and two tokens are not nearly equally probable.
+`merge_lora.py --check-ollama` must be content with SmolLM2 in two chat formats, as Q8_0. As BF16 its greedy answers must be
+those of transformers, where two tokens are not nearly equally probable. Llama 3.1's vocabulary is on a random model, which
+may write bytes that are not UTF-8, and then Ollama reports no count: text, and the counts that there are.
 
 Needs an `ollama` binary on PATH; without one it prints that and succeeds. It starts its own server on a free port
 with its own model folder; the user's models are not touched.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import socket
@@ -27,113 +26,81 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-QUESTIONS = ["What is the capital of France?", "Name three colours.", "What is 2 + 2?", "Dis bonjour.", "Name a planet.",
-             "Qui es-tu ?", "L'été, 12345 fois « déjà » !"]  # fmt: skip
-HISTORY = [{"role": "user", "content": "My name is Ada."}, {"role": "assistant", "content": "Hello, Ada."}]
-CHATS = [[*before, {"role": "user", "content": q}] for q in QUESTIONS for before in ([], HISTORY)]
+import parts  # noqa: E402
+
+import merge_lora  # noqa: E402
+
 LENGTH = 24  # maximum tokens of an answer
 TIE = 0.05  # nats
 
 
-class Ollama:
-    """A running server of our own."""
-
-    def __init__(self, binary: str, port: int, environment: dict[str, str]):
-        self.binary, self.port, self.environment = binary, port, environment
-
-    def ask(self, path: str, **content) -> dict:
-        data = json.dumps(content).encode() if content else None
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", data, timeout=300) as answer:
-            return json.load(answer)
-
-    def create(self, name: str, folder: Path, *options: str) -> None:
-        command = [self.binary, "create", *options, name, "-f", str(folder / "Modelfile")]
-        subprocess.run(command, env=self.environment, check=True)
-
-    def chat(self, name: str, chat: list[dict], **options) -> dict:
-        settings = {"temperature": 0, "num_predict": LENGTH}
-        return self.ask("/api/chat", model=name, messages=chat, stream=False, options=settings, **options)
-
-
 @contextlib.contextmanager
-def serve(binary: str, work: Path) -> Iterator[Ollama]:
+def serve(binary: str, work: Path) -> Iterator[None]:
     """A server on a free port, with its models and its log in `work`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "OLLAMA_HOST": f"127.0.0.1:{port}", "OLLAMA_MODELS": str(work / "models")}
+    os.environ |= {"OLLAMA_HOST": f"127.0.0.1:{port}", "OLLAMA_MODELS": str(work / "models")}
     with open(work / "ollama.log", "w") as log:
-        server = subprocess.Popen([binary, "serve"], env=environment, stdout=log, stderr=log)
-    ollama = Ollama(binary, port, environment)
+        server = subprocess.Popen([binary, "serve"], stdout=log, stderr=log)
     try:
         for _ in range(120):
             with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                ollama.ask("/api/version")
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api/version", timeout=5).close()
                 break
             time.sleep(0.5)
         else:
             raise SystemExit(f"ollama serve did not come up: {(work / 'ollama.log').read_text()[-2000:]}")
-        yield ollama
+        yield
     finally:
         server.terminate()
         server.wait()
 
 
-def merged_folder(base: Path, work: Path, name: str, chat_format: str) -> Path:
-    """A base merged with a random adapter."""
+def created(name: str, base: Path, chat_format: str, work: Path, *options: str) -> Path:
+    """A base merged with a random adapter, as the model `name` of the running server."""
     from engine import random_adapter
 
-    import merge_lora
-
     adapter = random_adapter(base, work / f"{name}-adapter", chat_format)
-    merge_lora.main(["--adapter", str(adapter), "--output", str(work / name)])
+    merge_lora.main(["--adapter", str(adapter), "--output", str(work / name), "--name", name, *options])
+    subprocess.run(["ollama", "create", name, "-f", str(work / name / "Modelfile")], check=True)
     return work / name
 
 
-def check_prompts(ollama: Ollama, merged: Path, name: str) -> int:
-    """How many chats Ollama renders or counts otherwise than transformers."""
+def check_prompts(name: str, merged: Path) -> int:
+    """How many chats Ollama renders or counts otherwise than training."""
     from transformers import AutoTokenizer
 
     tokenizer, wrong, counted = AutoTokenizer.from_pretrained(merged), 0, 0
-    for chat in CHATS:
+    for chat in merge_lora.CHECKED_CHATS:
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        count = len(tokenizer.apply_chat_template(chat, add_generation_prompt=True).input_ids)
-        rendered = ollama.chat(name, chat, _debug_render_only=True)["_debug_info"]["rendered_template"]
-        # A random model may write bytes that are not UTF-8; then Ollama ends without a count.
-        reported = ollama.chat(name, chat).get("prompt_eval_count")
-        same = text.removeprefix(tokenizer.bos_token) == rendered and reported in (None, count)
-        wrong, counted = wrong + (not same), counted + (reported is not None)
-        print(f"{'same' if same else 'DIFFERS'}  {count} tokens here, {reported} in Ollama  {chat[-1]['content']}")
-        if not same:
-            print(f"  here {text!r}\n  Ollama {rendered!r}")
-    if counted < len(CHATS) / 2:
-        raise SystemExit(f"test-ollama: only {counted} of {len(CHATS)} prompts have a token count")
-    return wrong
+        expected = len(tokenizer(text, add_special_tokens=False).input_ids)
+        rendered = merge_lora.ask_ollama(name, chat, _debug_render_only=True)["_debug_info"]["rendered_template"]
+        count = merge_lora.ask_ollama(name, chat, options={"temperature": 0, "num_predict": 1}).get("prompt_eval_count")
+        if tokenizer.bos_token + rendered != text or count not in (None, expected):
+            wrong += 1
+            print(f"DIFFERS  {expected} tokens, {text!r}\n  Ollama {count}, {rendered!r}")
+        counted += count is not None
+    print(f"{name}: {counted} of {len(merge_lora.CHECKED_CHATS)} prompts have a number of tokens in Ollama")
+    return wrong + (counted < len(merge_lora.CHECKED_CHATS) / 2)
 
 
-def check_answers(ollama: Ollama, merged: Path, name: str) -> int:
-    """How many greedy answers differ although the prompt has as many tokens and the two tokens are no tie."""
+def check_answers(name: str, merged: Path) -> int:
+    """How many greedy answers differ where the two tokens are no tie."""
     from engine import answers_of_transformers, gap_at_first_difference
     from transformers import AutoTokenizer
 
-    tokenizer, wrong, compared = AutoTokenizer.from_pretrained(merged), 0, 0
-    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True).input_ids for chat in CHATS]
-    for chat, prompt, ids in zip(CHATS, prompts, answers_of_transformers(merged, prompts, LENGTH), strict=True):
-        answer = ollama.chat(name, chat)
+    tokenizer, wrong, chats = AutoTokenizer.from_pretrained(merged), 0, merge_lora.CHECKED_CHATS
+    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True).input_ids for chat in chats]
+    for chat, prompt, ids in zip(chats, prompts, answers_of_transformers(merged, prompts, LENGTH), strict=True):
+        answer = merge_lora.ask_ollama(name, chat, options={"temperature": 0, "num_predict": LENGTH})
         ours, theirs = tokenizer.decode(ids, skip_special_tokens=True).strip(), answer["message"]["content"].strip()
-        if answer.get("prompt_eval_count") != len(prompt):
-            verdict = "split otherwise"
-        elif ours == theirs:
-            verdict, compared = "same", compared + 1
-        else:
-            its = [*tokenizer(theirs, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-            gap = gap_at_first_difference(merged, prompt, ids, its)
-            verdict, compared = f"{'tie' if gap < TIE else 'DIFFERS'} of {gap:.3f} nats", compared + 1
-            wrong += gap >= TIE
-        counts = f"{len(prompt)} tokens here, {answer.get('prompt_eval_count')} in Ollama"
-        print(f"{verdict}  {counts}  {chat[-1]['content']}  {theirs!r}" + ("" if ours == theirs else f" not {ours!r}"))
-    if compared < len(CHATS) / 2:
-        raise SystemExit(f"test-ollama: only {compared} of {len(CHATS)} answers could be compared")
+        if ours == theirs:
+            continue
+        its = [*tokenizer(theirs, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        gap = gap_at_first_difference(merged, prompt, ids, its)
+        wrong += gap >= TIE
+        print(f"{'tie' if gap < TIE else 'DIFFERS'}, {gap:.3f} nats  {chat[-1]['content']!r}: {theirs!r} not {ours!r}")
     return wrong
 
 
@@ -142,18 +109,16 @@ def main() -> None:
     if binary is None:
         print("test-ollama: skipped, there is no ollama on PATH (https://ollama.com/download)")
         return
-    import parts
-
-    with tempfile.TemporaryDirectory(prefix="ollama-e2e-") as folder, serve(binary, Path(folder)) as ollama:
-        llama = merged_folder(parts.tiny_llama31(), Path(folder), "llama31", "dolores")
-        ollama.create("llama31", llama)
-        wrong = check_prompts(ollama, llama, "llama31")
-        smollm2 = merged_folder(parts.smollm2(), Path(folder), "smollm2", "chatml")
-        ollama.create("smollm2", smollm2, "-q", "F32")
-        wrong += check_answers(ollama, smollm2, "smollm2")
+    with tempfile.TemporaryDirectory(prefix="ollama-e2e-") as folder, serve(binary, Path(folder)):
+        work, wrong = Path(folder), 0
+        for chat_format in ("dolores", "chatml"):
+            merged = created(f"smollm2-{chat_format}", parts.smollm2(), chat_format, work, "--gguf-only")
+            wrong += merge_lora.check_ollama(merged.name, merged)
+        wrong += check_answers("smollm2", created("smollm2", parts.smollm2(), "chatml", work, "--gguf", "BF16"))
+        wrong += check_prompts("llama31", created("llama31", parts.tiny_llama31(), "dolores", work))
     if wrong:
-        raise SystemExit(f"test-ollama: {wrong} of {2 * len(CHATS)} checks failed")
-    print("test-ollama: prompts and answers are those of transformers")
+        raise SystemExit(f"test-ollama: {wrong} checks failed")
+    print("test-ollama: text, tokens and answers are those of training and transformers")
 
 
 if __name__ == "__main__":
