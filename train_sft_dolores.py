@@ -2209,7 +2209,9 @@ def download_model(place: str, name: str, patterns: list[str], revision: str | N
         "cannot use the Hugging Face cache ({error}); set HF_HOME to a folder that can be written to": (OSError,),
         "not in the local cache, and cannot reach the Hugging Face Hub; go online or give a local folder": offline,
         "neither a folder nor a Hub name; check the path": (errors.HFValidationError,),
-        "not found on the Hub; check the name, or run `hf auth login` if it is private": (errors.RepositoryNotFoundError,),
+        "not found on the Hub; check the name, or run `hf auth login` if it is private": (
+            errors.RepositoryNotFoundError,
+        ),
         f"no revision {revision} on the Hub; give a local folder": (errors.RevisionNotFoundError,),
         f"access is gated; accept the license at hf.co/{name}, then run `hf auth login`": (errors.GatedRepoError,),
     }
