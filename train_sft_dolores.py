@@ -3088,7 +3088,13 @@ def resume_point(output: Path, record: dict, force: bool) -> str | None:
         if different := [key for key in old | new if old.get(key) != new.get(key)]:
             problem = f"not the same run, these differ: {', '.join(different)}"
             raise InputError(f"--resume: {problem}; restore them, add --force-resume, or start over with --overwrite")
-    record["results"] = previous.get("results", {})
+    record["results"] = results = previous.get("results", {})
+    names = dict(zip(previous["data"]["sha256"], record["data"]["sha256"], strict=False))  # files may have moved
+    for kind, losses in results.get("held_out", {}).items():
+        parted = {place.rpartition(":"): loss for place, loss in losses.items()}
+        results["held_out"][kind] = {
+            f"{names.get(file, file)}:{line}": loss for (file, _, line), loss in parted.items()
+        }
     checkpoint = newest_checkpoint(output)
     start = f"from {checkpoint}" if checkpoint else "from the beginning: there is no complete checkpoint yet"
     print_field("resume", start)
@@ -3340,6 +3346,7 @@ def paired_change(before: np.ndarray, after: np.ndarray, tokens: np.ndarray) -> 
 def verdict(results: dict[str, Any]) -> dict[str, str]:
     """Whether it worked, a line each, for the screen and the card."""
     said, held_out, copied = {}, results.get("held_out", {}), results.get("copied", {})
+    measured = held_out.get("after", {}).keys() & held_out.get("before", {})  # --force-resume may bring other data
 
     def compare(*names: str) -> tuple[list[str], float, float]:
         """The mean losses on the conversations that all of these have, and the change between the last two."""
@@ -3348,14 +3355,14 @@ def verdict(results: dict[str, Any]) -> dict[str, str]:
         means = [f"{np.average(loss, weights=tokens):.3f}" for loss in losses]
         return means, *paired_change(losses[-2], losses[-1], tokens)
 
-    if "after" in held_out:
+    if measured:
         (before, after), change, half = compare("before", "after")
         within = f"{change:+.3f} ± {f'{half:.3f}' if half < float('inf') else 'unknown'}"
         within += f", {plural(len(held_out['after']), 'conversation')}"
         chance = ": that may be chance, nothing certain was learned"
         comment = chance if abs(change) <= half else "" if change < 0 else ": worse than before"
         said["held out"] = f"loss {before} -> {after} ({within}){comment}"
-    if "after" in held_out and held_out["prompted"]:
+    if measured & held_out.get("prompted", {}).keys():
         (before, prompted, after), change, half = compare("before", "prompted", "after")
         better = f"{'training' if change < 0 else 'examples'} did better, by {abs(change):.3f} ± {half:.3f}"
         comment = "no certain difference, examples may do as well" if abs(change) <= half else better

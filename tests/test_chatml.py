@@ -567,21 +567,6 @@ def test_dialogues_that_nothing_separates():
     assert surveyed(write("g", OK)) == surveyed(write("h", "<|endoftext|>\n".join([OK] * 40))) == []
 
 
-def test_a_missing_separator_is_noticed():
-    """Among short dialogues, a few with more exchanges may each be two that nothing separates; many are not named."""
-    dialogue = "<|user|>\nq{0}\n<|assistant|>\na{0}\n"
-    texts = [dialogue.format(i) for i in range(40)]
-    pairs = [one + other for one, other in zip(texts[::2], texts[1::2], strict=True)]
-
-    def named(*conversations: str) -> list[int]:
-        write("d.chatml", "<|endoftext|>\n".join(conversations))
-        return [line for _, line, _ in surveyed("d.chatml")]
-
-    assert named(pairs[0], *texts[2:7]) == [1]
-    assert named(pairs[0], *texts[2:9], pairs[10]) == [1, 10 + 7 * 5]
-    assert named(*pairs[:2], *texts[4:8]) == named(*pairs[:6], *texts[12:]) == []
-
-
 def test_a_system_turn_does_not_carry_over():
     dialogue = "<|user|>\nq{0}\n<|assistant|>\na{0}\n"
     write("d", "<|system|>\ns\n" + "<|endoftext|>\n".join(dialogue.format(i) for i in range(4)))
