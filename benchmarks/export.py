@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What is left of the training after merging and quantising: held-out loss and answers, SmolLM2-135M, in llama.cpp.
+"""What is left of the training after merging and quantising: held-out loss of each type of GGUF, in llama.cpp.
 
-    python benchmarks/export.py
+    python benchmarks/export.py                    # SmolLM2-135M on a CPU: some minutes
+    python benchmarks/export.py --gguf BF16 Q8_0   # only these types
 
-An adapter is trained on NF4 weights and merged; merge_lora.py writes the GGUF in each type. Beside it stand files of
-llama.cpp's own tools: its converter (BF16, Q8_0) and its quantiser (K-quants, from BF16). Loss is the mean over the trained
-tokens of 22 held-out conversations: by transformers in float32, and by llama.cpp itself from its logits. Then 20
-questions: greedy answers of llama.cpp compared with those of transformers.
+An adapter is trained on 200 single exchanges between people and merged; merge_lora.py writes the GGUF in each type. Beside
+it stand files of llama.cpp's own tools: its converter (BF16, Q8_0) and its quantiser (K-quants, from BF16). Loss is the mean
+over the trained tokens of 100 held-out exchanges: by transformers in float32, and by llama.cpp itself from its logits.
 """
 
 import argparse
@@ -14,16 +14,18 @@ import ctypes
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import llama
-from learning import QUESTIONS, difference, held_out, losses, row, split, table, train
+import parts
+from learning import exchanges
 
 import merge_lora
-import train_sft_dolores as trainer
+import train_sft_dolores as sft
 
-ROWS = 1024  # tokens, the trainer's --max-length in learning.KNOBS
-KINDS = {"BF16": 32, "Q8_0": 7, "Q6_K": 18, "Q4_K_M": 15}  # llama.h's numbers
+ROWS = 256  # tokens, more than any of these exchanges has
+KINDS = {"BF16": 32, "Q8_0": 7, "Q6_K": 18, "Q5_K_M": 17, "Q4_K_M": 15}  # llama.h's numbers
 QUANTISER = "muthuishere-modelnexus==0.2.1"  # a wheel with a whole libllama.so; xllamacpp has no quantiser in it
 LLAMA_CPP_LOSS = """
 import ctypes as c, glob, json, sys
@@ -85,27 +87,31 @@ def loss_of_llama_cpp(gguf: Path, samples, vocabulary: int) -> float:
     return float(done.stdout.split("LOSS")[1])
 
 
-def live(base: Path, adapter: Path):
-    """Base in NF4 as the trainer loads it, with the adapter, in float32 arithmetic."""
-    from peft import PeftModel
+def loss_of_transformers(folder: Path, samples) -> float:
+    """The same by transformers, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
 
-    args = argparse.Namespace(bf16=False, bnb_nf4=True, bnb_dtype="float32")
-    model = trainer.load_base(args, str(base), "cpu")
-    return PeftModel.from_pretrained(model, adapter).eval()
+    model, total, count = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), 0.0, 0
+    for sample in samples:
+        ids, labels = (torch.from_numpy(x.astype("int64"))[None] for x in sample)
+        with torch.no_grad():
+            total += float(model(input_ids=ids, labels=labels).loss) * int((labels[0, 1:] != -100).sum())
+        count += int((labels[0, 1:] != -100).sum())
+    return total / count
 
 
 def quantise(bf16: Path, gguf: Path, kind: int) -> Path:
     """llama.cpp's llama_model_quantize."""
-    from parts import CACHE, fetch, made_once
 
     def unpack(partial: Path):
-        with fetch(QUANTISER) as wheel:
+        with parts.fetch(QUANTISER) as wheel:
             wheel.extractall(partial)
 
     class Params(ctypes.Structure):  # the first fields of llama_model_quantize_params, and room for the rest
         _fields_ = [("nthread", ctypes.c_int32), ("ftype", ctypes.c_int32), ("rest", ctypes.c_char * 1000)]
 
-    folder = made_once(CACHE / QUANTISER.replace("==", "-"), unpack)
+    folder = parts.made_once(parts.CACHE / QUANTISER.replace("==", "-"), unpack)
     lib = ctypes.CDLL(str(next(folder.glob("modelnexus/native/*/libllama.so"))))
     lib.llama_model_quantize_default_params.restype = Params
     params = lib.llama_model_quantize_default_params()
@@ -126,86 +132,50 @@ def equal_tensors(a: Path, b: Path) -> str:
     return f"{same} of {len(one)}"
 
 
-def compare_answers(merged: Path, ggufs: dict[str, Path], longest: int) -> None:
-    """Greedy answers of llama.cpp and of transformers': how many are equal, where the others part, how many end."""
-    import torch
-    from engine import answers_of_llama_cpp, answers_of_transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(merged)
-    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True).input_ids for chat in chats]
-    ours = answers_of_transformers(merged, prompts, longest)
-    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
-    table("answers", "equal", "tokens before they part, median", "gap there in nats, median and largest", "end by themselves")  # fmt: skip
-    ended = sum(ids[-1] == tokenizer.eos_token_id for ids in ours)
-    row("transformers, float32", "", "", "", f"{ended} of {len(ours)}")
-    for name, gguf in ggufs.items():
-        theirs = answers_of_llama_cpp(gguf, prompts, longest)
-        places, gaps = [], []
-        for prompt, mine, (its, _) in zip(prompts, ours, theirs, strict=True):
-            if mine != its:
-                at = next(i for i, (a, b) in enumerate(zip(mine, its, strict=False)) if a != b)
-                with torch.no_grad():
-                    logits = model(torch.tensor([prompt + mine[:at]])).logits[0, -1]
-                places.append(at)
-                gaps.append(float(logits[mine[at]] - logits[its[at]]))
-        middle = [sorted(values)[len(values) // 2] if values else "" for values in (places, gaps)]
-        gap = f"{middle[1]:.3f}, {max(gaps):.3f}" if gaps else ""
-        ended = sum(reason == "stop" for _, reason in theirs)
-        row(f"llama.cpp {name}", f"{len(ours) - len(places)} of {len(ours)}", middle[0], gap, f"{ended} of {len(ours)}")
+def train(folder: Path, base: Path, dialogues: int) -> tuple[Path, list]:
+    """(adapter, held-out samples)."""
+    held_out, rest = exchanges()
+    for name, chats in (("train", rest[:dialogues]), ("held_out", held_out[:dialogues])):
+        lines = "".join(json.dumps({"messages": chat}) + "\n" for chat in chats)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    command = [sys.executable, llama.ROOT / "train_sft_dolores.py", "--model", base, "--output", folder / "adapter",
+               "--train-files", folder / "train.jsonl", "--eval-fraction", 0, "--no-bnb-nf4", "--no-bf16", "--optim", "adamw_torch",
+               "--sample-prompts", "none", "--max-length", ROWS, "--grad-accum", 1, "--learning-rate", 4.5e-4,
+               "--epochs", 3]  # fmt: skip
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    encode = sft.load_encoder(str(base), str(base), "dolores")
+    conversations = sft.read_conversations([str(folder / "held_out.jsonl")], "messages")
+    return folder / "adapter", encode([conversation.turns for conversation in conversations])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--epochs", default="0.3", help="passes over the corpus; steps of one row (default: %(default)s)"
-    )
-    parser.add_argument("--answer", type=int, default=100, help="tokens at most per answer (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, default=Path("runs_export"), help="where to work; finished parts stay")
+    parser.add_argument("--gguf", nargs="+", default=list(KINDS), choices=KINDS, help="types, BF16 among them")
+    parser.add_argument("--dialogues", type=int, default=200, help="to train on (default: %(default)s)")
+    parser.add_argument("--base", type=Path, help="model folder (default: SmolLM2-135M)")
     args = parser.parse_args()
     print("machine", llama.machine(), llama.versions("torch", "transformers", "peft"))
-    trainer.load_libraries()
-    import torch
     from engine import to_gguf
-    from parts import smollm2
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    files, adapter = split(args.folder), args.folder / "adapter"
-    settings = ["--bf16", "--bnb-nf4", "--grad-accum", "1", "--eval-steps", "35", "--save-steps", "35"]
-    record = train(adapter, files, "whole", *settings, "--epochs", args.epochs)
-    results = record["results"]
-    print(f"trained {results['steps']} steps; the adapter is from step {results['best_step']}")
-    print(
-        f"the trainer's own loss on NF4, bfloat16: {results['eval_loss_before']:.3f} -> {results['eval_loss_after']:.3f}"
-    )
-    samples = held_out(files["held_out"], "dolores")
-    vocabulary = AutoConfig.from_pretrained(smollm2()).vocab_size
-
-    merged, ours = args.folder / "merged", {}
-    for kind in KINDS:
-        output = args.folder / f"gguf-{kind}" if ours else merged
-        if not output.exists():
-            more = ["--gguf-only"] if ours else []
-            merge_lora.main(
-                ["--adapter", str(adapter), "--output", str(output), "--name", "export", "--gguf", kind, *more]
-            )
-        ours[kind] = output / f"export-{kind}.gguf"
-    table("held-out loss", "size", "merge_lora.py's file", "llama.cpp's tools' file", "equal tensors")
-    mean = lambda sums: float(sums[:, 0].sum() / sums[:, 1].sum())  # noqa: E731
-    live_loss = losses(live(smollm2(), adapter), samples)
-    row("adapter live on NF4, as trained", "", mean(live_loss), "", "")
-    merged_loss = losses(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32), samples)
-    row("merged, transformers, float32", "", mean(merged_loss), "", "")
-    for kind, file in ours.items():
-        theirs = args.folder / f"llama.cpp-{kind}.gguf"
-        if not theirs.exists():
+    base = args.base or parts.smollm2()
+    vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
+    with tempfile.TemporaryDirectory(prefix="export-benchmark-") as work:
+        adapter, samples = train(Path(work), base, args.dialogues)
+        folders = {kind: Path(work) / kind for kind in args.gguf}
+        for kind, folder in folders.items():
+            merge_lora.main(["--adapter", str(adapter), "--output", str(folder), "--name", "export", "--gguf", kind])
+        ours = {kind: folder / f"export-{kind}.gguf" for kind, folder in folders.items()}
+        merged = folders["BF16"]
+        print(f"\n{'held-out loss':<28}{'ours':>9}{'llama.cpp tools':>17}{'equal tensors':>16}{'size':>10}")
+        print(f"{'base, transformers':<28}{loss_of_transformers(base, samples):>9.4f}")
+        print(f"{'merged, transformers':<28}{loss_of_transformers(merged, samples):>9.4f}")
+        for kind, file in ours.items():
+            theirs = Path(work) / f"llama.cpp-{kind}.gguf"
             by_converter = kind in ("BF16", "Q8_0")
             to_gguf(merged, theirs, kind.lower()) if by_converter else quantise(ours["BF16"], theirs, KINDS[kind])
-        found = [loss_of_llama_cpp(gguf, samples, vocabulary) for gguf in (file, theirs)]
-        row(kind, f"{file.stat().st_size / 1e6:.0f} MB", *found, equal_tensors(file, theirs))
-    print(f"\nlive - merged: {difference(live_loss, merged_loss)}")
-    compare_answers(merged, ours, args.answer)
+            found = [loss_of_llama_cpp(gguf, samples, vocabulary) for gguf in (file, theirs)]
+            size = f"{file.stat().st_size / 1e6:.0f} MB"
+            print(f"{kind:<28}{found[0]:>9.4f}{found[1]:>17.4f}{equal_tensors(file, theirs):>16}{size:>10}", flush=True)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,35 @@ def test_learning_runs_and_prints_a_table(tmp_path, tiny_llama31):
     assert "center: 50-" in benchmark(tmp_path, "learning.py", "--table", "--folder", tmp_path / "runs")
 
 
+# ---- export.py, merge.py ----
+
+
+@pytest.mark.slow
+def test_export_compares_with_llama_cpps_tools(tmp_path, short_smollm2):
+    out = benchmark(
+        tmp_path, "export.py", "--base", short_smollm2, "--dialogues", 4, "--gguf", "BF16", "Q8_0", "Q4_K_M"
+    )
+    rows = table(out, 28)
+    losses = [float(rows[kind][0]) for kind in ("merged, transformers", "BF16", "Q8_0")]
+    assert max(losses) - min(losses) < 0.05
+    for kind in ("BF16", "Q8_0", "Q4_K_M"):
+        ours, theirs, equal, _, of = rows[kind][:5]
+        assert ours == theirs and equal == of, out
+
+
+@pytest.mark.slow
+def test_merge_measures_copy_merge_and_gguf(tmp_path, monkeypatch, capsys):
+    """At the real width of a layer, with a small vocabulary: no rest between the runs, no PEFT snippet."""
+    import merge
+
+    monkeypatch.setattr(merge, "REST", 0)
+    monkeypatch.setitem(merge.SHAPE, "hidden_size", 512)
+    merge.compare(tmp_path, 1, 1)
+    merge.ggufs(tmp_path, ["Q8_0", "Q6_K"])
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[1:]] == ["merge_lora.py"] * 2 + ["Q8_0", "Q6_K"], out
+
+
 # ---- prep.py, gpu.py ----
 
 
