@@ -177,7 +177,9 @@ def test_peak_memory_does_not_grow_with_the_model(tiny_llama31, tmp_path):
     """
     command = [sys.executable, "-c", code, "--adapter", str(adapter), "--output", str(tmp_path / "merged")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    assert int(done.stdout.split("grew")[1]) < 150, done.stdout  # MiB
+    # MiB. The converter's lists of 128,256 tokens and their merges take 350, whatever the model's size; the embedding
+    # alone would take 500 in float32.
+    assert int(done.stdout.split("grew")[1]) < 480, done.stdout
 
 
 # ---- other families of models ----
@@ -577,6 +579,14 @@ def test_the_mix_of_types_is_llama_quantizes(kind, layers):
     assert chosen("output.weight", width=288) == NARROW.get(head, head)
     assert chosen("blk.9.ffn_up.weight", 9, width=288) == NARROW.get(most, most)
     assert chosen("blk.9.ffn_up.weight", 9, width=40) == ("BF16" if kind == "BF16" else "F16")
+
+
+def test_values_of_a_70b_get_more_bits():
+    kinds = [
+        merge_lora.weight_type("Q4_K_M", f"blk.11.{name}.weight", 11, 80, 8192, False) for name in ("attn_v", "attn_k")
+    ]
+    assert kinds == ["Q5_K", "Q4_K"]
+    assert merge_lora.weight_type("Q4_K_M", "blk.12.attn_v.weight", 12, 80, 8192, False) == "Q6_K"
 
 
 # ---- a running Ollama ----
