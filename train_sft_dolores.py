@@ -454,18 +454,16 @@ def make_plan(args: argparse.Namespace, world: World, base: Base | None = None) 
 def split_data(samples, train_files: dict[str, str], eval_files: dict[str, str], args: argparse.Namespace) -> tuple:
     """(tokens, trained tokens, part, whether trained on, whether held out) of each sample, [N] each; and warnings."""
     digests, tokens, trained, part, for_eval = measure(samples, eval_files)
-    both, found = [(file, 1) for file in train_files if file in eval_files], []
-    copies = np.zeros_like(for_eval)
-    if eval_files:
-        copies = ~for_eval & np.isin(digests, digests[for_eval])
-        places = samples.select(np.flatnonzero(copies)).select_columns(["file", "line"])
-        both += dict.fromkeys((place["file"], place["line"]) for place in places)  # once, even if it has several parts
-    else:
+    copies = ~for_eval & np.isin(digests, digests[for_eval])
+    places = samples.select(np.flatnonzero(copies)).select_columns(["file", "line"])
+    both = [(file, 1) for file in train_files if file in eval_files]
+    both += dict.fromkeys((place["file"], place["line"]) for place in places)  # once, even if it has several parts
+    found = [Finding("warning", *place, "held out", "also in --eval-files: not trained on") for place in both]
+    if not eval_files:
         for_eval = hold_out(digests, args.eval_fraction, args.seed)
         if args.eval_fraction and not for_eval.any():
             nothing = "nothing is: the data is one conversation"
             found.append(Finding("warning", next(iter(train_files)), 1, "held out", nothing))
-    found += [Finding("warning", *place, "held out", "also in --eval-files: not trained on") for place in both]
     return tokens, trained, part, ~for_eval & ~copies, for_eval, found
 
 
@@ -635,10 +633,9 @@ CHAT_TEMPLATE = """\
 
 
 def chat_template(chat: ChatFormat, adds_bos: bool = False) -> str:
-    """The format as a Jinja template: it renders the text that training sees.
+    """The format as a Jinja template, which renders the text that training sees.
 
-    adds_bos: whether the tokenizer puts a BOS token before a text. Then the template writes it, because whoever calls
-    tokenizer.apply_chat_template, such as a chat server, adds no special tokens to the rendered text.
+    adds_bos: the tokenizer begins a text with BOS. The template then writes it, as chat servers expect of templates.
     """
     prompt = chat.before["assistant"]
     values = {**chat._asdict(), "before": chat.before | {"assistant": prompt + chat.answer_start}, "prompt": prompt}
@@ -2018,10 +2015,9 @@ def plan_checkpointing(model, rows: Rows, args: argparse.Namespace) -> None:
     base, mode = model.get_base_model(), args.gradient_checkpointing
     layers = base.get_decoder().layers
     enable_checkpointing(base)
+    spared = len(layers) - {"all": len(layers), "none": 0, "auto": 0}.get(mode, mode)
     if mode == "auto" and model.device.type == "cuda":
         spared = layers_with_room(model, layers, rows, args)
-    else:
-        spared = max(0, len(layers) - mode) if isinstance(mode, int) else 0 if mode == "all" else len(layers)
     checkpoint_layers(layers, spared)
     recompute = f"{len(layers) - spared} of {len(layers)} layers recompute their activations"
     print_field("memory", f"{recompute} (--gradient-checkpointing {mode})")
@@ -2057,22 +2053,21 @@ def layers_with_room(model, layers, rows: Rows, args: argparse.Namespace) -> int
     # What this process has and what nobody else has, below the cap; a twentieth is left for fragmentation.
     available = min(torch.cuda.memory_reserved() + free, args.torch_memory_fraction * total)
     limit = 0.95 * available - trained * (optimizer_bytes(args.optim) + buckets)
-    for spared in sorted({len(layers) * eighths // 8 for eighths in range(1, 9)}, reverse=True):
+    for spared in sorted({len(layers) * eighths // 8 for eighths in range(9)}, reverse=True):
         checkpoint_layers(layers, spared)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         try:
             model.train()(**inputs).loss.backward()
-            fits = torch.cuda.max_memory_reserved() < limit
+            if torch.cuda.max_memory_reserved() < limit:
+                break
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            fits = False
-        model.zero_grad()
-        if fits:
-            break
+        finally:
+            model.zero_grad()
     torch.cuda.empty_cache()
-    return spared if fits else 0
+    return spared
 
 
 # ---- Model ---------------------------------------------------------------------------------------
@@ -2082,10 +2077,7 @@ ADAPTER_HINT = "{error}; give a folder that training wrote"
 
 
 def load_libraries() -> None:
-    """Import torch and what builds on it, for all functions below, and silence their logs.
-
-    They take seconds, which --help, a dry run and errors in the data need not wait for.
-    """
+    """Import torch and what builds on it: seconds that --help, a dry run and errors in the data need not wait for."""
     global accelerate, torch, transformers, peft
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns on import that it lacks a CPU kernel
     gc.disable()  # without garbage collection the imports take a quarter less time
@@ -2250,10 +2242,7 @@ def read_header(place: str, file: Path) -> dict[str, StoredTensor]:
 
 
 def fingerprint(headers: dict[str, StoredTensor]) -> str:
-    """A sha256 that tells models of the same shape apart; merge_lora.py compares it.
-
-    Hashes, for every tensor in the order of their names, the line "name dtype [shape]" and the first 4096 bytes.
-    """
+    """The sha256, in the order of names, of each tensor's line "name dtype [shape]" and its first 4,096 bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(headers.items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
@@ -2285,10 +2274,7 @@ def check_base(args: argparse.Namespace, config: dict[str, Any]) -> None:
 
 
 def check_weights(name: str, folder: str, headers: dict[str, StoredTensor], targets: list[str]) -> list[str]:
-    """Refuse files that do not hold the model's weights by their names: an adapter could not be merged into them.
-
-    Returns the names of the linear layers to adapt; InputError for a wrong one.
-    """
+    """The names of the linear layers to adapt; InputError for a wrong one, or for weights of other names or shapes."""
     hint = "{error}; give a causal language model"
     with explain(f"--model {name}", hint, ValueError, OSError, KeyError), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(folder)
@@ -2310,11 +2296,9 @@ def check_weights(name: str, folder: str, headers: dict[str, StoredTensor], targ
 
 
 def load_base(args: argparse.Namespace, folder: str, device: torch.device):
-    """The frozen base model: NF4 with double quantization or plain, everything else in bfloat16 or float32.
-
-    prepare_model_for_kbit_training would cast norms, embeddings and head to float32, and with them
-    the residual stream: about 30 % slower by calculation, and 3.4 GiB more.
-    """
+    """The frozen base model: NF4 with double quantization or plain, everything else in bfloat16 or float32."""
+    # prepare_model_for_kbit_training would cast norms, embeddings and head to float32, and with them the residual
+    # stream: about 30 % slower by calculation, and 3.4 GiB more.
     quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
