@@ -240,8 +240,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.report_to = [name for names in args.report_to for name in comma_separated(names)]
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
-    if (args.eval_files or args.eval_fraction) and args.save_steps % args.eval_steps:
-        parser.error(f"--save-steps {args.save_steps}: must be a multiple of --eval-steps {args.eval_steps}")
     return args
 
 
@@ -374,6 +372,7 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
         if not args.preview and world.size == 1:  # a launcher's command is not known here
             print_next(sys.argv[0], *training_flags(parse_args([*training_flags(args), *plan.advised])))
     else:
+        check_hub_name(args.model)
         missing = "is not on this machine yet; tokens, settings and --preview need these files:"
         print_field("tokens", f"{args.model} {missing}")
         print(f"  hf download {args.model} {' '.join(TOKENIZER_FILES)}")
@@ -421,7 +420,11 @@ def make_plan(args: argparse.Namespace, world: World, base: Base | None = None) 
     tokens, trained, part, for_train, for_eval, more = split_data(samples, train_files, eval_files, args)
     chosen, held_out = np.flatnonzero(for_train), np.flatnonzero(for_eval)
     if args.early_stopping and not len(held_out):
-        raise InputError("--early-stopping: nothing is held out; use --eval-fraction or --eval-files")
+        problem = "nothing is held out; use --eval-fraction or --eval-files"
+        raise InputError(f"--early-stopping {args.early_stopping}: {problem}")
+    if len(held_out) and args.save_steps % args.eval_steps:
+        problem = f"must be a multiple of --eval-steps {args.eval_steps}; change one of them"
+        raise InputError(f"--save-steps {args.save_steps}: {problem}")
     too_long = f"no answer fits into --max-length {args.max_length}"
     if not trained[chosen].sum():
         why = too_long if trained.sum() == 0 else "all of it is in --eval-files"
@@ -2072,6 +2075,7 @@ def layers_with_room(model, layers, rows: Rows, args: argparse.Namespace) -> int
 
 # ---- Model ---------------------------------------------------------------------------------------
 
+HUB_NAME = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*", re.ASCII)
 TOKENIZER_HINT = "its tokenizer does not load ({error}); complete the folder"
 ADAPTER_HINT = "{error}; give a folder that training wrote"
 
@@ -2112,21 +2116,26 @@ def find_base(args: argparse.Namespace, folder: str, revision: str | None = None
 
 
 def model_on_disk(name: str) -> str | None:
-    """The folder of a model whose tokenizer is on this machine, or None; InputError if it cannot be a Hub name either."""
+    """The folder of a model whose tokenizer is on this machine, or None."""
     if os.path.isdir(name):
         return name
-    if not re.fullmatch(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
-        raise InputError(f"--model {name}: no such folder; give a local folder or a Hub name such as org/model")
     from huggingface_hub import try_to_load_from_cache
 
-    found = [try_to_load_from_cache(name, file) for file in TOKENIZER_FILES]
+    found = [HUB_NAME.fullmatch(name) and try_to_load_from_cache(name, file) for file in TOKENIZER_FILES]
     return os.path.dirname(str(found[0])) if all(isinstance(file, str) for file in found) else None
+
+
+def check_hub_name(name: str) -> None:
+    """InputError for a model that is no folder and cannot be on the Hub."""
+    if not HUB_NAME.fullmatch(name):
+        raise InputError(f"--model {name}: no such folder; give a local folder or a Hub name such as org/model")
 
 
 def resolve_model(name: str) -> tuple[str, str | None]:
     """(local folder, Hub revision or None) of a folder or Hub name; downloads what is missing."""
     if os.path.isdir(name):
         return name, None
+    check_hub_name(name)
     folder = download_model(f"--model {name}", name, ["*.json", "*.safetensors", "*.jinja"])
     return folder, os.path.basename(folder)
 
