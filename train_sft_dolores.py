@@ -8,9 +8,7 @@
 train.chatml -> turns -> (input_ids, labels) -> packed rows -> NF4 base + LoRA -> Trainer -> --output.
 Then `python3 merge_lora.py` merges base and adapter into a folder that Ollama reads.
 
-The file reads from top to bottom: the flags, the story (`main`, `dry_run`, `train` and its four steps), then
-what they call: chat format, text to turns, turns to tokens, tokens to rows, looking at the data, memory,
-model, attention, training, checkpoints, report.
+The flags come first, then the story (`main`, `dry_run`, `train` and its steps), then what they call, as data flow.
 """
 
 from __future__ import annotations
@@ -121,11 +119,6 @@ examples:
   python3 train_sft_dolores.py --train-files mine.chatml --output runs/mine
   python3 train_sft_dolores.py --output runs/mine --resume
 """
-# What other trainers call our flags.
-KNOWN_ELSEWHERE = {"--lr": "--learning-rate", "--batch-size": "--train-batch-size", "--rank": "--lora-r",
-                   "--data": "--train-files", "--dataset": "--train-files", "--output-dir": "--output",
-                   "--max-seq-length": "--max-length", "--num-train-epochs": "--epochs",
-                   "--gradient-accumulation-steps": "--grad-accum"}  # fmt: skip
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -148,11 +141,12 @@ class OneLineParser(argparse.ArgumentParser):
     positional = "--train-files"  # the flag for what is typed without one
 
     def error(self, message: str):
-        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
-            flag = unknown[1].split("=")[0]
-            near = get_close_matches(flag.replace("_", "-"), self._option_string_actions, n=1, cutoff=0.6)
-            near = [known for known in [KNOWN_ELSEWHERE.get(flag)] if known in self._option_string_actions] or near
-            message = f"unknown option {flag}" + (f"; did you mean {near[0]}?" if near else "")
+        if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+            flag, known = unknown[1], self._option_string_actions
+            dashed = flag.replace("_", "-")
+            # --lr, at 0.6, would be --lora-r.
+            near = get_close_matches(dashed, known, n=1 if dashed in known else 2, cutoff=0.7)
+            message = f"unknown option {flag}" + (f"; did you mean {' or '.join(near)}?" if near else "")
             if not flag.startswith("-"):
                 message = f"unexpected argument {flag}; did you mean {self.positional} {flag}?"
         self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}; see --help\n")
@@ -249,16 +243,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def bounded(kind: type, low: float, high: float = float("inf"), low_open: bool = False) -> Callable[[str], Any]:
-    """An argparse type: an int or float from `low` to `high`; with low_open, above `low`."""
+def bounded(kind: type, low: float, high: float | None = None, low_open: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a finite int or float from `low` to `high`; with low_open, above `low`."""
 
     def parse(text: str):
         value = kind(text)
-        high_enough = value > low if low_open else value >= low  # false for NaN
-        if not high_enough or not value <= high or value == float("inf"):
-            bounds = f"{'above' if low_open else 'at least'} {low}"
-            bounds += "" if high == float("inf") else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
+        if not low <= value <= (high or sys.float_info.max) or (low_open and value == low):
+            highest = f" and at most {high}" if high else ""
+            raise argparse.ArgumentTypeError(f"{text} must be {'above' if low_open else 'at least'} {low}{highest}")
         return value
 
     parse.__name__ = "number" if kind is float else "whole number"
@@ -267,11 +259,9 @@ def bounded(kind: type, low: float, high: float = float("inf"), low_open: bool =
 
 def checkpointing_mode(text: str) -> str | int:
     """The value of --gradient-checkpointing: auto, all, none or a number of layers."""
-    if text in ("auto", "all", "none"):
-        return text
-    if text.isdecimal():
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} must be auto, all, none or a number of layers")
+    if text not in ("auto", "all", "none") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be auto, all, none or a number of layers")
+    return int(text) if text.isdecimal() else text
 
 
 def model_name(text: str) -> str:
@@ -331,13 +321,12 @@ class Plan(NamedTuple):
 @any_terminal()
 def main() -> None:
     """Look at the data, or train. An error that the user can fix ends in one line and exit status 2."""
-    if np is None:
-        print(describe_error(ModuleNotFoundError(name="numpy")), file=sys.stderr)
-        sys.exit(2)
     args, world = parse_args(), World.from_environment()
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process prints for all
     try:
+        if np is None:
+            raise ModuleNotFoundError(name="numpy")
         for name in (os.getcwd(), *sys.argv[1:]):
             check_name(name)
         if args.init_adapter:
@@ -354,12 +343,12 @@ def main() -> None:
 
 def describe_error(error: Exception, less_memory: str = "take smaller files or a larger machine") -> str | None:
     """The line to print about an error that the user can fix, or None for a bug of ours, which keeps its traceback."""
-    number, place = getattr(error, "errno", None), getattr(error, "filename", None)
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         install = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt"
         return f"{error.name}: not installed; run `{install}`"
+    number, place = getattr(error, "errno", None), getattr(error, "filename", None)
     if number == errno.ENOSPC:
         return f"{place or 'cache or output'}: no space left on the disk; free some space"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS) and place:
@@ -383,7 +372,7 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
         if not args.preview and world.size == 1:  # a launcher's command is not known here
             print_next(sys.argv[0], *training_flags(parse_args([*training_flags(args), *plan.advised])))
     else:
-        local_model(args.model)
+        check_hub_name(args.model)
         missing = "is not on this machine yet; tokens, settings and --preview need these files:"
         print_field("tokens", f"{args.model} {missing}")
         print(f"  hf download {args.model} {' '.join(TOKENIZER_FILES)}")
@@ -429,9 +418,14 @@ def make_plan(args: argparse.Namespace, world: World, base: Base | None = None) 
     if not base:
         return Plan(args, world, files, counts, findings, questions)
     tokens, trained, part, for_train, for_eval, more = split_data(samples, train_files, eval_files, args)
-    held_out = np.flatnonzero(for_eval)
-    check_evaluation(args, len(held_out))
-    chosen, too_long = np.flatnonzero(for_train), f"no answer fits into --max-length {args.max_length}"
+    chosen, held_out = np.flatnonzero(for_train), np.flatnonzero(for_eval)
+    if args.early_stopping and not len(held_out):
+        problem = "nothing is held out; use --eval-fraction or --eval-files"
+        raise InputError(f"--early-stopping {args.early_stopping}: {problem}")
+    if len(held_out) and args.save_steps % args.eval_steps:
+        problem = f"must be a multiple of --eval-steps {args.eval_steps}; change one of them"
+        raise InputError(f"--save-steps {args.save_steps}: {problem}")
+    too_long = f"no answer fits into --max-length {args.max_length}"
     if not trained[chosen].sum():
         why = too_long if trained.sum() == 0 else "all of it is in --eval-files"
         raise InputError(f"{', '.join(train_files)}: nothing to train on; {why}")
@@ -463,29 +457,17 @@ def make_plan(args: argparse.Namespace, world: World, base: Base | None = None) 
 def split_data(samples, train_files: dict[str, str], eval_files: dict[str, str], args: argparse.Namespace) -> tuple:
     """(tokens, trained tokens, part, whether trained on, whether held out) of each sample, [N] each; and warnings."""
     digests, tokens, trained, part, for_eval = measure(samples, eval_files)
-    both, found = [(file, 1) for file in train_files if file in eval_files], []
-    copies = np.zeros_like(for_eval)
-    if eval_files:
-        copies = ~for_eval & np.isin(digests, digests[for_eval])
-        places = samples.select(np.flatnonzero(copies)).select_columns(["file", "line"])
-        both += dict.fromkeys((place["file"], place["line"]) for place in places)  # once, even if it has several parts
-    else:
+    copies = ~for_eval & np.isin(digests, digests[for_eval])
+    places = samples.select(np.flatnonzero(copies)).select_columns(["file", "line"])
+    both = [(file, 1) for file in train_files if file in eval_files]
+    both += dict.fromkeys((place["file"], place["line"]) for place in places)  # once, even if it has several parts
+    found = [Finding("warning", *place, "held out", "also in --eval-files: not trained on") for place in both]
+    if not eval_files:
         for_eval = hold_out(digests, args.eval_fraction, args.seed)
         if args.eval_fraction and not for_eval.any():
             nothing = "nothing is: the data is one conversation"
             found.append(Finding("warning", next(iter(train_files)), 1, "held out", nothing))
-    found += [Finding("warning", *place, "held out", "also in --eval-files: not trained on") for place in both]
     return tokens, trained, part, ~for_eval & ~copies, for_eval, found
-
-
-def check_evaluation(args: argparse.Namespace, held_out: int) -> None:
-    """Refuse flags that need held-out samples where there are none, or evaluations at each checkpoint."""
-    if args.early_stopping and not held_out:
-        problem = "nothing is held out; use --eval-fraction or --eval-files"
-        raise InputError(f"--early-stopping {args.early_stopping}: {problem}")
-    if held_out and args.save_steps % args.eval_steps:
-        problem = f"--save-steps {args.save_steps}: must be a multiple of --eval-steps {args.eval_steps}"
-        raise InputError(f"{problem}; change one of them")
 
 
 def load_model(plan: Plan, targets: list[str], device: torch.device):
@@ -537,9 +519,7 @@ def fit(plan: Plan, trainer, record: dict, checkpoint: str | None) -> None:
         print(f"stopped {at}; continue with:\n  {resume_command(plan.world)}")
         sys.exit(128 + trainer.stop.agreed)
     if state.global_step < state.max_steps and args.early_stopping:
-        without = (
-            f"{plural(args.early_stopping, 'evaluation')} without a better held-out loss than {state.best_metric:.4f}"
-        )
+        without = f"{plural(args.early_stopping, 'evaluation')} without a better loss than {state.best_metric:.4f}"
         print_field("stopped", f"{at}: {without} at step {state.best_global_step}")
     if plan.eval_rows and "held_out" in results:
         print_field("after", "the loss of each held-out conversation")
@@ -563,9 +543,7 @@ def finish(plan: Plan, trainer, record: dict) -> None:
     """Write the adapter (the best by held-out loss), its record, card and loss curve; print what to type next."""
     args, state, results = plan.args, trainer.state, record["results"]
     if not any(parameter.any() for name, parameter in trainer.model.named_parameters() if "lora_B" in name):
-        problem = (
-            f"after {plural(state.global_step, 'optimizer step')} the adapter is still zero, so nothing was learned"
-        )
+        problem = f"after {plural(state.global_step, 'optimizer step')} the adapter is still zero"
         raise InputError(f"--learning-rate {args.learning_rate:g}: {problem}; raise it, or train for more steps")
     trainer.save_model(str(args.output))
     transformers.AutoConfig.from_pretrained(plan.base.folder).save_pretrained(args.output)
@@ -624,8 +602,7 @@ def chat_format(name: str, vocabulary: Vocabulary) -> ChatFormat:
         return base_format(vocabulary)
     before, after, answer_end, eos = (part.replace("{eos}", vocabulary.eos_token or "") for part in FORMATS[name])
     if eos not in special_tokens(vocabulary):
-        problem = f"the model's vocabulary has no end token {eos!r}"
-        raise InputError(f"--chat-format {name}: {problem}; choose another format")
+        raise InputError(f"--chat-format {name}: the model has no end token {eos!r}; choose another format")
     opening = {role: before.replace("{role}", role) for role in ROLES}
     return ChatFormat(opening, {"system": after, "user": after, "assistant": answer_end}, eos)
 
@@ -659,18 +636,12 @@ CHAT_TEMPLATE = """\
 
 
 def chat_template(chat: ChatFormat, adds_bos: bool = False) -> str:
-    """The format as a Jinja template: it renders the text that training sees.
+    """The format as a Jinja template, which renders the text that training sees.
 
-    adds_bos: whether the tokenizer puts a BOS token before a text. Then the template writes it, because whoever calls
-    tokenizer.apply_chat_template, such as a chat server, adds no special tokens to the rendered text.
+    adds_bos: the tokenizer begins a text with BOS. The template then writes it, as chat servers expect of templates.
     """
     prompt = chat.before["assistant"]
-    values = {
-        "before": {**chat.before, "assistant": prompt + chat.answer_start},
-        "after": chat.after,
-        "folds_system": chat.folds_system,
-        "prompt": prompt,
-    }
+    values = {**chat._asdict(), "before": chat.before | {"assistant": prompt + chat.answer_start}, "prompt": prompt}
     template = re.sub("@([a-z_]+)@", lambda found: json.dumps(values[found[1]], ensure_ascii=False), CHAT_TEMPLATE)
     if chat.no_system:
         text = json.dumps(chat.no_system, ensure_ascii=False)
@@ -734,13 +705,11 @@ def derive_format(render: Callable, vocabulary: Vocabulary) -> tuple[ChatFormat,
         raise TemplateError("it puts nothing before a user turn")
     if re.search(r'\{\{|"""', f"{opening}{before_system}{system_end}{to_answer}{to_user}"):
         raise TemplateError("it has two braces or three quotes, which a Modelfile cannot hold")
+    if not folds_system:
+        system_end = system_end.removesuffix(before_user)
     chat = ChatFormat(
         {"system": before_system, "user": before_user, "assistant": prompt.removeprefix(user_end)},
-        {
-            "system": system_end if folds_system else system_end.removesuffix(before_user),
-            "user": user_end,
-            "assistant": answer_end,
-        },
+        {"system": system_end, "user": user_end, "assistant": answer_end},
         eos_token=min(ends, key=answer_end.index),
         answer_start=to_answer.removeprefix(prompt),
         no_system=opening.removesuffix(before_user),
@@ -765,16 +734,13 @@ def chat_renderer(template: str, vocabulary: Vocabulary) -> Callable[..., str]:
     def fail(message: str):
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    loops = "jinja2.ext.loopcontrols"
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loops])
     # Training and a runtime on another day would see different text.
     environment.globals |= {"raise_exception": fail, "strftime_now": lambda _: fail("it writes today's date")}
     # transformers has a tag {% generation %} that marks answers and renders nothing.
-    template = re.sub(
-        r"(\{%[-+]?\s*)(end)?generation\b", lambda tag: tag[1] + ("endif" if tag[2] else "if true"), template
-    )
-    compiled = environment.from_string(template)
+    template = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", template)
+    compiled = environment.from_string(re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", template))
     tokens = {key: getattr(vocabulary, key) or "" for key in ("bos_token", "eos_token")}
     bos = tokens["bos_token"] if vocabulary.backend_tokenizer.encode("").ids else ""
 
@@ -1993,21 +1959,18 @@ def optimizer_bytes(optim: str) -> int:
     return 2 if "8bit" in optim else 8
 
 
-GPUS = (12, 16, 24)  # GiB
-
-
 def print_memory(plan: Plan, capacity: float | None = None, device: str = "") -> dict[str, float]:
     """Print and return what a step needs of a device of `capacity` GiB, or of common GPUs."""
     if not layer_weights(plan.base.config):
         return {}
-    args, parts = plan.args, memory_plan(plan)
+    args, parts, gpus = plan.args, memory_plan(plan), (12, 16, 24)
     need, share = sum(parts.values()), args.torch_memory_fraction
-    rows, limit = f"rows of {args.max_length:,} x {args.train_batch_size}", (capacity or GPUS[-1]) * share
+    rows, limit = f"rows of {args.max_length:,} x {args.train_batch_size}", (capacity or gpus[-1]) * share
     fix = f"; try {' '.join(saving_flags(args, checkpointed=True))}" if need > limit else ""
     if capacity:
         verdict = f"of {limit:.1f} GiB ({share:.0%} of {device}): {'too little' if fix else 'enough'} for {rows}"
     else:
-        on = ", ".join(f"{'enough' if need <= gpu * share else 'too little'} on {gpu}" for gpu in GPUS)
+        on = ", ".join(f"{'enough' if need <= gpu * share else 'too little'} on {gpu}" for gpu in gpus)
         verdict = f"GiB for {rows}, not measured: {on} GiB"
         without = plan._replace(args=argparse.Namespace(**vars(args) | {"bnb_nf4": False}))
         if args.bnb_nf4 and args.bf16 and (larger := sum(memory_plan(without).values())) <= limit:
@@ -2055,10 +2018,9 @@ def plan_checkpointing(model, rows: Rows, args: argparse.Namespace) -> None:
     base, mode = model.get_base_model(), args.gradient_checkpointing
     layers = base.get_decoder().layers
     enable_checkpointing(base)
+    spared = len(layers) - {"all": len(layers), "none": 0, "auto": 0}.get(mode, mode)
     if mode == "auto" and model.device.type == "cuda":
         spared = layers_with_room(model, layers, rows, args)
-    else:
-        spared = max(0, len(layers) - mode) if isinstance(mode, int) else 0 if mode == "all" else len(layers)
     checkpoint_layers(layers, spared)
     recompute = f"{len(layers) - spared} of {len(layers)} layers recompute their activations"
     print_field("memory", f"{recompute} (--gradient-checkpointing {mode})")
@@ -2094,32 +2056,32 @@ def layers_with_room(model, layers, rows: Rows, args: argparse.Namespace) -> int
     # What this process has and what nobody else has, below the cap; a twentieth is left for fragmentation.
     available = min(torch.cuda.memory_reserved() + free, args.torch_memory_fraction * total)
     limit = 0.95 * available - trained * (optimizer_bytes(args.optim) + buckets)
-    for spared in sorted({len(layers) * eighths // 8 for eighths in range(1, 9)}, reverse=True):
+    for spared in sorted({len(layers) * eighths // 8 for eighths in range(9)}, reverse=True):
         checkpoint_layers(layers, spared)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         try:
             model.train()(**inputs).loss.backward()
-            fits = torch.cuda.max_memory_reserved() < limit
+            if torch.cuda.max_memory_reserved() < limit:
+                break
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            fits = False
-        model.zero_grad()
-        if fits:
-            break
+        finally:
+            model.zero_grad()
     torch.cuda.empty_cache()
-    return spared if fits else 0
+    return spared
 
 
 # ---- Model ---------------------------------------------------------------------------------------
 
+HUB_NAME = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*", re.ASCII)
+TOKENIZER_HINT = "its tokenizer does not load ({error}); complete the folder"
+ADAPTER_HINT = "{error}; give a folder that training wrote"
+
 
 def load_libraries() -> None:
-    """Import torch and what builds on it, for all functions below, and silence their logs.
-
-    They take seconds, which --help, a dry run and errors in the data need not wait for.
-    """
+    """Import torch and what builds on it: seconds that --help, a dry run and errors in the data need not wait for."""
     global accelerate, torch, transformers, peft
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns on import that it lacks a CPU kernel
     gc.disable()  # without garbage collection the imports take a quarter less time
@@ -2137,66 +2099,44 @@ def load_libraries() -> None:
 
 def find_base(args: argparse.Namespace, folder: str, revision: str | None = None) -> Base:
     """The base model in this folder, checked as far as that needs no torch."""
-    hint = "config.json does not load ({error}); copy or download it again"
-    with explain(f"--model {args.model}", hint, ValueError, OSError):
+    place, adapter = f"--model {args.model}", Path(folder, "adapter_config.json")
+    if adapter.is_file():
+        fix = f"give its base, {read_json(adapter).get('base_model_name_or_path')}, and --init-adapter {args.model}"
+        raise InputError(f"{place}: is a LoRA adapter, not a whole model; {fix}")
+    hint = "config.json does not load ({error}); give a complete model in Hugging Face's layout"
+    with explain(place, hint, ValueError, OSError):
         config = dict(read_json(Path(folder, "config.json")))
     check_base(args, config)
     encode = load_encoder(args.model, folder, args.chat_format)
-    check_vocabulary(args.model, encode, config["vocab_size"])
+    last, rows = max((i, token) for token, i in encode.tokenizer.get_vocab().items()), config["vocab_size"]
+    if last[0] >= rows:  # neither the merge nor Ollama could use it
+        problem = f"its tokenizer has the token {last[1]!r} (id {last[0]:,}), its embedding only {rows:,} rows"
+        raise InputError(f"{place}: {problem}; delete such tokens from tokenizer.json, or resize the embedding")
     return Base(folder, revision, config, encode)
-
-
-def check_vocabulary(name: str, encode: Encoder, rows: int) -> None:
-    """Refuse a tokenizer with more tokens than the embedding has rows: neither the merge nor Ollama could use it."""
-    if (last := max(encode.tokenizer.get_vocab().items(), key=lambda item: item[1]))[1] >= rows:
-        problem = f"its tokenizer has the token {last[0]!r} (id {last[1]:,}), its embedding only {rows:,} rows"
-        raise InputError(f"--model {name}: {problem}; delete such tokens from tokenizer.json, or resize the embedding")
-
-
-HUB_NAME = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def model_on_disk(name: str) -> str | None:
     """The folder of a model whose tokenizer is on this machine, or None."""
     if os.path.isdir(name):
-        return local_model(name)
+        return name
     from huggingface_hub import try_to_load_from_cache
 
-    known = HUB_NAME.fullmatch(name)
-    found = [known and try_to_load_from_cache(name, file) for file in TOKENIZER_FILES]
+    found = [HUB_NAME.fullmatch(name) and try_to_load_from_cache(name, file) for file in TOKENIZER_FILES]
     return os.path.dirname(str(found[0])) if all(isinstance(file, str) for file in found) else None
 
 
-def local_model(name: str) -> str | None:
-    """The folder that --model names, or None for a Hub name; InputError if it is neither, or not a whole model."""
-    if os.path.isdir(name):
-        check_whole_model(name, name)
-        return name
+def check_hub_name(name: str) -> None:
+    """InputError for a model that is no folder and cannot be on the Hub."""
     if not HUB_NAME.fullmatch(name):
         raise InputError(f"--model {name}: no such folder; give a local folder or a Hub name such as org/model")
-    return None
-
-
-def check_whole_model(name: str, folder: str) -> None:
-    """InputError for a folder without a model, or with an adapter of one."""
-    if os.path.isfile(os.path.join(folder, "adapter_config.json")):
-        base = read_json(Path(folder, "adapter_config.json")).get("base_model_name_or_path")
-        problem = "is a LoRA adapter, not a whole model"
-        raise InputError(f"--model {name}: {problem}; give its base ({base}), and --init-adapter {name} to continue it")
-    if not os.path.isfile(os.path.join(folder, "config.json")):
-        problem = "no config.json in this folder"
-        raise InputError(f"--model {name}: {problem}; give a model folder in Hugging Face's layout")
 
 
 def resolve_model(name: str) -> tuple[str, str | None]:
     """(local folder, Hub revision or None) of a folder or Hub name; downloads what is missing."""
-    if folder := local_model(name):
-        return folder, None
+    if os.path.isdir(name):
+        return name, None
+    check_hub_name(name)
     folder = download_model(f"--model {name}", name, ["*.json", "*.safetensors", "*.jinja"])
-    check_whole_model(name, folder)
-    if not all(file.is_file() for file in weight_files(folder)):  # offline, what is in the cache counts as all there is
-        problem = "its weights are not in the local cache, and the Hub cannot be reached or has no *.safetensors"
-        raise InputError(f"--model {name}: {problem}; go online or give a local folder")
     return folder, os.path.basename(folder)
 
 
@@ -2209,9 +2149,7 @@ def download_model(place: str, name: str, patterns: list[str], revision: str | N
         "cannot use the Hugging Face cache ({error}); set HF_HOME to a folder that can be written to": (OSError,),
         "not in the local cache, and cannot reach the Hugging Face Hub; go online or give a local folder": offline,
         "neither a folder nor a Hub name; check the path": (errors.HFValidationError,),
-        "not found on the Hub; check the name, or run `hf auth login` if it is private": (
-            errors.RepositoryNotFoundError,
-        ),
+        "not found on the Hub; check the name, or run `hf auth login`": (errors.RepositoryNotFoundError,),
         f"no revision {revision} on the Hub; give a local folder": (errors.RevisionNotFoundError,),
         f"access is gated; accept the license at hf.co/{name}, then run `hf auth login`": (errors.GatedRepoError,),
     }
@@ -2247,19 +2185,14 @@ def load_encoder(name: str, folder: str, format_name: str) -> Encoder:
     with explain(f"--model {name}", TOKENIZER_HINT, Exception):  # tokenizers raises plain Exception
         backend = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
         config = read_json(Path(folder, "tokenizer_config.json"))
-        eos, bos = (
-            token["content"] if isinstance(token, dict) else token
-            for token in (config["eos_token"], config.get("bos_token"))
-        )
+        tokens = config["eos_token"], config.get("bos_token")
+        eos, bos = (token["content"] if isinstance(token, dict) else token for token in tokens)
         own = Path(folder, "chat_template.jinja")
         template = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
         if isinstance(template, list):  # several by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
     vocabulary = Vocabulary(backend, eos, bos, template)
     return Encoder(vocabulary, chat_format(format_name, vocabulary))
-
-
-TOKENIZER_HINT = "its tokenizer does not load ({error}); complete the folder"
 
 
 def load_tokenizer(name: str, folder: str, encode: Encoder):
@@ -2293,7 +2226,8 @@ def read_headers(name: str, folder: str | Path) -> dict[str, StoredTensor]:
     for file in weight_files(folder):
         if not file.is_file():
             missing = file.name if file.name != "model.safetensors" else "*.safetensors"
-            raise InputError(f"--model {name}: no {missing} in it; give a folder with the weights")
+            fix = "give a folder with the weights, or go online if the Hub's cache lacks them"
+            raise InputError(f"--model {name}: no {missing} in it; {fix}")
         tensors |= read_header(f"--model {name}", file)
     return tensors
 
@@ -2317,22 +2251,14 @@ def read_header(place: str, file: Path) -> dict[str, StoredTensor]:
 
 
 def fingerprint(headers: dict[str, StoredTensor]) -> str:
-    """A sha256 that tells models of the same shape apart; merge_lora.py compares it.
-
-    Hashes, for every tensor in the order of their names, the line "name dtype [shape]" and the first 4096 bytes.
-    """
+    """The sha256, in the order of names, of each tensor's line "name dtype [shape]" and its first 4,096 bytes."""
     digest = hashlib.sha256()
-    with contextlib.ExitStack() as stack:
-        files = {tensor.file for tensor in headers.values()}
-        streams = {file: stack.enter_context(open(file, "rb", buffering=0)) for file in files}
-        for name, tensor in sorted(headers.items()):
-            digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-            streams[tensor.file].seek(tensor.start)
-            digest.update(streams[tensor.file].read(min(tensor.end - tensor.start, 4096)))
+    for name, tensor in sorted(headers.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+        with open(tensor.file, "rb", buffering=0) as file:
+            file.seek(tensor.start)
+            digest.update(file.read(min(tensor.end - tensor.start, 4096)))
     return digest.hexdigest()
-
-
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # how configs name a mixture of experts
 
 
 def check_base(args: argparse.Namespace, config: dict[str, Any]) -> None:
@@ -2344,11 +2270,10 @@ def check_base(args: argparse.Namespace, config: dict[str, Any]) -> None:
         problem = "it is already quantized; give the 16-bit original, --bnb-nf4 quantizes it"
     elif "text_config" in config:
         problem = f"{kind} reads images too, and merge_lora.py merges text models only; give a text model"
-    elif any(config.get(key) for key in EXPERTS):
+    elif any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
         problem = f"{kind} is a mixture of experts, which merge_lora.py cannot merge; give a dense model"
     elif not all(config.get(key) for key in ("hidden_size", "num_hidden_layers", "vocab_size")):
-        lacks = "config.json has no hidden_size, num_hidden_layers or vocab_size"
-        problem = f"{kind} is not built like a Llama: {lacks}; give a Llama, Qwen, Mistral, Gemma or Phi model"
+        problem = f"{kind} is not built like a Llama; give a Llama, Qwen, Mistral, Gemma or Phi model"
     if problem:
         raise InputError(f"--model {args.model}: {problem}")
     if isinstance(count, int) and count > layers:
@@ -2358,18 +2283,15 @@ def check_base(args: argparse.Namespace, config: dict[str, Any]) -> None:
 
 
 def check_weights(name: str, folder: str, headers: dict[str, StoredTensor], targets: list[str]) -> list[str]:
-    """Refuse files that do not hold the model's weights by their names: an adapter could not be merged into them.
-
-    Returns the names of the linear layers to adapt; InputError for a wrong one.
-    """
+    """The names of the linear layers to adapt; InputError for a wrong one, or for weights of other names or shapes."""
     hint = "{error}; give a causal language model"
     with explain(f"--model {name}", hint, ValueError, OSError, KeyError), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for parameter, value in model.named_parameters():
         if parameter not in headers and parameter not in model.all_tied_weights_keys:
-            problem = f"its files hold no {parameter}, so merge_lora.py could not merge into them"
-            raise InputError(f"--model {name}: {problem}; give a complete model with the names of transformers")
+            fix = "give a complete model with the names of transformers"
+            raise InputError(f"--model {name}: its files hold no {parameter}; {fix}")
         if parameter in headers and headers[parameter].shape != list(value.shape):
             problem = f"{parameter} is {headers[parameter].shape}, but config.json says {list(value.shape)}"
             raise InputError(f"--model {name}: {problem}; copy or download it again")
@@ -2377,18 +2299,15 @@ def check_weights(name: str, folder: str, headers: dict[str, StoredTensor], targ
     linear = sorted({key.rpartition(".")[2] for key, module in modules if isinstance(module, torch.nn.Linear)})
     for target in targets or [""]:
         if target not in ("all-linear", *linear):
-            problem = "is no linear layer of this model"
-            fix = f"choose from {','.join(linear)}, or give all-linear"
-            raise InputError(f"--lora-target-modules {target}: {problem}; {fix}")
+            names = ",".join(["all-linear", *linear])
+            raise InputError(f"--lora-target-modules {target}: is no linear layer of this model; choose from {names}")
     return linear if "all-linear" in targets else targets
 
 
 def load_base(args: argparse.Namespace, folder: str, device: torch.device):
-    """The frozen base model: NF4 with double quantization or plain, everything else in bfloat16 or float32.
-
-    prepare_model_for_kbit_training would cast norms, embeddings and head to float32, and with them
-    the residual stream: about 30 % slower by calculation, and 3.4 GiB more.
-    """
+    """The frozen base model: NF4 with double quantization or plain, everything else in bfloat16 or float32."""
+    # prepare_model_for_kbit_training would cast norms, embeddings and head to float32, and with them the residual
+    # stream: about 30 % slower by calculation, and 3.4 GiB more.
     quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -2433,9 +2352,6 @@ def add_lora(model, args: argparse.Namespace, targets: list[str], revision: str 
     return peft.get_peft_model(model, config)
 
 
-ADAPTER_HINT = "{error}; give a folder that training wrote"
-
-
 def inherit_lora(args: argparse.Namespace) -> argparse.Namespace:
     """The flags with the rank, alpha, dropout and targets of --init-adapter in place of their own."""
     folder, place = args.init_adapter, f"--init-adapter {args.init_adapter}"
@@ -2455,11 +2371,9 @@ def check_ancestor(folder: Path, record: dict[str, Any]) -> None:
         before = read_json(own / RECORD)
         base, chat = before["base"], before["chat_format"]
         if base["fingerprint"] != record["base"]["fingerprint"]:
-            problem = f"it was trained on another base, {base['model']}"
-            raise InputError(f"--init-adapter {folder}: {problem}; give that as --model")
+            raise InputError(f"--init-adapter {folder}: trained on another base; use --model {base['model']}")
         if chat != json.loads(json.dumps(record["chat_format"])):
-            problem = f"it was trained in the chat format {chat['name']}"
-            raise InputError(f"--init-adapter {folder}: {problem}; use --chat-format {chat['name']}")
+            raise InputError(f"--init-adapter {folder}: in another chat format; use --chat-format {chat['name']}")
 
 
 # ---- Attention -----------------------------------------------------------------------------------

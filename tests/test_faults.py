@@ -319,7 +319,10 @@ def test_names_that_are_not_utf8(data_folder):
     assert_says(done.stderr.decode(), r"'caf\udce9'", "UTF-8")
 
 
-def test_more_tokens_than_rows_in_the_embedding(smollm2_tokenizer):
-    encode = sft.Encoder(smollm2_tokenizer, sft.chat_format("dolores", smollm2_tokenizer))
-    sft.check_vocabulary("base", encode, 49152)
-    assert_says(error_of(sft.check_vocabulary, "base", encode, 49151), "--model base", "49,151")
+def test_more_tokens_than_rows_in_the_embedding(tmp_path, short_smollm2):
+    for name in sft.TOKENIZER_FILES:
+        shutil.copy(short_smollm2 / name, tmp_path)
+    args, config = arguments("--model", tmp_path), json.loads((tmp_path / "config.json").read_text())
+    assert sft.find_base(args, tmp_path).config["vocab_size"] == 49152
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 49151}))
+    assert_says(error_of(sft.find_base, args, tmp_path), f"--model {tmp_path}", "49,151")
