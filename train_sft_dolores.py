@@ -2461,8 +2461,7 @@ def check_ancestor(folder: Path, record: dict[str, Any]) -> None:
 def choose_attention(folder: str, device: torch.device, bf16: bool) -> str:
     """The name of an attention that stays inside the documents of a row.
 
-    transformers' sdpa does so with a T x T mask. On CUDA torch's varlen_attn needs none and skips the work between
-    documents.
+    transformers' sdpa does so with a T x T mask. On CUDA torch's varlen_attn needs none and skips what it would hide.
     """
     config = transformers.AutoConfig.from_pretrained(folder)
     if getattr(config, "attn_logit_softcapping", None):
@@ -2525,10 +2524,8 @@ def differences(model, rows: Rows) -> tuple[float, float]:
     kept, random = [p.detach().clone() for p in b], torch.Generator().manual_seed(0)
 
     def backward(loss) -> list[torch.Tensor]:
-        loss.backward()
-        grads = [[torch.zeros_like(p) if p.grad is None else p.grad for p in kind] for kind in (a, b)]
-        model.zero_grad()
-        return [loss.detach(), *(torch.cat([grad.flatten() for grad in kind]) for kind in grads)]
+        grads = [grad.flatten() for grad in torch.autograd.grad(loss, [*a, *b], materialize_grads=True)]
+        return [loss.detach(), torch.cat(grads[: len(a)]), torch.cat(grads[len(a) :])]
 
     try:
         for p in b:
@@ -2548,7 +2545,6 @@ def differences(model, rows: Rows) -> tuple[float, float]:
         print_field("checked", first_line(error))
         apart = torch.full((3,), float("inf"), device=device)
     finally:
-        model.zero_grad()
         decoder.layers = layers
         for p, value in zip(b, kept, strict=True):
             p.data.copy_(value)
@@ -2619,11 +2615,9 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
         # Refuse to train on it by accident; these values of the variable ask for it.
         if torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
             problem = f"torch {torch.__version__} was built for CUDA {torch.version.cuda}, but no GPU answers"
-            fix = "update the NVIDIA driver (CUDA 12 needs 525 or newer)"
-            if not torch.version.cuda.startswith("12."):
-                fix = (
-                    "update the NVIDIA driver (CUDA 13 needs 580 or newer), install torch for CUDA 12 as README.md says"
-                )
+            cuda12 = torch.version.cuda.startswith("12.")
+            fix = f"update the NVIDIA driver ({'CUDA 12 needs 525' if cuda12 else 'CUDA 13 needs 580'} or newer)"
+            fix += "" if cuda12 else ", install torch for CUDA 12 as README.md says"
             raise InputError(f"GPU: {problem}; {fix}, or set CUDA_VISIBLE_DEVICES= to train on the CPU")
         print_field("device", "CPU")
         if args.bf16 and not torch.cpu._is_avx512_bf16_supported():
@@ -2679,8 +2673,7 @@ class Stop:
     """
 
     def __init__(self, world: World):
-        self.signal: int | None = None  # received by this process
-        self.agreed: int | None = None  # received by any process
+        self.signal = self.agreed = 0  # received by this process; by any process
         self.finish_step_first, self.world = False, world
         self.terminals = [stream for stream in (1, 2) if os.isatty(stream)]
         for signum in STOP_SIGNALS:
@@ -2693,6 +2686,7 @@ class Stop:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         elif self.signal:
             os._exit(128 + signum)
+        self.signal = signum
         text = "stopping after this step and its checkpoint; press Ctrl-C again to exit at once"
         if not self.finish_step_first:
             text = "stopped before the first step: nothing to save; the same command starts again"
@@ -2700,15 +2694,13 @@ class Stop:
             os.write(1, f"\n{text}\n".encode())  # print fails where the signal came within another print
         if not self.finish_step_first:
             sys.exit(128 + signum)
-        self.signal = signum
 
     def any_rank_signaled(self, accelerator) -> bool:
         """Whether any process has received a signal: all of them must stop at the same step."""
         self.agreed = self.signal
         if self.world.size > 1:
-            signals = accelerator.gather(torch.tensor([self.signal or 0], device=accelerator.device))
-            self.agreed = int(signals.max()) or None
-        return self.agreed is not None
+            self.agreed = int(accelerator.gather(torch.tensor([self.signal], device=accelerator.device)).max())
+        return bool(self.agreed)
 
 
 def training_arguments(args: argparse.Namespace, evaluating: bool) -> transformers.TrainingArguments:
@@ -2732,9 +2724,7 @@ def training_arguments(args: argparse.Namespace, evaluating: bool) -> transforme
         eval_strategy="steps" if evaluating else "no",
         eval_steps=args.eval_steps,
         save_steps=args.save_steps,
-        save_total_limit=None,  # finish_checkpoint deletes old ones once the new one is complete
         load_best_model_at_end=evaluating,
-        metric_for_best_model="eval_loss" if evaluating else None,
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=args.report_to,
@@ -2806,12 +2796,8 @@ class Training(Trainer):
     def create_scheduler(self, num_training_steps, optimizer=None):
         """The same schedule, read in the middle of each step: at its start, warm-up gives the first step rate 0."""
         schedule = super().create_scheduler(num_training_steps, optimizer)
-
-        def in_the_middle(rate: Callable[[float], float]) -> Callable[[int], float]:
-            return lambda step: rate(step + 0.5)
-
-        rates = [in_the_middle(rate) for rate in schedule.lr_lambdas]
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(schedule.optimizer, rates)
+        rate = schedule.lr_lambdas[0]  # the same for all groups
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(schedule.optimizer, lambda step: rate(step + 0.5))
         return self.lr_scheduler
 
     def evaluation_loop(self, dataloader, description, *_, metric_key_prefix="eval", **__):
@@ -2835,10 +2821,9 @@ class Training(Trainer):
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Each row once. For training accelerate repeats some, so that all processes have as many batches."""
-        settings = self.accelerator.dataloader_config
-        settings.even_batches = False
+        self.accelerator.even_batches = False
         loader = super().get_eval_dataloader(eval_dataset)
-        settings.even_batches = True
+        self.accelerator.even_batches = True
         return loader
 
     def losses(self, rows: Rows) -> dict[str, float]:
@@ -2853,11 +2838,14 @@ class Steps(TrainerCallback):
     def __init__(self, trainer, options: argparse.Namespace):
         self.trainer, self.options, self.seconds = trainer, options, 0.0  # in steps alone
 
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+    def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         from tqdm import tqdm
 
         restore_paging(optimizer)  # after Trainer has loaded its state
-        follow_schedule(self.trainer.lr_scheduler, args.learning_rate)
+        if state.global_step:  # the checkpoint has brought the run's rate before, which --force-resume may change
+            lr_scheduler.base_lrs = [args.learning_rate] * len(lr_scheduler.base_lrs)
+            lr_scheduler.last_epoch -= 1
+            lr_scheduler.step()
         total, self.first = state.max_steps, state.global_step
         self.bar = tqdm(total=total, initial=self.first, unit="step", disable=not show_progress(), leave=False)
 
@@ -2903,20 +2891,10 @@ class Steps(TrainerCallback):
             rotate(args.output_dir, self.options.save_total_limit, state.best_model_checkpoint)
 
 
-def follow_schedule(scheduler, learning_rate: float) -> None:
-    """Set the rate of this run's schedule: a checkpoint brings that of the run before, which --force-resume may change."""
-    scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
-    rates = [learning_rate * rate(scheduler.last_epoch) for rate in scheduler.lr_lambdas]
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-        group["lr"], group["initial_lr"] = rate, learning_rate
-    scheduler.base_lrs, scheduler._last_lr = [learning_rate] * len(rates), rates
-
-
 def restore_paging(optimizer) -> None:
     """Put the loaded state of a paged bitsandbytes optimizer back into managed memory.
 
-    Loading leaves it in ordinary memory; where it still carries the mark `is_paged`, bitsandbytes would
-    prefetch it as managed memory all the same.
+    Loading leaves it in ordinary memory, but bitsandbytes would prefetch it as managed memory all the same.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     if not getattr(optimizer, "is_paged", False):
@@ -3020,26 +2998,24 @@ def complete_checkpoint(folder: Path) -> None:
 
 def newest_checkpoint(output: Path) -> str | None:
     """The newest complete checkpoint; damaged ones are named and deleted."""
-    steps = [folder.name.removeprefix("checkpoint-") for folder in output.glob("checkpoint-*")]
-    for step in sorted((step for step in steps if step.isdecimal()), key=int, reverse=True):
-        folder = output / f"checkpoint-{step}"
+    from transformers.trainer_utils import get_last_checkpoint
+
+    while checkpoint := get_last_checkpoint(str(output)):
+        folder = Path(checkpoint)
         try:
             files = read_json(folder / COMPLETE)
             damaged = next((name for name, expected in files.items() if sha256(folder / name) != expected), None)
         except (FileNotFoundError, ValueError) as error:
             damaged = getattr(error, "filename", None) or COMPLETE
         if not damaged:
-            return str(folder)
+            break
         print_field("resume", f"{folder} is damaged ({os.path.basename(damaged)}): deleted, using the one before")
         shutil.rmtree(folder)
-    return None
+    return checkpoint
 
 
 def resume_point(output: Path, record: dict, force: bool) -> str | None:
-    """The checkpoint to continue from; the record takes over the results measured before the stop.
-
-    InputError that names the fields in which the two runs differ, unless `force` is set.
-    """
+    """The checkpoint to continue from, with the earlier results put into the record; InputError for another run."""
     previous = read_json(output / RECORD)
     old, new = comparable(previous), comparable(json.loads(json.dumps(record, default=str)))
     different = [key for key in old | new if old.get(key) != new.get(key)]
@@ -3058,14 +3034,11 @@ def run_record(plan: Plan, fingerprint: str) -> dict[str, Any]:
     libraries = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "safetensors", "tokenizers")
     args, base = plan.args, plan.base
     model = args.model if base.revision else os.path.abspath(args.model)
-    init_adapter = args.init_adapter and {
-        "name": args.init_adapter.resolve().name,
-        "sha256": sha256(args.init_adapter / "adapter_model.safetensors"),
-    }
+    weights = args.init_adapter and sha256(args.init_adapter / "adapter_model.safetensors")
     return {
         "chat_format": {"name": args.chat_format, **base.encode.chat._asdict()},
         "base": {"model": model, "revision": base.revision, "fingerprint": fingerprint},
-        "init_adapter": init_adapter,
+        "init_adapter": weights and {"name": args.init_adapter.resolve().name, "sha256": weights},
         "quantization": {"bnb_nf4": args.bnb_nf4, "bnb_dtype": args.bnb_dtype, "bnb_double_quant": args.bnb_nf4},
         "args": vars(args),
         "data": {"sha256": plan.files, **plan.counts},
@@ -3074,10 +3047,7 @@ def run_record(plan: Plan, fingerprint: str) -> dict[str, Any]:
 
 
 def comparable(record: dict) -> dict[str, Any]:
-    """The fields of a record that must not change when it is resumed, under names the user knows.
-
-    Names of files and folders may: the same bytes in another place are the same run.
-    """
+    """What --resume must find unchanged, under names the user knows. Files may move: their bytes count."""
     data = record["data"]
     contents = [data["trained_on"], data["held_out"], *data["sha256"].values()]
     return {
@@ -3120,10 +3090,9 @@ def read_prompts(file: Path | None) -> list[str] | None:
 
 
 def find_prompts(plan: Plan, count: int = 3) -> dict[str, list[int]]:
-    """{question: its ids, up to where the answer begins} of --sample-prompts.
+    """{question: ids up to where the answer begins}: those of --sample-prompts, or the first that are held out.
 
-    By default the first ones of held-out conversations, or of training ones where nothing is held out, with their
-    system turn.
+    The latter keep their system turn. Where nothing is held out they come from training conversations.
     """
     encode, questions = plan.base.encode, plan.questions
     if questions is not None:
@@ -3149,10 +3118,7 @@ def before_answer(input_ids: np.ndarray, labels: np.ndarray) -> list[int]:
 
 
 def generate_answers(model, tokenizer, prompts: dict[str, list[int]], max_new_tokens=80, when="") -> dict[str, str]:
-    """Greedy answers by their questions, one at a time: no padding, so the packed attention serves here too.
-
-    Given `when`, each is announced: on a CPU it takes a while.
-    """
+    """Greedy answers by their questions, one at a time, without padding; each announced if `when` says at what time."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     # What is not set here comes from the base's own settings, and Llama 3.1's sample. Without sampling transformers
@@ -3380,12 +3346,11 @@ def training_flags(args: argparse.Namespace) -> list[str]:
         if name in once or value == defaults[name]:
             continue
         if isinstance(value, bool):
-            flags.append(flag if value else flag.replace("--", "--no-", 1))
-        elif name == "lora_target_modules":
-            flags += [flag, ",".join(value)]
-        else:
-            values = value if isinstance(value, list) else [value]
-            flags += [flag, *(f"{v:.12g}" if isinstance(v, float) else str(v) for v in values)]
+            flags.append(flag if value else f"--no-{flag[2:]}")
+            continue
+        value = ",".join(value) if name == "lora_target_modules" else value
+        values = value if isinstance(value, list) else [value]
+        flags += [flag, *(f"{v:.12g}" if isinstance(v, float) else str(v) for v in values)]
     return flags
 
 

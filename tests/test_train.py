@@ -69,7 +69,7 @@ def short_run(folder: Path, model: Path, *options) -> tuple[int, str]:
 def lora_model(folder, *options, precision=("--no-bf16", "--no-bnb-nf4")):
     """The model as the script trains it, from these flags."""
     args = arguments("--model", folder, "--lora-r", 4, *precision, *options)
-    model = sft.load_base(args, str(folder), "cpu")
+    model = sft.load_base(args, str(folder), torch.device("cpu"))
     return sft.add_lora(model, args, args.lora_target_modules, None)
 
 
