@@ -488,13 +488,14 @@ def load_model(plan: Plan, targets: list[str], device: torch.device):
 def fit(plan: Plan, trainer, record: dict, checkpoint: str | None) -> None:
     """Measure, train, measure again; fills record["results"]. Exits on a signal."""
     args = plan.args
+    ask = functools.partial(generate_answers, trainer.model, trainer.processing_class, trainer.prompts)
     # Only the first process has read the checkpoint folder.
     checkpoint, results = accelerate.utils.broadcast_object_list([checkpoint, record.get("results") or {}])
     record["results"] = results
     if not results:
         if plan.eval_rows:
             results |= measure_before(plan, trainer)
-        results["samples"] = {"before": trainer.answer("before")}
+        results["samples"] = {"before": ask(when="before")}
         if not plan.world.rank:
             for entry in args.output.iterdir():  # what --overwrite deletes, now that the first step can begin
                 if entry.name != ".lock":
@@ -516,7 +517,9 @@ def fit(plan: Plan, trainer, record: dict, checkpoint: str | None) -> None:
     results |= {"seconds": round(time.monotonic() - began), "resumed": bool(checkpoint), "device": name}
     state, at = trainer.state, f"at step {trainer.state.global_step} of {trainer.state.max_steps}"
     if state.global_step < state.max_steps and trainer.stop.agreed:
-        print(f"stopped {at}; continue with:\n  {resume_command(plan.world)}")
+        again = "the same command, launcher included, with --resume"
+        again = again if plan.world.size > 1 else shlex.join([this_python(), *resuming_options()])
+        print(f"stopped {at}; continue with:\n  {again}")
         sys.exit(128 + trainer.stop.agreed)
     if state.global_step < state.max_steps and args.early_stopping:
         without = f"{plural(args.early_stopping, 'evaluation')} without a better loss than {state.best_metric:.4f}"
@@ -524,7 +527,7 @@ def fit(plan: Plan, trainer, record: dict, checkpoint: str | None) -> None:
     if plan.eval_rows and "held_out" in results:
         print_field("after", "the loss of each held-out conversation")
         results["held_out"]["after"] = trainer.losses(plan.eval_rows)
-    results["samples"]["after"] = trainer.answer("after")
+    results["samples"]["after"] = ask(when="after")
 
 
 def measure_before(plan: Plan, trainer) -> dict[str, Any]:
@@ -552,8 +555,7 @@ def finish(plan: Plan, trainer, record: dict) -> None:
         results |= {"eval_loss_after": state.best_metric, "best_step": state.best_global_step}
     if answers := results["samples"]["after"]:
         print_field("after", "copies of the training data in the answers")
-        texts = training_answers(plan, results.get("held_out", {}).get("tokens", ()))
-        results["copied"] = count_copied(answers.values(), texts)
+        results["copied"] = count_copied(answers.values(), trained_texts(plan.train_rows, plan.base.encode.tokenizer))
         write_samples(args.output / "samples.md", args.name, "After training", answers, verdict(results).get("copied"))
     write_json(args.output / RECORD, record)
     write_card(args.output, args, record)
@@ -1597,25 +1599,16 @@ def pack(lengths: np.ndarray, capacity: int, seed: int) -> list[np.ndarray]:
 
 
 class Rows:
-    """A sequence of rows, each read from disk on demand: the samples that it packs.
+    """A sequence of rows, each read from disk on demand: the samples that it packs."""
 
-    Behind the last one may follow empty rows, so that all processes evaluate the same number.
-    """
-
-    def __init__(self, samples, plan: list[np.ndarray], empty: int = 0):
-        self.samples, self.plan, self.empty = samples.with_format("numpy"), plan, empty
+    def __init__(self, samples, plan: list[np.ndarray]):
+        self.samples, self.plan = samples.with_format("numpy"), plan
 
     def __len__(self) -> int:
-        return len(self.plan) + self.empty
+        return len(self.plan)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        if row >= len(self.plan):  # one token, nothing trained: the loss is a sum over nothing
-            return {"input_ids": [np.zeros(1, np.int32)], "labels": [np.full(1, IGNORE)], "file": [""], "line": [0]}
         return self.samples[self.plan[row]]
-
-    def padded(self, multiple: int) -> Rows:
-        """The same rows, followed by empty ones up to a multiple of this number."""
-        return Rows(self.samples, self.plan, -len(self.plan) % multiple)
 
     def longest(self) -> dict[str, Any]:
         """The row with the most tokens, which needs the most memory."""
@@ -2382,28 +2375,25 @@ def check_ancestor(folder: Path, record: dict[str, Any]) -> None:
 def choose_attention(folder: str, device: torch.device, bf16: bool) -> str:
     """The name of an attention that stays inside the documents of a row.
 
-    transformers' sdpa does so with a T x T mask. On CUDA torch's varlen_attn needs none and skips the work between
-    documents.
+    transformers' sdpa does so with a T x T mask. On CUDA torch's varlen_attn needs none and skips what it would hide.
     """
     config = transformers.AutoConfig.from_pretrained(folder)
     if getattr(config, "attn_logit_softcapping", None):
         return "eager"  # Gemma 2's softcap, which the other two do not know
-    if torch.device(device).type != "cuda" or not bf16:
+    if device.type != "cuda" or not bf16:
         return "sdpa"
     from torch.nn.attention.varlen import varlen_attn
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    def attention(
-        module, query, key, value, attention_mask, scaling=None, sliding_window=None, cu_seq_lens_q=None,
-        max_length_q=None, **kwargs,
-    ):  # fmt: skip
+    def attention(module, query, key, value, mask, sliding_window=None, cu_seq_lens_q=None, max_length_q=None, **rest):
         """query [1, heads, T, d], key and value [1, kv_heads, T, d] -> [1, T, heads, d]"""
         if cu_seq_lens_q is None:  # generation: one sequence, without padding
-            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+            return sdpa_attention_forward(module, query, key, value, mask, **rest)
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         ends, longest = (cu_seq_lens_q,) * 2, (max_length_q,) * 2
         window = (sliding_window - 1 if sliding_window else -1, 0)
-        return varlen_attn(q, k, v, *ends, *longest, scale=scaling, window_size=window, enable_gqa=True)[None], None
+        out = varlen_attn(q, k, v, *ends, *longest, scale=rest["scaling"], window_size=window, enable_gqa=True)
+        return out[None], None
 
     # transformers finds no mask function of this name, so it builds no mask.
     transformers.AttentionInterface.register("packed", attention)
@@ -2448,10 +2438,8 @@ def differences(model, rows: Rows) -> tuple[float, float]:
     kept, random = [p.detach().clone() for p in b], torch.Generator().manual_seed(0)
 
     def backward(loss) -> list[torch.Tensor]:
-        loss.backward()
-        grads = [[torch.zeros_like(p) if p.grad is None else p.grad for p in kind] for kind in (a, b)]
-        model.zero_grad()
-        return [loss.detach(), *(torch.cat([grad.flatten() for grad in kind]) for kind in grads)]
+        grads = [grad.flatten() for grad in torch.autograd.grad(loss, [*a, *b], materialize_grads=True)]
+        return [loss.detach(), torch.cat(grads[: len(a)]), torch.cat(grads[len(a) :])]
 
     try:
         for p in b:
@@ -2471,7 +2459,6 @@ def differences(model, rows: Rows) -> tuple[float, float]:
         print_field("checked", first_line(error))
         apart = torch.full((3,), float("inf"), device=device)
     finally:
-        model.zero_grad()
         decoder.layers = layers
         for p, value in zip(b, kept, strict=True):
             p.data.copy_(value)
@@ -2539,7 +2526,13 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
     if world.size > 1:  # before anything else starts the process group with a shorter timeout
         accelerate.PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
     if not torch.cuda.is_available():
-        check_driver()
+        # Refuse to train on it by accident; these values of the variable ask for it.
+        if torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+            problem = f"torch {torch.__version__} was built for CUDA {torch.version.cuda}, but no GPU answers"
+            cuda12 = torch.version.cuda.startswith("12.")
+            fix = f"update the NVIDIA driver ({'CUDA 12 needs 525' if cuda12 else 'CUDA 13 needs 580'} or newer)"
+            fix += "" if cuda12 else ", install torch for CUDA 12 as README.md says"
+            raise InputError(f"GPU: {problem}; {fix}, or set CUDA_VISIBLE_DEVICES= to train on the CPU")
         print_field("device", "CPU")
         if args.bf16 and not torch.cpu._is_avx512_bf16_supported():
             print_field("device", "this CPU has no bfloat16: --no-bf16 --bnb-dtype float32 is about ten times faster")
@@ -2547,9 +2540,7 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
             print_field("device", f"no GPU, so {optim} takes the place of {args.optim}")
         return torch.device("cpu")
     if world.local_rank >= torch.cuda.device_count():
-        problem = (
-            f"process {world.local_rank} of this machine has no GPU of its own, there are {torch.cuda.device_count()}"
-        )
+        problem = f"there are {torch.cuda.device_count()}, so process {world.local_rank} has none of its own"
         raise InputError(f"GPU: {problem}; start as many processes as GPUs")
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
@@ -2565,20 +2556,9 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
     if (optim := optimizer_on(args.optim, "cuda")) != args.optim:
         print_field("device", f"WSL2, where paged memory can end the run: {optim} takes the place of {args.optim}")
     if world.size == 1 and (cards := torch.cuda.device_count()) > 1:
-        print_field(
-            "device", f"using 1 of {cards} GPUs; `torchrun --nproc-per-node {cards}` instead of python3 uses all"
-        )
+        all_of_them = f"`torchrun --nproc-per-node {cards}` instead of python3 uses all"
+        print_field("device", f"using 1 of {cards} GPUs; {all_of_them}")
     return device
-
-
-def check_driver() -> None:
-    """Refuse to train on the CPU by accident: torch was built for CUDA, but no GPU answers."""
-    if torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):  # these ask for the CPU
-        problem = f"torch {torch.__version__} was built for CUDA {torch.version.cuda}, but no GPU answers"
-        fix = "update the NVIDIA driver (CUDA 12 needs 525 or newer)"
-        if not torch.version.cuda.startswith("12."):
-            fix = "update the NVIDIA driver (CUDA 13 needs 580 or newer), install torch for CUDA 12 as README.md says"
-        raise InputError(f"GPU: {problem}; {fix}, or set CUDA_VISIBLE_DEVICES= to train on the CPU")
 
 
 def on_wsl() -> bool:
@@ -2607,8 +2587,7 @@ class Stop:
     """
 
     def __init__(self, world: World):
-        self.signal: int | None = None  # received by this process
-        self.agreed: int | None = None  # received by any process
+        self.signal = self.agreed = 0  # received by this process; by any process
         self.finish_step_first, self.world = False, world
         self.terminals = [stream for stream in (1, 2) if os.isatty(stream)]
         for signum in STOP_SIGNALS:
@@ -2621,24 +2600,21 @@ class Stop:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         elif self.signal:
             os._exit(128 + signum)
-        if not self.finish_step_first:
-            self.tell("stopped before the first step: nothing to save; the same command starts again")
-            sys.exit(128 + signum)
         self.signal = signum
-        self.tell("stopping after this step and its checkpoint; press Ctrl-C again to exit at once")
-
-    def tell(self, text: str) -> None:
-        """Print from a signal handler, where print could fail: the signal may have come within another print."""
+        text = "stopping after this step and its checkpoint; press Ctrl-C again to exit at once"
+        if not self.finish_step_first:
+            text = "stopped before the first step: nothing to save; the same command starts again"
         if not self.world.rank:
-            os.write(1, f"\n{text}\n".encode())
+            os.write(1, f"\n{text}\n".encode())  # print fails where the signal came within another print
+        if not self.finish_step_first:
+            sys.exit(128 + signum)
 
     def any_rank_signaled(self, accelerator) -> bool:
         """Whether any process has received a signal: all of them must stop at the same step."""
         self.agreed = self.signal
         if self.world.size > 1:
-            signals = accelerator.gather(torch.tensor([self.signal or 0], device=accelerator.device))
-            self.agreed = int(signals.max()) or None
-        return self.agreed is not None
+            self.agreed = int(accelerator.gather(torch.tensor([self.signal], device=accelerator.device)).max())
+        return bool(self.agreed)
 
 
 def training_arguments(args: argparse.Namespace, evaluating: bool) -> transformers.TrainingArguments:
@@ -2662,9 +2638,7 @@ def training_arguments(args: argparse.Namespace, evaluating: bool) -> transforme
         eval_strategy="steps" if evaluating else "no",
         eval_steps=args.eval_steps,
         save_steps=args.save_steps,
-        save_total_limit=None,  # finish_checkpoint deletes old ones once the new one is complete
         load_best_model_at_end=evaluating,
-        metric_for_best_model="eval_loss" if evaluating else None,
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=args.report_to,
@@ -2683,8 +2657,7 @@ def make_trainer(plan: Plan, model, tokenizer, stop: Stop):
     args, eval_rows = plan.args, plan.eval_rows
     arguments = training_arguments(args, evaluating=eval_rows is not None)  # starts the process group
     if not args.output.is_dir():
-        problem = "does not exist on this machine"
-        raise InputError(f"--output {args.output}: {problem}; name a folder that all machines share")
+        raise InputError(f"--output {args.output}: does not exist on this machine; name a folder that all share")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     check_disk(args.output, args.save_total_limit, trained * (4 + optimizer_bytes(args.optim)))
     trainer = derive(Training, transformers.Trainer)(
@@ -2692,15 +2665,12 @@ def make_trainer(plan: Plan, model, tokenizer, stop: Stop):
         args=arguments,
         data_collator=collate,
         train_dataset=plan.train_rows,
-        # Every process must evaluate the same number of batches: at the end they add up their losses.
-        eval_dataset=eval_rows and eval_rows.padded(plan.world.size * args.eval_batch_size),
+        eval_dataset=eval_rows,
         processing_class=tokenizer,
     )
     trainer.prompts, trainer.stop = find_prompts(plan), stop
     trainer.remove_callback(transformers.PrinterCallback)
-    callback = transformers.TrainerCallback
-    trainer.add_callback(derive(Progress, callback)(trainer))
-    trainer.add_callback(derive(Checkpoints, callback)(trainer, args.output, args.name, args.save_total_limit))
+    trainer.add_callback(derive(Steps, transformers.TrainerCallback)(trainer, args))
     if args.early_stopping and eval_rows:
         trainer.add_callback(transformers.EarlyStoppingCallback(args.early_stopping))
     return trainer
@@ -2714,9 +2684,9 @@ def derive(ours: type, theirs: type) -> Any:
 class Training(Trainer):
     """What Hugging Face's Trainer does differently here, where no argument or callback does it."""
 
-    prompts: list[Prompt]
+    prompts: dict[str, list[int]]
     stop: Stop
-    tokens = 0  # seen by this process
+    tokens = 0  # trained on by this process
     documents: tuple[str, ...] = ()  # of the current step
     measured: dict[str, float]  # of the last evaluation: each conversation's loss, by file:line
     trained_tokens: Counter[str]  # and its tokens
@@ -2740,12 +2710,8 @@ class Training(Trainer):
     def create_scheduler(self, num_training_steps, optimizer=None):
         """The same schedule, read in the middle of each step: at its start, warm-up gives the first step rate 0."""
         schedule = super().create_scheduler(num_training_steps, optimizer)
-
-        def in_the_middle(rate: Callable[[float], float]) -> Callable[[int], float]:
-            return lambda step: rate(step + 0.5)
-
-        rates = [in_the_middle(rate) for rate in schedule.lr_lambdas]
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(schedule.optimizer, rates)
+        rate = schedule.lr_lambdas[0]  # the same for all groups
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(schedule.optimizer, lambda step: rate(step + 0.5))
         return self.lr_scheduler
 
     def evaluation_loop(self, dataloader, description, *_, metric_key_prefix="eval", **__):
@@ -2763,40 +2729,39 @@ class Training(Trainer):
         for place, loss, tokens in accelerate.utils.gather_object(found):
             total[place] += loss
             self.trained_tokens[place] += tokens
-        self.trained_tokens = +self.trained_tokens  # without the empty rows
         self.measured = {place: round(total[place] / tokens, 6) for place, tokens in self.trained_tokens.items()}
         metrics = {f"{metric_key_prefix}_loss": total.total() / self.trained_tokens.total()}
         return transformers.trainer_utils.EvalLoopOutput(None, None, metrics, len(self.eval_dataset))
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Each row once. For training accelerate repeats some, so that all processes have as many batches."""
+        self.accelerator.even_batches = False
+        loader = super().get_eval_dataloader(eval_dataset)
+        self.accelerator.even_batches = True
+        return loader
+
     def losses(self, rows: Rows) -> dict[str, float]:
         """The mean loss of each conversation's trained tokens, by file:line."""
-        padded = rows.padded(self.args.world_size * self.args.per_device_eval_batch_size)
-        self.evaluation_loop(self.get_eval_dataloader(padded), "")
+        self.evaluation_loop(self.get_eval_dataloader(rows), "")
         return self.measured
 
-    def answer(self, when: str) -> dict[str, str]:
-        """The model's answers by their questions, each announced: on a CPU it takes a while."""
-        answers = {}
-        for number, prompt in enumerate(self.prompts, 1):
-            print_field(
-                when, f"question {number} of {len(self.prompts)}: {escape_controls(one_line(prompt.text, 200))}"
-            )
-            answers |= generate_answers(self.model, self.processing_class, [prompt])
-        return answers
 
+class Steps(TrainerCallback):
+    """Around each step: a line, a bar on a terminal, the end on a signal, complete checkpoints, and answers."""
 
-class Progress(TrainerCallback):
-    """A callback that prints one line per logging step and a bar on a terminal, and ends training on a signal."""
+    def __init__(self, trainer, options: argparse.Namespace):
+        self.trainer, self.options, self.seconds = trainer, options, 0.0  # in steps alone
 
-    def __init__(self, trainer):
-        self.trainer, self.bar = trainer, None  # type: Any, Any
-
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         from tqdm import tqdm
 
+        restore_paging(optimizer)  # after Trainer has loaded its state
+        if state.global_step:  # the checkpoint has brought the run's rate before, which --force-resume may change
+            lr_scheduler.base_lrs = [args.learning_rate] * len(lr_scheduler.base_lrs)
+            lr_scheduler.last_epoch -= 1
+            lr_scheduler.step()
         total, self.first = state.max_steps, state.global_step
         self.bar = tqdm(total=total, initial=self.first, unit="step", disable=not show_progress(), leave=False)
-        self.seconds, self.tokens = 0.0, self.trainer.tokens  # in steps alone; before the first one
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.step_began = time.monotonic()
@@ -2808,12 +2773,12 @@ class Progress(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not (state.is_world_process_zero and self.bar):
+        if not state.global_step:  # before training
             return
         step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
         if "loss" in logs:
             left = self.seconds / (state.global_step - self.first) * (state.max_steps - state.global_step)
-            speed = f"{(self.trainer.tokens - self.tokens) * args.world_size / self.seconds:,.0f} tok/s"
+            speed = f"{self.trainer.tokens * args.world_size / self.seconds:,.0f} tok/s"
             values = f"loss {logs['loss']:.4f}  grad {logs['grad_norm']:.3f}  lr {logs['learning_rate']:.1e}"
             self.bar.write(f"{step}  {values}  {speed}  left {format_duration(left)}", file=sys.stdout)
         elif "eval_loss" in logs:
@@ -2823,17 +2788,6 @@ class Progress(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
 
-
-class Checkpoints(TrainerCallback):
-    """A callback that saves each new best at once, completes checkpoints, and asks the model after each evaluation."""
-
-    def __init__(self, trainer, output: Path, name: str, limit: int):
-        self.trainer, self.output, self.name, self.limit = trainer, output, name, limit
-
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-        restore_paging(optimizer)  # after Trainer has loaded its state
-        follow_schedule(self.trainer.lr_scheduler, args.learning_rate)
-
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if not state.global_step:  # before training
             return
@@ -2841,30 +2795,20 @@ class Checkpoints(TrainerCallback):
         control.should_save |= state.best_metric is None or metrics["eval_loss"] < state.best_metric
         answers = generate_answers(self.trainer.model, self.trainer.processing_class, self.trainer.prompts)
         if state.is_world_process_zero:
-            write_samples(self.output / "samples.md", self.name, f"Step {state.global_step}", answers)
+            write_samples(self.options.output / "samples.md", self.options.name, f"Step {state.global_step}", answers)
 
     def on_save(self, args, state, control, **kwargs):
         self.trainer.accelerator.wait_for_everyone()  # each process adds its random state
         if state.is_world_process_zero:
-            complete_checkpoint(self.output / f"checkpoint-{state.global_step}")
+            complete_checkpoint(self.options.output / f"checkpoint-{state.global_step}")
             rotate = transformers.trainer_utils.rotate_checkpoints
-            rotate(str(self.output), self.limit, state.best_model_checkpoint)
-
-
-def follow_schedule(scheduler, learning_rate: float) -> None:
-    """Set the rate of this run's schedule: a checkpoint brings that of the run before, which --force-resume may change."""
-    scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
-    rates = [learning_rate * rate(scheduler.last_epoch) for rate in scheduler.lr_lambdas]
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-        group["lr"], group["initial_lr"] = rate, learning_rate
-    scheduler.base_lrs, scheduler._last_lr = [learning_rate] * len(rates), rates
+            rotate(args.output_dir, self.options.save_total_limit, state.best_model_checkpoint)
 
 
 def restore_paging(optimizer) -> None:
     """Put the loaded state of a paged bitsandbytes optimizer back into managed memory.
 
-    Loading leaves it in ordinary memory; where it still carries the mark `is_paged`, bitsandbytes would
-    prefetch it as managed memory all the same.
+    Loading leaves it in ordinary memory, but bitsandbytes would prefetch it as managed memory all the same.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     if not getattr(optimizer, "is_paged", False):
@@ -2874,16 +2818,11 @@ def restore_paging(optimizer) -> None:
             state[name] = optimizer.get_state_buffer(parameter, dtype=state[name].dtype).copy_(state[name])
 
 
-OUT_OF_MEMORY = re.compile(
-    "out of memory|ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|DefaultCPUAllocator", re.IGNORECASE
-)
-
-
 def out_of_memory(error: BaseException) -> bool:
     """Whether GPU memory or main memory has run out: CUDA, cuBLAS, NCCL and torch's CPU allocator each say it differently."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
-    )
+    words = "out of memory|ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|DefaultCPUAllocator"
+    said = isinstance(error, RuntimeError) and re.search(words, str(error), re.IGNORECASE)
+    return isinstance(error, MemoryError) or bool(said)
 
 
 def format_duration(seconds: float) -> str:
@@ -2917,30 +2856,27 @@ def claim_output(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
     """
     import fcntl
 
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {folder}: is a file; name a folder")
-    names = set(os.listdir(folder)) if folder.exists() else set()
-    used, ours = names - {".lock"}, names & {".lock", RECORD}
+    names = set(os.listdir(folder)) if folder.is_dir() else set()
+    used, problem = names - {".lock"}, ""
     if resume and RECORD not in names:
         raise InputError(f"--resume: no run in {folder}; start it without --resume")
     if used and not (resume or overwrite):
-        fix = "--resume continues it, --overwrite deletes it, or name another folder"
-        raise InputError(f"--output {folder}: not empty; {fix}")
-    if used and overwrite and not ours:
-        problem = "not created by this script; refusing to overwrite it"
-        raise InputError(f"--output {folder}: {problem}; name another folder")
-    try:
+        problem = "not empty; --resume continues it, --overwrite deletes it, or name another folder"
+    elif used and overwrite and not names & {".lock", RECORD}:
+        problem = "not created by this script; refusing to overwrite it; name another folder"
+    if problem:
+        raise InputError(f"--output {folder}: {problem}")
+    with explain(f"--output {folder}", "{error}; name a folder that can be written", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115 - closed below
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        problem = "another process is training there"
-        raise InputError(f"--output {folder}: {problem}; wait for it or name another folder") from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise InputError(f"--output {folder}: {error.strerror}; name a folder that can be written") from None
-        print_field("output", "its file system has no locks: start no second run in this folder")
     with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = "another process is training there; wait for it or name another folder"
+            raise InputError(f"--output {folder}: {problem}") from None
+        except OSError:
+            print_field("output", "its file system has no locks: start no second run in this folder")
         try:
             yield
         finally:
@@ -2976,42 +2912,37 @@ def complete_checkpoint(folder: Path) -> None:
 
 def newest_checkpoint(output: Path) -> str | None:
     """The newest complete checkpoint; damaged ones are named and deleted."""
-    steps = [folder.name.removeprefix("checkpoint-") for folder in output.glob("checkpoint-*")]
-    for step in sorted((step for step in steps if step.isdecimal()), key=int, reverse=True):
-        folder = output / f"checkpoint-{step}"
+    from transformers.trainer_utils import get_last_checkpoint
+
+    while checkpoint := get_last_checkpoint(str(output)):
+        folder = Path(checkpoint)
         try:
             files = read_json(folder / COMPLETE)
             damaged = next((name for name, expected in files.items() if sha256(folder / name) != expected), None)
         except (FileNotFoundError, ValueError) as error:
             damaged = getattr(error, "filename", None) or COMPLETE
         if not damaged:
-            return str(folder)
+            break
         print_field("resume", f"{folder} is damaged ({os.path.basename(damaged)}): deleted, using the one before")
         shutil.rmtree(folder)
-    return None
+    return checkpoint
 
 
 def resume_point(output: Path, record: dict, force: bool) -> str | None:
-    """The checkpoint to continue from; the record takes over the results measured before the stop.
-
-    InputError that names the fields in which the two runs differ, unless `force` is set.
-    """
+    """The checkpoint to continue from, with the earlier results put into the record; InputError for another run."""
     previous = read_json(output / RECORD)
-    if not force:
-        old, new = comparable(previous), comparable(json.loads(json.dumps(record, default=str)))
-        if different := [key for key in old | new if old.get(key) != new.get(key)]:
-            problem = f"not the same run, these differ: {', '.join(different)}"
-            raise InputError(f"--resume: {problem}; restore them, add --force-resume, or start over with --overwrite")
-    record["results"] = results = previous.get("results", {})
+    old, new = comparable(previous), comparable(json.loads(json.dumps(record, default=str)))
+    different = [key for key in old | new if old.get(key) != new.get(key)]
+    if different and not force:
+        problem = f"not the same run, these differ: {', '.join(different)}"
+        raise InputError(f"--resume: {problem}; restore them, add --force-resume, or start over with --overwrite")
+    record["results"], checkpoint = previous.get("results", {}), newest_checkpoint(output)
     names = dict(zip(previous["data"]["sha256"], record["data"]["sha256"], strict=False))  # files may have moved
-    for kind, losses in results.get("held_out", {}).items():
-        parted = {place.rpartition(":"): loss for place, loss in losses.items()}
-        results["held_out"][kind] = {
-            f"{names.get(file, file)}:{line}": loss for (file, _, line), loss in parted.items()
-        }
-    checkpoint = newest_checkpoint(output)
-    start = f"from {checkpoint}" if checkpoint else "from the beginning: there is no complete checkpoint yet"
-    print_field("resume", start)
+    for losses in record["results"].get("held_out", {}).values():
+        for place in list(losses):
+            file, _, line = place.rpartition(":")
+            losses[f"{names.get(file, file)}:{line}"] = losses.pop(place)
+    print_field("resume", f"from {checkpoint or 'the beginning: there is no complete checkpoint yet'}")
     return checkpoint
 
 
@@ -3022,14 +2953,11 @@ def run_record(plan: Plan, fingerprint: str) -> dict[str, Any]:
     libraries = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "safetensors", "tokenizers")
     args, base = plan.args, plan.base
     model = args.model if base.revision else os.path.abspath(args.model)
-    init_adapter = None
-    if args.init_adapter:
-        weights = sha256(args.init_adapter / "adapter_model.safetensors")
-        init_adapter = {"name": args.init_adapter.resolve().name, "sha256": weights}
+    weights = args.init_adapter and sha256(args.init_adapter / "adapter_model.safetensors")
     return {
         "chat_format": {"name": args.chat_format, **base.encode.chat._asdict()},
         "base": {"model": model, "revision": base.revision, "fingerprint": fingerprint},
-        "init_adapter": init_adapter,
+        "init_adapter": weights and {"name": args.init_adapter.resolve().name, "sha256": weights},
         "quantization": {"bnb_nf4": args.bnb_nf4, "bnb_dtype": args.bnb_dtype, "bnb_double_quant": args.bnb_nf4},
         "args": vars(args),
         "data": {"sha256": plan.files, **plan.counts},
@@ -3038,29 +2966,16 @@ def run_record(plan: Plan, fingerprint: str) -> dict[str, Any]:
 
 
 def comparable(record: dict) -> dict[str, Any]:
-    """The fields of a record that must not change when it is resumed, under names the user knows.
-
-    Names of files and folders may: the same bytes in another place are the same run.
-    """
+    """What --resume must find unchanged, under names the user knows. Files may move: their bytes count."""
     data = record["data"]
+    contents = [data["trained_on"], data["held_out"], *data["sha256"].values()]
     return {
-        "the contents of --train-files and --eval-files": [
-            data["trained_on"],
-            data["held_out"],
-            *data["sha256"].values(),
-        ],
+        "the contents of --train-files and --eval-files": contents,
         "the weights of --model": record["base"]["fingerprint"],
         "the weights of --init-adapter": (record["init_adapter"] or {}).get("sha256"),
         "rows per step (--train-batch-size x --grad-accum x processes)": data["rows_per_step"],
         **{f"--{key.replace('_', '-')}": value for key, value in record["args"].items() if key not in MAY_DIFFER},
     }
-
-
-def resume_command(world: World) -> str:
-    """What to type after a stop."""
-    if world.size > 1:
-        return "the same command, launcher included, with --resume"
-    return shlex.join([this_python(), *resuming_options()])
 
 
 def resuming_options() -> list[str]:
@@ -3083,36 +2998,26 @@ def write_json(file: Path, content: Any) -> None:
 # ---- Report --------------------------------------------------------------------------------------
 
 
-class Prompt(NamedTuple):
-    """A question that the model answers before, during and after training."""
-
-    text: str
-    input_ids: list[int]  # up to where the answer begins, as in training
-
-
 def read_prompts(file: Path | None) -> list[str] | None:
     """The questions of --sample-prompts; None where it is not given."""
     if file is None:
         return None
     if str(file) == "none":
         return []
-    try:
+    with explain(f"--sample-prompts {file}", "{error}; write one question per line, or give none", OSError):
         return [line.strip() for _, line in read_lines(str(file)) if line.strip()]
-    except OSError as error:
-        problem = str(error.strerror).lower()
-        raise InputError(f"--sample-prompts {file}: {problem}; write one question per line, or give none") from None
 
 
-def find_prompts(plan: Plan, count: int = 3) -> list[Prompt]:
-    """The questions of --sample-prompts; by default the first ones of held-out conversations, with their system turn.
+def find_prompts(plan: Plan, count: int = 3) -> dict[str, list[int]]:
+    """{question: ids up to where the answer begins}: those of --sample-prompts, or the first that are held out.
 
-    Where nothing is held out, those of training conversations.
+    The latter keep their system turn. Where nothing is held out they come from training conversations.
     """
     encode, questions = plan.base.encode, plan.questions
     if questions is not None:
         turns = [[Turn("user", question, 0), Turn("assistant", "-", 0)] for question in questions]
-        return [Prompt(q, before_answer(*tokens)) for q, tokens in zip(questions, encode(turns), strict=True)]
-    found: dict[str, Prompt] = {}
+        return {q: before_answer(*tokens) for q, tokens in zip(questions, encode(turns), strict=True)}
+    found: dict[str, list[int]] = {}
     rows = plan.eval_rows or plan.train_rows
     before, after = encode.chat.before, encode.chat.after
     for i in sorted(chain.from_iterable(islice(rows.plan, 8 * count))):
@@ -3120,10 +3025,10 @@ def find_prompts(plan: Plan, count: int = 3) -> list[Prompt]:
         ids = before_answer(sample["input_ids"], sample["labels"])
         text = encode.tokenizer.decode(ids, skip_special_tokens=False).rpartition(before["user"])[2]
         text = text.removesuffix(before["assistant"]).removesuffix(after["user"]).strip()
-        found.setdefault(text, Prompt(text, ids))
+        found.setdefault(text, ids)
         if len(found) == count:
             break
-    return list(found.values())
+    return found
 
 
 def before_answer(input_ids: np.ndarray, labels: np.ndarray) -> list[int]:
@@ -3131,8 +3036,8 @@ def before_answer(input_ids: np.ndarray, labels: np.ndarray) -> list[int]:
     return input_ids[: int(np.argmax(labels != IGNORE))].tolist()
 
 
-def generate_answers(model, tokenizer, prompts: list[Prompt], max_new_tokens=80) -> dict[str, str]:
-    """Greedy answers by their questions, one at a time: no padding, so the packed attention serves here too."""
+def generate_answers(model, tokenizer, prompts: dict[str, list[int]], max_new_tokens=80, when="") -> dict[str, str]:
+    """Greedy answers by their questions, one at a time, without padding; each announced if `when` says at what time."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     # What is not set here comes from the base's own settings, and Llama 3.1's sample. Without sampling transformers
@@ -3150,10 +3055,12 @@ def generate_answers(model, tokenizer, prompts: list[Prompt], max_new_tokens=80)
     )
     model.eval()
     answers = {}
-    for prompt in prompts:
-        ids = torch.tensor([prompt.input_ids], device=model.device)
+    for number, (text, prompt) in enumerate(prompts.items(), 1):
+        if when:
+            print_field(when, f"question {number} of {len(prompts)}: {escape_controls(one_line(text, 200))}")
+        ids = torch.tensor([prompt], device=model.device)
         output = model.generate(ids, generation_config=greedy)
-        answers[prompt.text] = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        answers[text] = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
     return answers
 
 
@@ -3194,7 +3101,8 @@ def prompted_rows(plan: Plan, held_out: list[str], examples: int = 5) -> tuple[R
     shown = list(dict.fromkeys(places))  # once, if it has several parts
     held_out = random.permutation(held_out)[:MOST_PROMPTED].tolist()
     wanted = {*held_out, *shown}
-    found = {place: one for one in read_again(plan) if (place := f"{one.file}:{one.line}") in wanted}
+    again = read_conversations(plan.files, plan.args.input_format)
+    found = {place: one for one in again if (place := f"{one.file}:{one.line}") in wanted}
     texts = [found[place].turns for place in shown if place in found]  # a file may have been edited since
     pool = [[turn._replace(trained=False) for turn in turns if turn.role != "system"] for turns in texts]
     for number, (own, file, line, _) in enumerate(found[place] for place in held_out if place in found):
@@ -3210,16 +3118,10 @@ def prompted_rows(plan: Plan, held_out: list[str], examples: int = 5) -> tuple[R
     return Rows(datasets.Dataset.from_list(samples), each), used / max(1, len(samples))
 
 
-def read_again(plan: Plan) -> Iterator[Conversation]:
-    """The conversations of all data files; those with errors were reported before."""
-    found = read_conversations(plan.files, plan.args.input_format)
-    return (one for one in found if not any(finding.level == "error" for finding in one.findings))
-
-
-def training_answers(plan: Plan, held_out: Iterable[str]) -> Iterator[str]:
-    """The answers of all conversations but these (file:line)."""
-    others = (one.turns for one in read_again(plan) if f"{one.file}:{one.line}" not in held_out)
-    return (turn.content for turns in others for turn in turns if turn.role == "assistant")
+def trained_texts(rows: Rows, tokenizer) -> Iterator[str]:
+    """The trained text of each sample: its answers, between which the end token stands."""
+    for sample in rows.samples.select(np.concatenate(rows.plan)).select_columns("labels"):
+        yield tokenizer.decode(sample["labels"][sample["labels"] != IGNORE].tolist(), skip_special_tokens=False)
 
 
 def count_copied(answers: Iterable[str], training: Iterable[str], size: int = 8) -> dict[str, int]:
@@ -3291,39 +3193,34 @@ def verdict(results: dict[str, Any]) -> dict[str, str]:
 
 def plot_losses(history: list[dict], results: dict[str, Any], tokens_per_step: float, title: str, file: Path) -> None:
     """Plot training and held-out loss by optimizer step, with the learning rate below and the adapter's step marked."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     logs = [log for log in history if "loss" in log and "learning_rate" in log]
     steps, losses = [log["step"] for log in logs], [log["loss"] for log in logs]
     held_out = [(0, results["eval_loss_before"])] if "eval_loss_before" in results else []
     held_out += [(log["step"], log["eval_loss"]) for log in history if "eval_loss" in log]
-    figure, (loss, rate) = pyplot.subplots(2, sharex=True, height_ratios=(3, 1), figsize=(7, 4.5), layout="constrained")
+    figure = Figure((7, 4.5), layout="constrained")
+    loss, rate = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     window = max(1, len(losses) // 25)
+    label = "training"
     if window > 1:
         loss.plot(steps, losses, lw=0.6, alpha=0.35, color="tab:blue")
-    label = f"training, mean of {window} steps" if window > 1 else "training"
+        label = f"training, mean of {window} steps"
     means = np.convolve(losses, np.ones(window) / window, "valid")
     loss.plot(steps[window - 1 :], means, color="tab:blue", label=label)
     if held_out:
         loss.plot(*zip(*held_out, strict=True), marker="o", ms=4, color="tab:orange", label="held out")
     if "best_step" in results:
         best, value = results["best_step"], results["eval_loss_after"]
-        mark = f"adapter: step {best}, {value:.2f}"
-        loss.plot([best], [value], "*", ms=13, color="tab:red", zorder=3, label=mark)
-    loss.set_title(f"{title}: loss")
-    loss.set_ylabel("nats per token")
+        loss.plot(best, value, "*", ms=13, color="tab:red", zorder=3, label=f"adapter: step {best}, {value:.2f}")
+    loss.set(title=f"{title}: loss", ylabel="nats per token")
     loss.legend(frameon=False)
     loss.grid(alpha=0.3)
     rate.plot(steps, [log["learning_rate"] for log in logs], lw=1, color="grey")
-    rate.set_ylabel("learning rate")
-    rate.set_xlabel(f"optimizer step (about {tokens_per_step:,.0f} tokens each)")
+    rate.set(ylabel="learning rate", xlabel=f"optimizer step (about {tokens_per_step:,.0f} tokens each)")
     rate.xaxis.get_major_locator().set_params(integer=True)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     figure.savefig(file, dpi=120)
-    pyplot.close(figure)
 
 
 def write_card(output: Path, args: argparse.Namespace, record: dict[str, Any]) -> None:
@@ -3369,12 +3266,11 @@ def training_flags(args: argparse.Namespace) -> list[str]:
         if name in once or value == defaults[name]:
             continue
         if isinstance(value, bool):
-            flags.append(flag if value else flag.replace("--", "--no-", 1))
-        elif name == "lora_target_modules":
-            flags += [flag, ",".join(value)]
-        else:
-            values = value if isinstance(value, list) else [value]
-            flags += [flag, *(f"{v:.12g}" if isinstance(v, float) else str(v) for v in values)]
+            flags.append(flag if value else f"--no-{flag[2:]}")
+            continue
+        value = ",".join(value) if name == "lora_target_modules" else value
+        values = value if isinstance(value, list) else [value]
+        flags += [flag, *(f"{v:.12g}" if isinstance(v, float) else str(v) for v in values)]
     return flags
 
 

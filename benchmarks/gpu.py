@@ -82,7 +82,7 @@ def train(name: str, folder: Path, options) -> dict:
     if VARIANTS[name] is not None:
         result["planned"] = sum(sft.memory_plan(plan).values()) - 0.7  # the CUDA context is not torch's
         began = time.monotonic()
-        sft.generate_answers(trainer.model, some_tokenizer(), [sft.Prompt("", [1, 2, 3])])
+        sft.generate_answers(trainer.model, some_tokenizer(), {"": [1, 2, 3]})
         result["answer"] = time.monotonic() - began
     return result
 

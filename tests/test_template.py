@@ -92,13 +92,13 @@ def test_answers_are_greedy_with_llama31s_own_settings(capfd):
     settings = model.generation_config
     assert settings.do_sample and settings.temperature == 0.6 and settings.top_p == 0.9
     ids = setup.ids([{"role": "user", "content": "Qui es-tu ?"}], add_generation_prompt=True)
-    prompt, answers = sft.Prompt("Qui es-tu ?", list(ids)), []
+    prompt, answers = {"Qui es-tu ?": list(ids)}, []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for seed in (0, 1):
             torch.manual_seed(seed)
             before = torch.get_rng_state()
-            answers.append(sft.generate_answers(model, setup.tokenizer, [prompt], 12))
+            answers.append(sft.generate_answers(model, setup.tokenizer, prompt, 12))
             assert torch.equal(before, torch.get_rng_state())
     assert answers[0] == answers[1]
     assert capfd.readouterr() == ("", "")

@@ -69,7 +69,7 @@ def short_run(folder: Path, model: Path, *options) -> tuple[int, str]:
 def lora_model(folder, *options, precision=("--no-bf16", "--no-bnb-nf4")):
     """The model as the script trains it, from these flags."""
     args = arguments("--model", folder, "--lora-r", 4, *precision, *options)
-    model = sft.load_base(args, str(folder), "cpu")
+    model = sft.load_base(args, str(folder), torch.device("cpu"))
     return sft.add_lora(model, args, args.lora_target_modules, None)
 
 
@@ -167,16 +167,14 @@ def test_default_questions_are_the_training_ids_before_an_answer(trained, short_
     args = arguments("--max-length", 128)
     encode = sft.load_encoder("m", str(short_smollm2), "dolores")
     plan = planned(args, encode)
-    (prompt,) = sft.find_prompts(plan)
-    conversation = next(
-        c for c in sft.read_conversations(["train.chatml"], "chatml") if c.turns[1].content == prompt.text
-    )
+    ((question, ids),) = sft.find_prompts(plan).items()
+    conversation = next(c for c in sft.read_conversations(["train.chatml"], "chatml") if c.turns[1].content == question)
     turns = [{"role": turn.role, "content": turn.content} for turn in conversation.turns[:-1]]
     tokenizer = AutoTokenizer.from_pretrained(trained / "out")
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    assert conversation.turns[0].role == "system" and tokenizer.decode(prompt.input_ids) == text
-    (own,) = sft.find_prompts(plan._replace(questions=["Qui es-tu ?"]))
-    assert tokenizer.decode(own.input_ids) == "<|user|>\nQui es-tu ?\n<|assistant|>\n"
+    assert conversation.turns[0].role == "system" and tokenizer.decode(ids) == text
+    own = sft.find_prompts(plan._replace(questions=["Qui es-tu ?"]))
+    assert tokenizer.decode(own["Qui es-tu ?"]) == "<|user|>\nQui es-tu ?\n<|assistant|>\n"
 
 
 # ---- a run that learns nothing ----

@@ -442,7 +442,7 @@ def generation(card: Card, model, case: Case, tokens: int) -> dict:
         card.trace.start()
         chosen = card.trace.operators
         card.trace.scalar = lambda: float(chosen["aten::argmax"] >= tokens)  # "is the answer finished?"
-        answers = sft.generate_answers(model, tokenizer, [sft.Prompt("Qui es-tu ?", [128000, 15546, 1560])], tokens)
+        answers = sft.generate_answers(model, tokenizer, {"Qui es-tu ?": [128000, 15546, 1560]}, tokens)
         card.trace.scalar = float
     return {"tokens": answers, "operators": dict(card.trace.operators)}
 
