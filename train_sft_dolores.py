@@ -805,6 +805,7 @@ VISIBLE = re.compile(rf"[^\s{UNSEEN}]")
 UNSEEN_BEFORE_TAG = re.compile(rf"[{UNSEEN}](?<![^\n].)[{UNSEEN}]*(?=<\|)")  # the BOM of a joined file
 MOJIBAKE = re.compile("Ã[\u0080-\u00bf©¨ª«´§¹]|â€|Â[«»°\u00a0]|\ufffd")
 ROW_FILES = {".json": "JSON", ".jsonl": "JSON", ".ndjson": "JSON", ".csv": "CSV", ".tsv": "CSV", ".parquet": "Parquet"}
+DATA_FILES = (".chatml", ".txt", *ROW_FILES)
 CONTEXT = "assistant:context"  # an answer that is not trained
 ROLE_NAMES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", CONTEXT: "assistant"}
 SHAREGPT = {"human": "user", "gpt": "assistant"}
@@ -840,7 +841,15 @@ def find_files(patterns: list[str]) -> dict[str, str]:
     for pattern in patterns:
         matches = [] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         for match in matches or [pattern]:
-            for name in files_in(match) if os.path.isdir(match) else [match]:
+            names = [match]
+            if os.path.isdir(match):
+                inside = (
+                    path for path in Path(match).iterdir() if path.suffix.lower() in DATA_FILES and path.is_file()
+                )
+                names = sorted(str(path) for path in inside if path.name[0] != ".")
+            if not names:
+                raise InputError(f"{match}: no data file in this folder; their names end in {', '.join(DATA_FILES)}")
+            for name in names:
                 check_name(name)
                 if not os.path.isfile(name):
                     fix = "give the path of a data file or a glob that matches one"
@@ -853,15 +862,6 @@ def find_files(patterns: list[str]) -> dict[str, str]:
     return found
 
 
-def files_in(folder: str) -> list[str]:
-    """The data files in a folder, in alphabetical order."""
-    known = (".chatml", ".txt", *ROW_FILES)
-    inside = (path for path in Path(folder).iterdir() if path.suffix.lower() in known and path.is_file())
-    if found := sorted(str(path) for path in inside if path.name[0] != "."):
-        return found
-    raise InputError(f"{folder}: no data file in this folder; their names end in {', '.join(known)}")
-
-
 def sha256(file: str | Path) -> str:
     """The file's SHA-256 in hexadecimal."""
     digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
@@ -872,10 +872,7 @@ def sha256(file: str | Path) -> str:
 
 
 def read_conversations(files: Iterable[str], input_format: str) -> Iterator[Conversation]:
-    """Yield the conversations of all files, one at a time, with and without errors; only a JSON list is read as a whole.
-
-    InputError where the rest of a file cannot be read.
-    """
+    """Yield the conversations of all files, with and without errors; InputError where the rest cannot be read."""
     for file in files:
         found, kind = False, detect_format(file, input_format)
         for said in read_chatml(file) if kind == "chatml" else read_rows(file, kind):
@@ -891,22 +888,16 @@ def mistake(file: str, line: int, text: str) -> Finding:
 
 
 def detect_format(file: str, input_format: str = "auto") -> str:
-    """chatml, JSON, CSV or Parquet: by the first bytes where they are clear, otherwise by the extension.
-
-    InputError where --input-format says something else, or where the file holds no text.
-    """
+    """chatml, JSON, CSV or Parquet: by the first bytes where they are clear, otherwise by the extension."""
     with open(file, "rb") as source:
         raw = source.read(1 << 12)
     start, by_name = raw.removeprefix(codecs.BOM_UTF8).lstrip(), ROW_FILES.get(os.path.splitext(file)[1].lower())
     for what, magic in NOT_DATA.items():
         if start.lower().startswith(magic):
             raise InputError(f"{file}: this is {what}")
-    if raw.startswith(b"PAR1"):
-        kind = "Parquet"
-    elif start.startswith(b"<|"):
-        kind = "chatml"
-    else:
-        kind = by_name or ("JSON" if re.match(rb'\{\s*["}]|\[\s*[{\]]', start) else "chatml")
+    kind = by_name or ("JSON" if re.match(rb'\{\s*["}]|\[\s*[{\]]', start) else "chatml")
+    if start.startswith((b"<|", b"PAR1")):
+        kind = "Parquet" if start.startswith(b"PAR1") else "chatml"
     if input_format == "chatml" and kind != "chatml":
         raise InputError(f"{file}: looks like {kind}; leave out --input-format chatml")
     return by_name or "JSON" if input_format == "messages" and kind == "chatml" else kind
@@ -937,9 +928,7 @@ def read_chatml(file: str) -> Iterator[list[Turn | Finding]]:
         if role:
             content, warnings = unescape_tags(file, line, text, escaped)
             said += [Turn(role, content.strip(), line, name != CONTEXT), *warnings]
-        elif tag == "endoftext":
-            said += stray_text(file, line, text)
-        elif tag:
+        elif tag and tag != "endoftext":
             said.append(mistake(file, line, unknown_role(name, is_tag=not opened)))
         else:
             said += stray_text(file, line, text)
@@ -1324,20 +1313,17 @@ class Encoder:
         ]
         self.special = re.compile(f"({'|'.join(patterns)})")
         end = self.special_ids[chat.eos_token]
-        self.before = {role: [(bit, False) for bit in self.split(chat.before[role])] for role in ROLES}
-        self.after = {role: [(bit, False) for bit in self.split(chat.after[role])] for role in ROLES}
+        # {role: [(text or a special token's id, whether it is trained)]}
+        self.before = {role: self.split(text) for role, text in {**chat.before, NO_SYSTEM.role: chat.no_system}.items()}
+        self.after = {role: self.split(text) for role, text in {**chat.after, NO_SYSTEM.role: ""}.items()}
         self.after["assistant"] = [(bit, bit == end) for bit, _ in self.after["assistant"]]
-        self.before[NO_SYSTEM.role], self.after[NO_SYSTEM.role] = (
-            [(bit, False) for bit in self.split(chat.no_system)],
-            [],
-        )
         # SentencePiece tokenizers add a space before each text.
         adds_space = self.tokenizer.encode("a", add_special_tokens=False).tokens[:1] == ["▁a"]
         self.answer_start = chat.answer_start.removeprefix(" ") if adds_space else chat.answer_start
 
-    def split(self, text: str) -> list[str | int]:
-        """The format's text, with special tokens as ids."""
-        return [self.special_ids.get(bit.strip(), bit) for bit in self.special.split(text) if bit]
+    def split(self, text: str) -> list[tuple[str | int, bool]]:
+        """The format's text, with special tokens as ids; none is trained."""
+        return [(self.special_ids.get(bit.strip(), bit), False) for bit in self.special.split(text) if bit]
 
     def pieces(self, turns: list[Turn]) -> Iterator[tuple[str | int, bool]]:
         """Yield (text or a special token's id, whether it is trained) of a conversation."""
@@ -1378,10 +1364,7 @@ class Encoder:
 def encode_conversations(
     conversations: list[Conversation], encode: Encoder, max_length: int, overlong: str, counts: dict, findings: list
 ) -> list[Sample]:
-    """The samples of these conversations, none longer than max_length (`overlong` is --overlong).
-
-    What is split or lost is added to `counts` and `findings`.
-    """
+    """The samples of these conversations, none above max_length; adds what is split or lost to counts and findings."""
     samples = []
     for (turns, file, line, _), tokens in zip(conversations, encode([c.turns for c in conversations]), strict=True):
         parts, size = [tokens], len(tokens.input_ids)
@@ -1414,47 +1397,37 @@ def count_trained(labels: np.ndarray) -> int:
 
 
 def split_conversation(turns: list[Turn], encode: Encoder, max_length: int) -> tuple[list[Tokens], list[Turn]]:
-    """Split a long conversation at turn boundaries; each part begins with the system turn.
-
-    Returns the parts, and the first turn of each exchange that does not fit into a row.
-    """
+    """The parts of a long conversation, each with its system turn; and the first turn of each exchange above max_length."""
     system = [turn for turn in turns[:1] if turn.role == "system"]
-    exchanges: list[list[Turn]] = []
-    for turn in turns[len(system) :]:
-        if not exchanges or (turn.role != "assistant" and exchanges[-1][-1].role == "assistant"):
-            exchanges.append([])
-        exchanges[-1].append(turn)
+    starts = [
+        i
+        for i in range(len(system), len(turns))
+        if i == len(system) or (turns[i].role != "assistant" and turns[i - 1].role == "assistant")
+    ]
+    exchanges = [turns[begin:end] for begin, end in pairwise([*starts, len(turns)])]
     head = len(encode([system])[0].input_ids)
     if head >= max_length:  # nothing fits behind it; encoding it with each exchange would take quadratic time
         return [], [exchange[0] for exchange in exchanges]
-    sizes = [
-        len(tokens.input_ids) - head for tokens in encode([join_neighbors(system + exchange) for exchange in exchanges])
-    ]
+    alone = encode([join_neighbors(system + exchange) for exchange in exchanges])
+    ends = np.cumsum([0, *(len(tokens.input_ids) - head for tokens in alone)])
     parts, lost, first = [], [], 0
     while first < len(exchanges):
-        last, size = first, head
-        while last < len(exchanges) and size + sizes[last] <= max_length:
-            size += sizes[last]
-            last += 1
-        # Sizes add up except for a token at a seam, in some tokenizers: measure the whole again.
-        while last > first:
+        most = int(np.searchsorted(ends, ends[first] + max_length - head, "right")) - 1
+        for last in range(most, first, -1):  # sizes add up except for a token at a seam, in some tokenizers
             tokens = encode([join_neighbors(system + list(chain(*exchanges[first:last])))])[0]
             if len(tokens.input_ids) <= max_length:
                 parts.append(tokens)
+                first = last
                 break
-            last -= 1
-        if last == first:
+        else:
             lost.append(exchanges[first][0])
-            last += 1
-        first = last
+            first += 1
     return parts, lost
 
 
 def digest(turns: list[Turn]) -> int:
     """63 bits that identify a conversation by its content."""
-    text = "\0".join(
-        [part for role, content, _, trained in turns for part in (role if trained else f"{role}:context", content)]
-    )
+    text = "\0".join(f"{role if trained else CONTEXT}\0{content}" for role, content, _, trained in turns)
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
 
 
@@ -1512,10 +1485,7 @@ def read_data(
 
 
 def measure(samples, eval_files: Iterable[str] = ()) -> tuple[np.ndarray, ...]:
-    """(digest, tokens, trained tokens, part, whether it is from one of these files) of each sample, [N] each.
-
-    The last is bool, the others int64. The tokens themselves are not read.
-    """
+    """(digest, tokens, trained tokens, part: int64; whether it is from one of these files: bool) of all samples, [N] each."""
     import pyarrow as pa
     from pyarrow.compute import is_in, list_value_length
 
@@ -1526,10 +1496,7 @@ def measure(samples, eval_files: Iterable[str] = ()) -> tuple[np.ndarray, ...]:
 
 
 def hold_out(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """bool [N]: which samples are held out, of at most MAX_HELD_OUT conversations.
-
-    All parts and copies of a conversation fall on one side.
-    """
+    """bool [N]: which samples are held out. All parts and copies of a conversation fall on one side."""
     conversations = np.unique(digests)
     size = min(max(1, round(fraction * len(conversations))), len(conversations) - 1, MAX_HELD_OUT) if fraction else 0
     return np.isin(digests, np.random.default_rng(seed).permutation(conversations)[:size])
@@ -1625,10 +1592,7 @@ MANY_EXCHANGES = 30  # dialogues that nothing separates are read as one conversa
 def survey(
     files: Iterable[str], args: argparse.Namespace, counts: dict[str, Any], findings: list[Finding]
 ) -> Iterator[Conversation]:
-    """Read and check all files: yield their conversations, and fill `counts` and `findings`.
-
-    With --skip-bad each mistake in a conversation is a warning. After an error nothing is yielded.
-    """
+    """Read and check all files: yield their conversations up to the first error, and fill `counts` and `findings`."""
     counts |= {"files": list(files), "conversations": 0, "skipped": 0, "turns": Counter(), "system": None}
     counts["not_read"] = {"row": Counter(), "message": Counter()}
     seen: dict[int, str] = {}  # the first place of each conversation, by its content
