@@ -816,7 +816,7 @@ NOT_CLOSED = "this turn is not closed; end it with <|im_end|>"
 NO_TOOLS = "tool turns cannot be trained on; delete them, or write the tool's result into a user turn"
 # The columns that hold a conversation: OpenAI's, ShareGPT's, prompt and completion, Alpaca's.
 LAYOUTS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "input", "output"))
-WANTED = "'messages', 'conversations', 'prompt' and 'completion', or 'instruction' and 'output'"
+PAIRS = "'prompt' and 'completion', or 'instruction' and 'output'"
 # Columns and keys that change what may be trained, and that are not read.
 REFUSED = {"label", "kto_tag", "chosen", "rejected", "rejected_response", "rejected_messages", "preferred_output",
            "non_preferred_output", "history", "train_detail", "training_detail", "loss_mask", "image", "images", "video",
@@ -843,10 +843,8 @@ def find_files(patterns: list[str]) -> dict[str, str]:
         for match in matches or [pattern]:
             names = [match]
             if os.path.isdir(match):
-                inside = (
-                    path for path in Path(match).iterdir() if path.suffix.lower() in DATA_FILES and path.is_file()
-                )
-                names = sorted(str(path) for path in inside if path.name[0] != ".")
+                inside = [path for path in Path(match).glob("[!.]*") if path.is_file()]
+                names = sorted(str(path) for path in inside if path.suffix.lower() in DATA_FILES)
             if not names:
                 raise InputError(f"{match}: no data file in this folder; their names end in {', '.join(DATA_FILES)}")
             for name in names:
@@ -1012,9 +1010,8 @@ def like_tag(line: str) -> str:
     """The tag that is probably meant where a line begins with a misspelled one, else ""."""
     found = LIKE_TAG.match(line)
     start = found[0].strip() if found else ""
-    if found and (start == f"<{found[2]}>" or (re.search("[<>]", start) and re.search("[|｜]", start))):
-        return f"<|{found[2].lower()}|>"
-    return ""
+    meant = found and (start == f"<{found[2]}>" or (re.search("[<>]", start) and re.search("[|｜]", start)))
+    return f"<|{found[2].lower()}|>" if found and meant else ""
 
 
 def tag_inside(file: str, line: int, tag: str, other_fix: str = "") -> Finding:
@@ -1070,7 +1067,7 @@ def row_messages(row: Any) -> tuple[list, dict]:
         elif len(columns) > 1:
             messages.append({"role": "assistant" if name in ("completion", "output") else "user", "content": value})
     if not messages:
-        problem = f"no list of messages in {columns[0]!r}" if columns else f"no {WANTED}"
+        problem = f"no list of messages in {columns[0]!r}" if columns else f"no 'messages', 'conversations', {PAIRS}"
         if unread:
             rows = [name for name, value in unread.items() if isinstance(value, list) and layout(value[0])]
             problem += f" in {shorten(names)}{f', but a list of rows in {rows[0]!r}' if rows else ''}"
@@ -1108,10 +1105,7 @@ def message_turn(message: Any, row: int) -> tuple[Turn, dict]:
 
 
 def read_json_rows(file: str) -> Iterator[tuple[int, Any]]:
-    """Yield (line, record) of JSON lines or of objects over several lines, (row, record) of a JSON list.
-
-    The record of a line that is not JSON is an InputError without a place.
-    """
+    """Yield (line, record) of JSON lines or objects, (row, record) of a list; an InputError for a line that is not JSON."""
     lines, decode = read_lines(file), json.JSONDecoder().raw_decode
     number, text = next(((number, line) for number, line in lines if line.strip()), (1, "[]"))
     try:
@@ -1128,8 +1122,9 @@ def read_json_rows(file: str) -> Iterator[tuple[int, Any]]:
                 record, at = decode(text, begin)
             except (ValueError, RecursionError) as error:
                 line += text.count("\n", begin, getattr(error, "pos", begin))
-                problem = f"not JSON ({getattr(error, 'msg', first_line(error))})"
-                problem += "; write one object per line, or one list"
+                problem = (
+                    f"not JSON ({getattr(error, 'msg', first_line(error))}); write one object per line, or one list"
+                )
                 if not by_line:
                     raise InputError(f"{file}:{line}: {problem}") from None
                 yield line, InputError(problem)
@@ -1139,10 +1134,7 @@ def read_json_rows(file: str) -> Iterator[tuple[int, Any]]:
 
 
 def read_csv(file: str) -> Iterator[tuple[int, Any]]:
-    """Yield (line, record) of a CSV file with a header; the delimiter is a comma, semicolon or tab.
-
-    The record of a line with too many or too few fields is an InputError without a place.
-    """
+    """Yield (line, record) of a CSV file with a header; an InputError, without a place, for one with other fields."""
     lines = read_lines(file)
     above, header = next(lines)
     if sep := re.fullmatch('"?sep=(.)"?', header, re.IGNORECASE):  # Excel's line above the header
@@ -1157,13 +1149,10 @@ def read_csv(file: str) -> Iterator[tuple[int, Any]]:
     reader, row = csv.reader(texts, delimiter=delimiter, quoting=quoting, strict=True), above  # type: ignore[arg-type]
     try:
         names = [name.strip().lower() for name in next(reader)]
-        if not layout(dict.fromkeys(names)):
-            problem = (
-                f"no columns 'prompt' and 'completion', or 'instruction' and 'output' in {shorten(','.join(names))}"
-            )
-            raise InputError(f"{file}:{row}: {problem}; rename the columns in the first line")
-        if twice := [name for name in names if name and names.count(name) > 1]:
-            raise InputError(f"{file}:{row}: two columns {twice[0]!r}; rename one in the first line")
+        twice = [name for name in names if name and names.count(name) > 1]
+        if twice or not layout(dict.fromkeys(names)):
+            problem = f"two columns {twice[0]!r}" if twice else f"no columns {PAIRS} in {shorten(','.join(names))}"
+            raise InputError(f"{file}:{row}: {problem}; rename columns in the first line")
         row = above + reader.line_num
         for values in reader:
             if len(values) != len(names) and values:
@@ -1184,9 +1173,8 @@ def read_parquet(file: str) -> Iterator[tuple[int, dict]]:
     import pyarrow
     import pyarrow.parquet
 
-    not_text = explain(file, "a text in it is not UTF-8; write the file again", UnicodeDecodeError)
-    other = explain(file, "not a Parquet file; give JSON lines, JSON or Parquet", pyarrow.ArrowInvalid, OSError)
-    with not_text, other:
+    problem = "not a Parquet file, or a damaged one ({error}); write it again"
+    with explain(file, problem, pyarrow.ArrowInvalid, OSError, UnicodeDecodeError):
         batches = pyarrow.parquet.ParquetFile(file).iter_batches(1000)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
@@ -1197,19 +1185,20 @@ def check_conversation(file: str, said: list[Turn | Finding]) -> Conversation:
     turns, line = [part for part in said if isinstance(part, Turn)], said[0].line
     if any(finding.level == "error" for finding in findings):  # what it hides would only look like another one
         return Conversation(turns, file, line, findings)
-    empty = [turn for turn in turns if not VISIBLE.search(turn.content)]
+    wrong, empty = [], [turn for turn in turns if not VISIBLE.search(turn.content)]
+    for role, _, at, _ in empty:
+        if role == "system":
+            findings.append(Finding("warning", file, at, "empty system", "an empty system turn is ignored"))
+        else:
+            wrong.append((at, f"empty {role} turn; fill it or delete it"))
     turns = [turn for turn in turns if turn not in empty] if empty else turns
-    wrong = [(turn.line, f"empty {turn.role} turn; fill it or delete it") for turn in empty if turn.role != "system"]
-    ignored = [turn.line for turn in empty if turn.role == "system"]
-    findings += [Finding("warning", file, at, "empty system", "an empty system turn is ignored") for at in ignored]
     for _, content, at, _ in turns:
         if len(content) > 10**6 and " " * 10**6 in content:  # ten million make Llama 3.1's tokenizer panic
             wrong.append((at, "a million spaces in a row; delete them"))
         elif content.endswith(("</s>", "<end_of_turn>", "<eos>")):  # TAG has found those with bars
             findings.append(tag_inside(file, at, content[content.rindex("<") :]))
         if strange := MOJIBAKE.search(content):
-            text = f"{strange[0]!r} looks like text in a wrong encoding"
-            findings.append(Finding("warning", file, at, "encoding", text))
+            findings.append(Finding("warning", file, at, "encoding", f"{strange[0]!r} looks wrongly decoded"))
     answers = [turn for turn in turns if turn.role == "assistant"]
     mixed = [b.line for a, b in pairwise(turns) if a.role == b.role and a.trained != b.trained]
     if wrong:
@@ -1224,8 +1213,8 @@ def check_conversation(file: str, said: list[Turn | Finding]) -> Conversation:
         wrong = [(mixed[0], "neighboring answers, one trained and one only context; mark both alike or join them")]
     turns = join_neighbors(turns)
     if not wrong and (last := turns[-1]).role != "assistant":
-        no_answer = f"the last {last.role} turn has no answer and is ignored"
-        findings.append(Finding("warning", file, last.line, "no answer", no_answer))
+        text = f"the last {last.role} turn has no answer and is ignored"
+        findings.append(Finding("warning", file, last.line, "no answer", text))
         while turns[-1].role != "assistant":
             turns.pop()
     return Conversation(turns, file, line, findings + [mistake(file, *place_and_text) for place_and_text in wrong])
@@ -1399,12 +1388,11 @@ def count_trained(labels: np.ndarray) -> int:
 def split_conversation(turns: list[Turn], encode: Encoder, max_length: int) -> tuple[list[Tokens], list[Turn]]:
     """The parts of a long conversation, each with its system turn; and the first turn of each exchange above max_length."""
     system = [turn for turn in turns[:1] if turn.role == "system"]
-    starts = [
-        i
-        for i in range(len(system), len(turns))
-        if i == len(system) or (turns[i].role != "assistant" and turns[i - 1].role == "assistant")
-    ]
-    exchanges = [turns[begin:end] for begin, end in pairwise([*starts, len(turns)])]
+    exchanges: list[list[Turn]] = []
+    for turn in turns[len(system) :]:
+        if not exchanges or (turn.role != "assistant" and exchanges[-1][-1].role == "assistant"):
+            exchanges.append([])
+        exchanges[-1].append(turn)
     head = len(encode([system])[0].input_ids)
     if head >= max_length:  # nothing fits behind it; encoding it with each exchange would take quadratic time
         return [], [exchange[0] for exchange in exchanges]
@@ -1504,10 +1492,8 @@ def hold_out(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 
 def make_rows(samples, chosen: np.ndarray, lengths: np.ndarray, args: argparse.Namespace) -> Rows:
     """Rows of the chosen samples (int64 [N]): packed, or one sample each."""
-    plan = [np.array([i]) for i in range(len(chosen))]
-    if args.packing:
-        plan = pack(lengths[chosen], args.max_length, args.seed)
-    return Rows(samples, [chosen[row] for row in plan])
+    packed = pack(lengths[chosen], args.max_length, args.seed) if args.packing else np.arange(len(chosen))[:, None]
+    return Rows(samples, [chosen[row] for row in packed])
 
 
 def pack(lengths: np.ndarray, capacity: int, seed: int) -> list[np.ndarray]:
@@ -1602,9 +1588,8 @@ def survey(
             for conversation in read_conversations([name], args.input_format):
                 turns, file, line, found = conversation
                 if args.chat_format == "base" and (late := [turn.line for turn in turns[1:] if turn.role == "system"]):
-                    problem = "a system turn in mid-chat, which the base's template cannot follow"
                     fix = "write it into the first system turn or a user turn, or use another --chat-format"
-                    found.append(mistake(file, late[0], f"{problem}; {fix}"))
+                    found.append(mistake(file, late[0], f"the base's template has no system turn in mid-chat; {fix}"))
                 bad = any(finding.level == "error" for finding in found)
                 if not bad:
                     answers = count_turns(turns, counts)
@@ -1663,24 +1648,6 @@ def raise_errors(counts: dict[str, Any], findings: list[Finding], shown: int = 2
         raise InputError(f"{files}: all conversations have errors; leave out --skip-bad to see them")
 
 
-def print_survey(counts: dict[str, Any], shown: int = 5) -> None:
-    """What was read: files, conversations, turns; and what was not."""
-    turns, names = counts["turns"], counts["files"]
-    more = f", … and {len(names) - shown:,} more" if len(names) > shown else ""
-    print_field("files", ", ".join(names[:shown]) + more)
-    print_field("data", plural(counts["conversations"], "conversation"))
-    print_field("turns", ", ".join(f"{turns.get(role, 0):,} {role}" for role in ROLES))
-    if counts["skipped"]:
-        print_field("skipped", f"{counts['skipped']:,} conversations that have errors (--skip-bad)")
-    unread = [
-        f"{escape_controls(name)[:40] or 'unnamed'} ({plural(count, noun)})"
-        for noun, names in counts["not_read"].items()
-        for name, count in names.items()
-    ]
-    if unread:
-        print_field("not read", ", ".join(unread))
-
-
 def print_findings(findings: list[Finding], shown: int = 5) -> None:
     """Each kind of warning with its count and its first places."""
     for kind, count in Counter(finding.kind for finding in findings).items():
@@ -1707,9 +1674,20 @@ def wrap(text: str, indent: int) -> str:
 
 
 def print_plan(plan: Plan) -> None:
-    """What was read, how it is used, tokens, lengths, rows and steps, advice and warnings."""
+    """What was read and what was not, how it is used, tokens, rows and steps, advice and warnings."""
     args, counts = plan.args, plan.counts
-    print_survey(counts)
+    names, turns = counts["files"], counts["turns"]
+    print_field("files", ", ".join(names[:5]) + (f", … and {len(names) - 5:,} more" if len(names) > 5 else ""))
+    print_field("data", plural(counts["conversations"], "conversation"))
+    print_field("turns", ", ".join(f"{turns.get(role, 0):,} {role}" for role in ROLES))
+    if counts["skipped"]:
+        print_field("skipped", f"{counts['skipped']:,} conversations that have errors (--skip-bad)")
+    unread = [
+        (name, plural(count, noun)) for noun, names in counts["not_read"].items() for name, count in names.items()
+    ]
+    if unread:
+        shown = (f"{escape_controls(name)[:40] or 'unnamed'} ({number})" for name, number in unread)
+        print_field("not read", ", ".join(shown))
     if plan.base:
         print_field("used", describe_use(counts))
         if counts["split"] or counts["dropped"] or counts["dropped_exchanges"]:

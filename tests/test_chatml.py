@@ -664,7 +664,7 @@ def test_damaged_parquet():
     turn = pyarrow.StructArray.from_arrays([pyarrow.array(["user", "assistant"]), strings], ["role", "content"])
     table = pyarrow.table({"messages": pyarrow.ListArray.from_arrays(pyarrow.array([0, 2], pyarrow.int32()), turn)})
     pyarrow.parquet.write_table(table, "d.parquet")
-    assert_says(error_of(read, "d.parquet", input_format="messages"), "d.parquet", "UTF-8")
+    assert_says(error_of(read, "d.parquet", input_format="messages"), "d.parquet", "utf-8")
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
