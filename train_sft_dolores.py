@@ -850,13 +850,10 @@ def find_files(patterns: list[str]) -> dict[str, str]:
             for name in names:
                 check_name(name)
                 if not os.path.isfile(name):
-                    fix = "give the path of a data file or a glob that matches one"
-                    pipe = "a pipe can be read only once; write it into a file first"
-                    raise InputError(f"{name}: {pipe if os.path.exists(name) else f'no such file; {fix}'}")
+                    problem = "a pipe, which can be read only once" if os.path.exists(name) else "no such file"
+                    raise InputError(f"{name}: {problem}; give the path of a data file or a glob that matches one")
                 with explain(name, "cannot be read ({error}); make it readable", OSError):
                     found[name] = found.get(name) or sha256(name)
-                if not os.path.getsize(name):
-                    raise InputError(f"{name}: the file is empty; write dialogues into it (README, data format)")
     return found
 
 
@@ -937,11 +934,7 @@ def read_chatml(file: str) -> Iterator[list[Turn | Finding]]:
 
 
 def split_at_tags(file: str) -> Iterator[tuple[int, str | None, str]]:
-    """Yield (line, tag's name, text after it); a tag stands at the start of a line.
-
-    The text reaches up to the next tag, that of `<|im_start|>` up to `<|im_end|>`. Without a name: the text
-    before the first tag, and that after `<|im_end|>`.
-    """
+    """Yield (line, tag's name, text up to the next tag); no name: the text before the first tag or after <|im_end|>."""
     start, name, pieces = 1, None, []
     for line, text in read_blocks(file):
         at = 0
@@ -1136,7 +1129,7 @@ def read_json_rows(file: str) -> Iterator[tuple[int, Any]]:
 def read_csv(file: str) -> Iterator[tuple[int, Any]]:
     """Yield (line, record) of a CSV file with a header; an InputError, without a place, for one with other fields."""
     lines = read_lines(file)
-    above, header = next(lines)
+    above, header = next(lines, (1, ""))
     if sep := re.fullmatch('"?sep=(.)"?', header, re.IGNORECASE):  # Excel's line above the header
         above, header = next(lines, (2, ""))
     delimiter = sep[1] if sep else max(",;\t", key=header.count)
@@ -1173,7 +1166,7 @@ def read_parquet(file: str) -> Iterator[tuple[int, dict]]:
     import pyarrow
     import pyarrow.parquet
 
-    problem = "not a Parquet file, or a damaged one ({error}); write it again"
+    problem = "not a Parquet file, damaged, or its texts are not UTF-8; write it again"
     with explain(file, problem, pyarrow.ArrowInvalid, OSError, UnicodeDecodeError):
         batches = pyarrow.parquet.ParquetFile(file).iter_batches(1000)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)

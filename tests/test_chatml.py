@@ -246,12 +246,13 @@ def test_a_folder_means_its_data_files():
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    write("empty", b"")
     os.mkfifo("pipe")
     Path("folder").mkdir()
     os.close(os.open(os.fsencode(tmp_path) + b"/folder/caf\xe9.chatml", os.O_CREAT))
-    for name in ("nô.chatml", "*.chatml", ".", "empty"):
+    for name in ("nô.chatml", "*.chatml", "."):
         assert_says(error_of(sft.find_files, [name]), name)
+    for name, place in (("empty", "empty"), ("e.jsonl", "e.jsonl"), ("e.csv", "e.csv:1"), ("e.parquet", "e.parquet")):
+        assert_says(error_of(auto, "", name), place)
     assert_says(error_of(sft.find_files, ["pipe"]), "pipe", "once")
     assert_says(error_of(sft.find_files, ["folder"]), r"'folder/caf\udce9.chatml'", "UTF-8")
 
@@ -664,7 +665,7 @@ def test_damaged_parquet():
     turn = pyarrow.StructArray.from_arrays([pyarrow.array(["user", "assistant"]), strings], ["role", "content"])
     table = pyarrow.table({"messages": pyarrow.ListArray.from_arrays(pyarrow.array([0, 2], pyarrow.int32()), turn)})
     pyarrow.parquet.write_table(table, "d.parquet")
-    assert_says(error_of(read, "d.parquet", input_format="messages"), "d.parquet", "utf-8")
+    assert_says(error_of(read, "d.parquet", input_format="messages"), "d.parquet", "UTF-8")
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
