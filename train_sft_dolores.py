@@ -1365,8 +1365,8 @@ def encode_conversations(
                 findings.append(Finding("warning", file, line, "dropped", f"a conversation of {size:,} tokens"))
             if len(parts) > 1:
                 findings.append(Finding("warning", file, line, "split", f"{size:,} tokens: split into {len(parts)}"))
-            alone = "this exchange alone is longer than a row"
-            findings += [Finding("warning", file, turn.line, "dropped", alone) for turn in unfit]
+            text = "this exchange alone is longer than a row"
+            findings += [Finding("warning", file, turn.line, "dropped", text) for turn in unfit]
         key = digest(turns)
         for part, (ids, labels) in enumerate(parts):
             samples.append(Sample(ids, labels, count_trained(labels), key, file, line, part))
@@ -1675,18 +1675,19 @@ def print_plan(plan: Plan) -> None:
     print_field("turns", ", ".join(f"{turns.get(role, 0):,} {role}" for role in ROLES))
     if counts["skipped"]:
         print_field("skipped", f"{counts['skipped']:,} conversations that have errors (--skip-bad)")
-    unread = [
-        (name, plural(count, noun)) for noun, names in counts["not_read"].items() for name, count in names.items()
-    ]
-    if unread:
-        shown = (f"{escape_controls(name)[:40] or 'unnamed'} ({number})" for name, number in unread)
-        print_field("not read", ", ".join(shown))
+    for noun, unread in counts["not_read"].items():
+        if unread:
+            shown = (f"{escape_controls(name)[:40] or 'unnamed'} ({plural(n, noun)})" for name, n in unread.items())
+            print_field("not read", ", ".join(shown))
     if plan.base:
         print_field("used", describe_use(counts))
         if counts["split"] or counts["dropped"] or counts["dropped_exchanges"]:
-            dropped = f"{counts['dropped']:,} conversations and {counts['dropped_exchanges']:,} exchanges of others"
-            lost = f"{counts['lost_trained_tokens']:,} trained tokens lost"
-            print_field("overlong", f"{plural(counts['split'], 'conversation')} split, {dropped} dropped, {lost}")
+            lost = (
+                f"{counts['dropped_exchanges']:,} exchanges of others, {counts['lost_trained_tokens']:,} trained tokens"
+            )
+            print_field(
+                "overlong", f"{counts['split']:,} conversations split; lost: {counts['dropped']:,} whole, {lost}"
+            )
         share = counts["trained_tokens"] / counts["tokens"]
         each = f"{counts['tokens'] / counts['trained_on']:,.0f} in a conversation, {counts['longest']:,} in the longest"
         print_field("tokens", f"{counts['tokens']:,}, of which {share:.0%} trained; {each}")
