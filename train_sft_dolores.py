@@ -1681,13 +1681,10 @@ def print_plan(plan: Plan) -> None:
             print_field("not read", ", ".join(shown))
     if plan.base:
         print_field("used", describe_use(counts))
-        if counts["split"] or counts["dropped"] or counts["dropped_exchanges"]:
-            lost = (
-                f"{counts['dropped_exchanges']:,} exchanges of others, {counts['lost_trained_tokens']:,} trained tokens"
-            )
-            print_field(
-                "overlong", f"{counts['split']:,} conversations split; lost: {counts['dropped']:,} whole, {lost}"
-            )
+        lost = [counts[key] for key in ("split", "dropped", "dropped_exchanges", "lost_trained_tokens")]
+        if any(lost):
+            text = "{:,} conversations split, {:,} dropped; {:,} exchanges of others and {:,} trained tokens lost"
+            print_field("overlong", text.format(*lost))
         share = counts["trained_tokens"] / counts["tokens"]
         each = f"{counts['tokens'] / counts['trained_on']:,.0f} in a conversation, {counts['longest']:,} in the longest"
         print_field("tokens", f"{counts['tokens']:,}, of which {share:.0%} trained; {each}")
