@@ -1683,7 +1683,7 @@ def print_plan(plan: Plan) -> None:
         print_field("used", describe_use(counts))
         lost = [counts[key] for key in ("split", "dropped", "dropped_exchanges", "lost_trained_tokens")]
         if any(lost):
-            text = "{:,} conversations split, {:,} dropped; {:,} exchanges of others and {:,} trained tokens lost"
+            text = "conversations: {:,} split, {:,} dropped; lost: {:,} exchanges of others, {:,} trained tokens"
             print_field("overlong", text.format(*lost))
         share = counts["trained_tokens"] / counts["tokens"]
         each = f"{counts['tokens'] / counts['trained_on']:,.0f} in a conversation, {counts['longest']:,} in the longest"
