@@ -144,7 +144,7 @@ class OneLineParser(argparse.ArgumentParser):
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
             flag, known = unknown[1], self._option_string_actions
             dashed = flag.replace("_", "-")
-            # --lr, at 0.6, would be --lora-r.
+            # At 0.6, --lora-r would be near to --lr.
             near = get_close_matches(dashed, known, n=1 if dashed in known else 2, cutoff=0.7)
             message = f"unknown option {flag}" + (f"; did you mean {' or '.join(near)}?" if near else "")
             if not flag.startswith("-"):
@@ -2247,7 +2247,7 @@ def read_header(place: str, file: Path) -> dict[str, StoredTensor]:
 
 
 def fingerprint(headers: dict[str, StoredTensor]) -> str:
-    """The sha256, in the order of names, of each tensor's line "name dtype [shape]" and its first 4,096 bytes."""
+    """Tells models apart: the sha256 of each tensor's line "name dtype [shape]" and first 4,096 bytes, by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(headers.items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
