@@ -144,7 +144,7 @@ class OneLineParser(argparse.ArgumentParser):
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
             flag, known = unknown[1], self._option_string_actions
             dashed = flag.replace("_", "-")
-            # --lr, at 0.6, would be --lora-r.
+            # At 0.6, --lora-r would be near to --lr.
             near = get_close_matches(dashed, known, n=1 if dashed in known else 2, cutoff=0.7)
             message = f"unknown option {flag}" + (f"; did you mean {' or '.join(near)}?" if near else "")
             if not flag.startswith("-"):
@@ -281,16 +281,11 @@ def comma_separated(text: str) -> list[str]:
 
 
 class World(NamedTuple):
-    """This process among those that train together; torchrun and accelerate set the environment."""
+    """This process among those that train together."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-
-    @classmethod
-    def from_environment(cls) -> World:
-        rank, size, local_rank = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        return cls(int(rank or 0), int(size or 1), int(local_rank or 0))
 
 
 class Base(NamedTuple):
@@ -321,7 +316,9 @@ class Plan(NamedTuple):
 @any_terminal()
 def main() -> None:
     """Look at the data, or train. An error that the user can fix ends in one line and exit status 2."""
-    args, world = parse_args(), World.from_environment()
+    # torchrun and accelerate set these.
+    world = World(*(int(os.environ.get(name) or n) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+    args = parse_args()
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process prints for all
     try:
@@ -2218,9 +2215,8 @@ def read_headers(name: str, folder: str | Path) -> dict[str, StoredTensor]:
     tensors = {}
     for file in weight_files(folder):
         if not file.is_file():
-            missing = file.name if file.name != "model.safetensors" else "*.safetensors"
             fix = "give a folder with the weights, or go online if the Hub's cache lacks them"
-            raise InputError(f"--model {name}: no {missing} in it; {fix}")
+            raise InputError(f"--model {name}: no {file.name} in it; {fix}")
         tensors |= read_header(f"--model {name}", file)
     return tensors
 
@@ -2244,7 +2240,7 @@ def read_header(place: str, file: Path) -> dict[str, StoredTensor]:
 
 
 def fingerprint(headers: dict[str, StoredTensor]) -> str:
-    """The sha256, in the order of names, of each tensor's line "name dtype [shape]" and its first 4,096 bytes."""
+    """Tells models apart: the sha256 of each tensor's line "name dtype [shape]" and first 4,096 bytes, by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(headers.items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
@@ -2282,12 +2278,10 @@ def check_weights(name: str, folder: str, headers: dict[str, StoredTensor], targ
         config = transformers.AutoConfig.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for parameter, value in model.named_parameters():
-        if parameter not in headers and parameter not in model.all_tied_weights_keys:
-            fix = "give a complete model with the names of transformers"
-            raise InputError(f"--model {name}: its files hold no {parameter}; {fix}")
-        if parameter in headers and headers[parameter].shape != list(value.shape):
-            problem = f"{parameter} is {headers[parameter].shape}, but config.json says {list(value.shape)}"
-            raise InputError(f"--model {name}: {problem}; copy or download it again")
+        found, wanted = headers[parameter].shape if parameter in headers else None, list(value.shape)
+        if found != wanted and (found or parameter not in model.all_tied_weights_keys):
+            problem = f"{parameter} is {found or 'missing'}, but by its config.json {wanted}"
+            raise InputError(f"--model {name}: {problem}; give a complete model with the names of transformers")
     modules = model.get_decoder().named_modules()
     linear = sorted({key.rpartition(".")[2] for key, module in modules if isinstance(module, torch.nn.Linear)})
     for target in targets or [""]:
