@@ -2860,7 +2860,7 @@ def claim_output(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
         problem = "not created by this script; refusing to overwrite it; name another folder"
     if problem:
         raise InputError(f"--output {folder}: {problem}")
-    with explain(f"--output {folder}", "{error}; name a folder that can be written", OSError):
+    with explain(f"--output {folder}", "{error}; name a folder that can be written, not a file", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115 - closed below
     with lock:
@@ -3155,8 +3155,8 @@ def paired_change(before: np.ndarray, after: np.ndarray, tokens: np.ndarray) -> 
 
 def verdict(results: dict[str, Any]) -> dict[str, str]:
     """Whether it worked, a line each, for the screen and the card."""
-    said, held_out, copied = {}, results.get("held_out", {}), results.get("copied", {})
-    measured = held_out.get("after", {}).keys() & held_out.get("before", {})  # --force-resume may bring other data
+    said, copied = {}, results.get("copied", {})
+    held_out = {"before": {}, "prompted": {}, "after": {}} | results.get("held_out", {})
 
     def compare(*names: str) -> tuple[list[str], float, float]:
         """The mean losses on the conversations that all of these have, and the change between the last two."""
@@ -3165,14 +3165,15 @@ def verdict(results: dict[str, Any]) -> dict[str, str]:
         means = [f"{np.average(loss, weights=tokens):.3f}" for loss in losses]
         return means, *paired_change(losses[-2], losses[-1], tokens)
 
-    if measured:
+    # After --force-resume with other data, or in a renamed file, there may be none that was measured before.
+    if common := held_out["before"].keys() & held_out["after"].keys():
         (before, after), change, half = compare("before", "after")
         within = f"{change:+.3f} ± {f'{half:.3f}' if half < float('inf') else 'unknown'}"
-        within += f", {plural(len(held_out['after']), 'conversation')}"
+        within += f", {plural(len(common), 'conversation')}"
         chance = ": that may be chance, nothing certain was learned"
         comment = chance if abs(change) <= half else "" if change < 0 else ": worse than before"
         said["held out"] = f"loss {before} -> {after} ({within}){comment}"
-    if measured & held_out.get("prompted", {}).keys():
+    if held_out["prompted"].keys() & held_out["after"].keys():
         (before, prompted, after), change, half = compare("before", "prompted", "after")
         better = f"{'training' if change < 0 else 'examples'} did better, by {abs(change):.3f} ± {half:.3f}"
         comment = "no certain difference, examples may do as well" if abs(change) <= half else better
