@@ -781,7 +781,7 @@ class Conversation(NamedTuple):
     turns: list[Turn]
     file: str
     line: int
-    findings: Sequence[Finding] = ()
+    findings: list[Finding]
 
 
 NAME = r"[^|<>\s]{1,40}"
@@ -800,7 +800,9 @@ UNSEEN = (
 )
 VISIBLE = re.compile(rf"[^\s{UNSEEN}]")
 UNSEEN_BEFORE_TAG = re.compile(rf"[{UNSEEN}](?<![^\n].)[{UNSEEN}]*(?=<\|)")  # the BOM of a joined file
+MOJIBAKE = re.compile("Ã[\u0080-\u00bf©¨ª«´§¹]|â€|Â[«»°\u00a0]|\ufffd")
 ROW_FILES = {".json": "JSON", ".jsonl": "JSON", ".ndjson": "JSON", ".csv": "CSV", ".tsv": "CSV", ".parquet": "Parquet"}
+DATA_FILES = (".chatml", ".txt", *ROW_FILES)
 CONTEXT = "assistant:context"  # an answer that is not trained
 ROLE_NAMES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", CONTEXT: "assistant"}
 SHAREGPT = {"human": "user", "gpt": "assistant"}
@@ -810,7 +812,7 @@ END_TOKENS = ("<|end|>", "<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|eom_i
 NOT_CLOSED = "this turn is not closed; end it with <|im_end|>"
 NO_TOOLS = "tool turns cannot be trained on; delete them, or write the tool's result into a user turn"
 # The columns that hold a conversation: OpenAI's, ShareGPT's, prompt and completion, Alpaca's.
-LAYOUTS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
+LAYOUTS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "input", "output"))
 WANTED = "'messages', 'conversations', 'prompt' and 'completion', or 'instruction' and 'output'"
 # Columns and keys that change what may be trained, and that are not read.
 REFUSED = {"label", "kto_tag", "chosen", "rejected", "rejected_response", "rejected_messages", "preferred_output",
@@ -820,15 +822,13 @@ FLAGS = ("weight", "train", "training", "trainable", "loss")  # false or 0: this
 TEXT_PARTS = ("text", "input_text", "output_text")  # the last two are those of OpenAI's Responses
 NOT_SPACE = re.compile(r"[^\s\ufeff]")
 QUOTED = re.compile(r'^"((?:[^"]|"")*)"$')
-# The first bytes of files that hold no text of ours: what to do, and what they are.
+# The first bytes, in lower case, of files that hold no text of ours.
 NOT_DATA = {
-    "unpack it first": {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"7z\xbc\xaf": "7-Zip"},
-    "unpack it, or open it and save its text as UTF-8": {b"PK\3\4": "a zip archive or an Office document"},
-    "open it and save its text as UTF-8": {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"{\\rtf": "RTF", b"%PDF": "a PDF",
-                                           b"\xd0\xcf\x11\xe0": "an old Office document"},
-    "write its rows as JSON lines, CSV or Parquet": {b"SQLite format": "an SQLite database", b"ARROW1": "an Arrow file",
-                                                     b"\xff\xff\xff\xff": "an Arrow stream", b"<?xml": "XML"},
-    "download the file itself": {b"<!doctype": "HTML", b"<html": "HTML", b"version https://git-lfs": "a Git LFS pointer"},
+    "compressed (gzip, bzip2, xz, zstd or 7-Zip); unpack it": (b"\x1f\x8b", b"bzh", b"\xfd7zxz", b"(\xb5/\xfd", b"7z\xbc\xaf"),
+    "a zip archive or an Office document; unpack it, or save its text as UTF-8": (b"pk\3\4", b"\xd0\xcf\x11\xe0"),
+    "UTF-16, RTF or PDF; open it and save its text as UTF-8": (b"\xff\xfe", b"\xfe\xff", b"{\\rtf", b"%pdf"),
+    "SQLite, Arrow or XML; write its rows as JSON lines, CSV or Parquet": (b"sqlite format", b"arrow1", b"\xff\xff\xff\xff", b"<?xml"),
+    "HTML or a Git LFS pointer; download the file itself": (b"<!doctype", b"<html", b"version https://git-lfs"),
 }  # fmt: skip
 
 
@@ -838,7 +838,15 @@ def find_files(patterns: list[str]) -> dict[str, str]:
     for pattern in patterns:
         matches = [] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         for match in matches or [pattern]:
-            for name in files_in(match) if os.path.isdir(match) else [match]:
+            names = [match]
+            if os.path.isdir(match):
+                inside = (
+                    path for path in Path(match).iterdir() if path.suffix.lower() in DATA_FILES and path.is_file()
+                )
+                names = sorted(str(path) for path in inside if path.name[0] != ".")
+            if not names:
+                raise InputError(f"{match}: no data file in this folder; their names end in {', '.join(DATA_FILES)}")
+            for name in names:
                 check_name(name)
                 if not os.path.isfile(name):
                     fix = "give the path of a data file or a glob that matches one"
@@ -851,15 +859,6 @@ def find_files(patterns: list[str]) -> dict[str, str]:
     return found
 
 
-def files_in(folder: str) -> list[str]:
-    """The data files in a folder, in alphabetical order."""
-    known = (".chatml", ".txt", *ROW_FILES)
-    inside = (path for path in Path(folder).iterdir() if path.suffix.lower() in known and path.is_file())
-    if found := sorted(str(path) for path in inside if path.name[0] != "."):
-        return found
-    raise InputError(f"{folder}: no data file in this folder; their names end in {', '.join(known)}")
-
-
 def sha256(file: str | Path) -> str:
     """The file's SHA-256 in hexadecimal."""
     digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
@@ -870,10 +869,7 @@ def sha256(file: str | Path) -> str:
 
 
 def read_conversations(files: Iterable[str], input_format: str) -> Iterator[Conversation]:
-    """Yield the conversations of all files, one at a time, with and without errors; only a JSON list is read as a whole.
-
-    InputError where the rest of a file cannot be read.
-    """
+    """Yield the conversations of all files, with and without errors; InputError where the rest cannot be read."""
     for file in files:
         found, kind = False, detect_format(file, input_format)
         for said in read_chatml(file) if kind == "chatml" else read_rows(file, kind):
@@ -889,22 +885,16 @@ def mistake(file: str, line: int, text: str) -> Finding:
 
 
 def detect_format(file: str, input_format: str = "auto") -> str:
-    """chatml, JSON, CSV or Parquet: by the first bytes where they are clear, otherwise by the extension.
-
-    InputError where --input-format says something else, or where the file holds no text.
-    """
+    """chatml, JSON, CSV or Parquet: by the first bytes where they are clear, otherwise by the extension."""
     with open(file, "rb") as source:
         raw = source.read(1 << 12)
     start, by_name = raw.removeprefix(codecs.BOM_UTF8).lstrip(), ROW_FILES.get(os.path.splitext(file)[1].lower())
-    for fix, kinds in NOT_DATA.items():
-        if what := [kinds[magic] for magic in kinds if start[:40].lower().startswith(magic.lower())]:
-            raise InputError(f"{file}: this is {what[0]}; {fix}")
-    if raw.startswith(b"PAR1"):
-        kind = "Parquet"
-    elif start.startswith(b"<|"):
-        kind = "chatml"
-    else:
-        kind = by_name or ("JSON" if re.match(rb'\{\s*["}]|\[\s*[{\]]', start) else "chatml")
+    for what, magic in NOT_DATA.items():
+        if start.lower().startswith(magic):
+            raise InputError(f"{file}: this is {what}")
+    kind = by_name or ("JSON" if re.match(rb'\{\s*["}]|\[\s*[{\]]', start) else "chatml")
+    if start.startswith((b"<|", b"PAR1")):
+        kind = "Parquet" if start.startswith(b"PAR1") else "chatml"
     if input_format == "chatml" and kind != "chatml":
         raise InputError(f"{file}: looks like {kind}; leave out --input-format chatml")
     return by_name or "JSON" if input_format == "messages" and kind == "chatml" else kind
@@ -935,12 +925,10 @@ def read_chatml(file: str) -> Iterator[list[Turn | Finding]]:
         if role:
             content, warnings = unescape_tags(file, line, text, escaped)
             said += [Turn(role, content.strip(), line, name != CONTEXT), *warnings]
-        elif tag == "endoftext":
-            said += stray_text(file, line, text, "after <|endoftext|>; put the separator alone on its line")
-        elif tag:
+        elif tag and tag != "endoftext":
             said.append(mistake(file, line, unknown_role(name, is_tag=not opened)))
         else:
-            said += stray_text(file, line, text, "after <|im_end|>; put it inside a turn" if im else None)
+            said += stray_text(file, line, text)
     if opened:
         said.append(mistake(file, opened, NOT_CLOSED))
     if said:
@@ -967,13 +955,9 @@ def split_at_tags(file: str) -> Iterator[tuple[int, str | None, str]]:
 
 def read_blocks(file: str) -> Iterator[tuple[int, str]]:
     """Yield (first line's number, text) of a UTF-8 file, a megabyte of whole lines; BOM and all line ends are accepted."""
-    from tqdm import tqdm
-
-    size, name, number = os.path.getsize(file), os.path.basename(file), 1
-    bar = tqdm(total=size, desc=name, unit="B", unit_scale=True, delay=2, disable=not show_progress(), leave=False)
-    with open(file, "rb") as source, bar:
+    number = 1
+    with open(file, "rb") as source:
         while raw := source.read(1 << 20) + source.readline():
-            bar.update(len(raw))
             bad, problem = raw.find(0), "a NUL character (U+0000); delete it, or save the file as UTF-8"
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -994,20 +978,15 @@ def read_lines(file: str) -> Iterator[tuple[int, str]]:
         yield from enumerate(text.removesuffix("\n").split("\n"), number)
 
 
-def show_progress() -> bool:
-    """Progress bars are for terminals, and only the first process shows them."""
-    return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-
-
-def stray_text(file: str, line: int, text: str, where: str | None) -> list[Finding]:
-    """The error about text outside of turns; `where` describes it if it stands on the first of these lines."""
+def stray_text(file: str, line: int, text: str) -> list[Finding]:
+    """The error about text outside of turns."""
     if not text.strip():
         return []
-    below = text[: -len(text.lstrip())].count("\n")
-    outside = "text outside of a turn; start with a tag such as <|user|>"
-    if tag := like_tag(text.strip().split("\n")[0]):
-        outside = f"{tag[0]} does not open a turn; write {tag[1]} at the start of the line"
-    return [mistake(file, line + below, f"text {where}" if where and not below else outside)]
+    line += text[: -len(text.lstrip())].count("\n")
+    what = "before the first tag or after <|im_end|> or <|endoftext|>; put it after a tag such as <|user|>"
+    if tag := like_tag(text.lstrip().split("\n")[0]):
+        what = f"outside of a turn; did you mean {tag} at the start of the line?"
+    return [mistake(file, line, f"text {what}")]
 
 
 def unescape_tags(file: str, line: int, text: str, escaped: re.Pattern) -> tuple[str, list[Finding]]:
@@ -1019,34 +998,26 @@ def unescape_tags(file: str, line: int, text: str, escaped: re.Pattern) -> tuple
         if escaped.match(text, at):
             lines[i] = content[1:]
         elif found := TAG.search(content):
-            warnings.append(Finding("warning", file, line + i, *describe_tag(found[0])))
+            warnings.append(tag_inside(file, line + i, found[0], ", or start a line with it if it is a tag"))
         elif tag := like_tag(content):
-            what = f"{tag[0]} looks like a tag; write {tag[1]} if it is one"
-            warnings.append(Finding("warning", file, line + i, "tag", what))
+            warnings.append(Finding("warning", file, line + i, "tag", f"this line is text; did you mean {tag}?"))
         at += len(content) + 1
     return "\n".join(lines), warnings
 
 
-def like_tag(line: str) -> tuple[str, str] | None:
-    """(what a line begins with, the tag that it is probably meant to be), if it begins with a misspelled tag."""
+def like_tag(line: str) -> str:
+    """The tag that is probably meant where a line begins with a misspelled one, else ""."""
     found = LIKE_TAG.match(line)
     start = found[0].strip() if found else ""
     if found and (start == f"<{found[2]}>" or (re.search("[<>]", start) and re.search("[|｜]", start))):
-        return shorten(start), f"<|{found[2].lower()}|>"
-    return None
+        return f"<|{found[2].lower()}|>"
+    return ""
 
 
-def describe_tag(tag: str, by_row: bool = False) -> tuple[str, str]:
-    """(kind, text) of the warning about a tag inside a turn; by_row: no tag of this file separates conversations."""
-    shown = escape_controls(tag)[:60]
-    if tag in END_TOKENS or (tag == "<|endoftext|>" and by_row):
-        return "end token", f"{shown} is trained as text; delete it if it ends an answer: the chat format adds its own"
-    if tag == "<|endoftext|>":
-        fix = "put it alone on a line to separate conversations"
-        return "separator", f"{shown} inside a line is trained as text; {fix}"
-    if tag[2:-2] in ROLE_NAMES and not by_row:
-        return "tag", f"{shown} inside a line is text; write it at the start of a line if it opens a turn"
-    return "tag", f"{shown} inside a turn is text, not a tag"
+def tag_inside(file: str, line: int, tag: str, other_fix: str = "") -> Finding:
+    """The warning about a tag inside a turn."""
+    text = f"{escape_controls(tag)[:60]} is trained as text; delete it if it ends an answer{other_fix}"
+    return Finding("warning", file, line, "tag", text)
 
 
 def read_rows(file: str, kind: str) -> Iterator[list[Turn | Finding]]:
@@ -1062,7 +1033,7 @@ def read_rows(file: str, kind: str) -> Iterator[list[Turn | Finding]]:
                 turn, unread = message_turn(message, row)
                 said += [Finding("note", file, row, "message", name) for name in unread]
                 if found := TAG.search(turn.content):
-                    said.append(Finding("warning", file, row, *describe_tag(found[0], by_row=True)))
+                    said.append(tag_inside(file, row, found[0]))
                 if turn.role != "system" or [other for other in said if isinstance(other, Turn)] != [turn]:
                     said.append(turn)  # a system turn in a column and in the first message is one
         except InputError as error:
@@ -1070,71 +1041,67 @@ def read_rows(file: str, kind: str) -> Iterator[list[Turn | Finding]]:
         yield said
 
 
-def given(record: dict[str, Any]) -> dict[str, Any]:
+def given(record: Any) -> dict[str, Any]:
     """What a row or message holds; InputError, without a place, where a name in it decides what may be trained."""
     fields = {name: value for name, value in record.items() if value not in (None, "", [], {})}
     if refused := REFUSED.intersection(map(str.lower, fields)):
-        problem = f"{min(refused)!r} is not read, but decides what may be trained"
-        raise InputError(f"{problem}; delete it, and what should not be trained without it")
+        fix = "delete it, and what should not be trained without it"
+        raise InputError(f"{min(refused)!r} is not read, but decides what may be trained; {fix}")
     return fields
 
 
 def layout(row: Any) -> tuple[str, ...]:
-    """The columns that hold the conversation of a row."""
-    return next((names for names in LAYOUTS if isinstance(row, dict) and row.keys() >= set(names)), ())
+    """The columns that hold the conversation of a row; `input` may be absent."""
+    return next((names for names in LAYOUTS if isinstance(row, dict) and row.keys() >= {*names} - {"input"}), ())
 
 
-def row_messages(record: Any) -> tuple[list, list[str]]:
-    """The messages of a row, and its columns that are not read; InputError, without a place, if it has none."""
-    row = record if isinstance(record, dict) else {}
-    fields = given(row)
-    columns = layout(fields) or layout(row)
-    if columns[:1] == ("instruction",) and "input" in fields:
-        columns = (*(name for name in ("instruction", "input") if name in fields), "output")
-    messages = []
+def row_messages(row: Any) -> tuple[list, dict]:
+    """The messages of a row, and what it holds that is not read; InputError, without a place, if it has none."""
+    unread = given(row) if isinstance(row, dict) else {}
+    names, messages = ", ".join(unread), []
+    columns = layout(unread) or layout(row)
     for name in columns:
-        role = "assistant" if name in ("completion", "output") else "user"
-        messages += row[name] if isinstance(row[name], list) else [{"role": role, "content": row[name]}]
-    if len(columns) == 1:
-        messages = row[columns[0]]
-    if not (messages and isinstance(messages, list)):
-        problem = f"no messages in {' and '.join(columns)}" if columns else f"no {WANTED}"
-        if fields and not columns:
-            rows = [name for name, value in fields.items() if isinstance(value, list) and layout(value[0])]
-            problem += f" in {shorten(', '.join(fields))}{f', but a list of rows in {rows[0]!r}' if rows else ''}"
+        value = unread.pop(name, [])
+        if isinstance(value, list):
+            messages += value
+        elif len(columns) > 1:
+            messages.append({"role": "assistant" if name in ("completion", "output") else "user", "content": value})
+    if not messages:
+        problem = f"no list of messages in {columns[0]!r}" if columns else f"no {WANTED}"
+        if unread:
+            rows = [name for name, value in unread.items() if isinstance(value, list) and layout(value[0])]
+            problem += f" in {shorten(names)}{f', but a list of rows in {rows[0]!r}' if rows else ''}"
         raise InputError(f"{problem}; write one conversation per row, in columns of these names")
-    if "system" in fields:  # ShareGPT's and Anthropic's place for the system turn
-        messages = [{"role": "system", "content": fields["system"]}, *messages]
-    return messages, [name for name in fields if name not in (*columns, "system")]
+    if "system" in unread:  # ShareGPT's and Anthropic's place for the system turn
+        messages = [{"role": "system", "content": unread.pop("system")}, *messages]
+    return messages, unread
 
 
-def message_turn(message: Any, row: int) -> tuple[Turn, list[str]]:
-    """The turn of a message in OpenAI's keys or ShareGPT's, and its keys that are not read; InputError without a place."""
+def message_turn(message: Any, row: int) -> tuple[Turn, dict]:
+    """The turn of a message in OpenAI's keys or ShareGPT's, and what is not read; InputError without a place."""
     if not isinstance(message, dict):
         raise InputError("a message must be an object; write {'role': …, 'content': …}")
-    fields = given(message)
-    who, what = "role" if "role" in fields else "from", "content" if "content" in fields else "value"
-    name, content = fields.get(who), fields.get(what, "")
+    unread, absent = given(message), "" if message.keys() & {"content", "value"} else None
+    name = unread.pop("role" if "role" in unread else "from", None)
+    content = unread.pop("content" if "content" in unread else "value", absent)
     role = ROLE_NAMES.get(SHAREGPT.get(name, name)) if isinstance(name, str) else None
-    if not role or fields.keys() & {"tool_calls", "function_call"}:
+    if not role or unread.keys() & {"tool_calls", "function_call"}:
         raise InputError(NO_TOOLS if role else unknown_role(name))
-    flags = [flag for flag in FLAGS if flag in fields and role == "assistant"]
-    unread = [key for key in fields if key not in (who, what, *flags)]
+    flags = {flag: unread.pop(flag) for flag in FLAGS if flag in unread and role == "assistant"}
     if isinstance(content, list):
         parts = [part if isinstance(part, dict) else {} for part in content]
-        unread += [key for part in parts for key in given(part) if key not in ("type", "text")]
+        unread |= {key: part[key] for part in parts for key in given(part) if key not in ("type", "text")}
         texts = [part["text"] for part in parts if part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str)]
         content = "".join(texts) if len(texts) == len(parts) else None
     if not isinstance(content, str):
-        problem = f"the {role} message's content is neither text nor a list of {{'type': 'text', 'text': …}}"
+        problem = f"the {role} message's 'content' is neither text nor a list of {{'type': 'text', 'text': …}}"
         raise InputError(f"{problem}; only text can be trained on")
-    if not message.keys() & {"content", "value"}:
-        raise InputError(f"no 'content' in the {role} message of {shorten(', '.join(message))}; write its text there")
     if broken := re.search("[\0\ud800-\udfff]", content):
         raise InputError(f"a NUL or lone surrogate ({escape_controls(broken[0])}) in the {role} message; delete it")
-    if strange := [f"{flag} {shorten(fields[flag])}" for flag in flags if fields[flag] not in (0, 1)]:
-        raise InputError(f"unknown {strange[0]}; write 1 for a trained answer, 0 for one that is only context")
-    return Turn(role, content.strip(), row, name != CONTEXT and all(fields[flag] for flag in flags)), unread
+    for flag, value in flags.items():
+        if value not in (0, 1):
+            raise InputError(f"unknown {flag} {shorten(value)}; write 1 for a trained answer, 0 for only context")
+    return Turn(role, content.strip(), row, name != CONTEXT and all(flags.values())), unread
 
 
 def read_json_rows(file: str) -> Iterator[tuple[int, Any]]:
@@ -1236,7 +1203,10 @@ def check_conversation(file: str, said: list[Turn | Finding]) -> Conversation:
         if len(content) > 10**6 and " " * 10**6 in content:  # ten million make Llama 3.1's tokenizer panic
             wrong.append((at, "a million spaces in a row; delete them"))
         elif content.endswith(("</s>", "<end_of_turn>", "<eos>")):  # TAG has found those with bars
-            findings.append(Finding("warning", file, at, *describe_tag(content[content.rindex("<") :])))
+            findings.append(tag_inside(file, at, content[content.rindex("<") :]))
+        if strange := MOJIBAKE.search(content):
+            text = f"{strange[0]!r} looks like text in a wrong encoding"
+            findings.append(Finding("warning", file, at, "encoding", text))
     answers = [turn for turn in turns if turn.role == "assistant"]
     mixed = [b.line for a, b in pairwise(turns) if a.role == b.role and a.trained != b.trained]
     if wrong:
@@ -1277,26 +1247,19 @@ def escape_controls(text: str, keep: str = "") -> str:
     return "".join(c if c in keep or (c.isprintable() and VISIBLE.match(c)) else ascii(c)[1:-1] for c in text)
 
 
-def suggest(name: str, choices: Iterable[str]) -> str:
-    """`did you mean …?` if a choice is close, otherwise the list of choices."""
-    choices = list(choices)
-    near = get_close_matches(name[:60].lower(), choices, n=1, cutoff=0.6)
-    return f"did you mean {near[0]}?" if near else f"use one of {', '.join(choices)}"
-
-
 def unknown_role(name: Any, is_tag: bool = False) -> str:
     """What is wrong with the name of a role or tag, and how to fix it."""
     if name in TOOL_ROLES:
         return NO_TOOLS
-    if not is_tag:
-        return f"unknown role {shorten(name)}; {suggest(str(name), ROLE_NAMES)}"
-    tag = f"<|{escape_controls(name)[:60]}|>"
-    fix = f"use <|system|>, <|user|>, <|assistant|> or <|endoftext|>, or write \\{tag} if it is text"
-    if f"<|{name}|>" in END_TOKENS:
-        fix = f"delete it if it ends a turn (the chat format adds its own), or write \\{tag} if it is text"
-    elif near := get_close_matches(name.lower(), (*ROLE_NAMES, "endoftext"), n=1, cutoff=0.6):
-        fix = f"did you mean <|{near[0]}|>?"
-    return f"unknown role tag {tag}; {fix}"
+    shown, known = shorten(name), list(ROLE_NAMES)
+    fix = f"use one of {', '.join(known)}"
+    if is_tag:
+        shown = f"<|{escape_controls(name)[:60]}|>"
+        known = [] if f"<|{name}|>" in END_TOKENS else [*known, "endoftext"]
+        fix = f"delete it if it ends a turn (the chat format adds its own), or write \\{shown} if it is text"
+    if near := get_close_matches(str(name)[:60].lower(), known, n=1):
+        fix = f"did you mean {f'<|{near[0]}|>' if is_tag else near[0]}?"
+    return f"unknown role {shown}; {fix}"
 
 
 # ---- Turns -> tokens -----------------------------------------------------------------------------
@@ -1347,20 +1310,17 @@ class Encoder:
         ]
         self.special = re.compile(f"({'|'.join(patterns)})")
         end = self.special_ids[chat.eos_token]
-        self.before = {role: [(bit, False) for bit in self.split(chat.before[role])] for role in ROLES}
-        self.after = {role: [(bit, False) for bit in self.split(chat.after[role])] for role in ROLES}
+        # {role: [(text or a special token's id, whether it is trained)]}
+        self.before = {role: self.split(text) for role, text in {**chat.before, NO_SYSTEM.role: chat.no_system}.items()}
+        self.after = {role: self.split(text) for role, text in {**chat.after, NO_SYSTEM.role: ""}.items()}
         self.after["assistant"] = [(bit, bit == end) for bit, _ in self.after["assistant"]]
-        self.before[NO_SYSTEM.role], self.after[NO_SYSTEM.role] = (
-            [(bit, False) for bit in self.split(chat.no_system)],
-            [],
-        )
         # SentencePiece tokenizers add a space before each text.
         adds_space = self.tokenizer.encode("a", add_special_tokens=False).tokens[:1] == ["▁a"]
         self.answer_start = chat.answer_start.removeprefix(" ") if adds_space else chat.answer_start
 
-    def split(self, text: str) -> list[str | int]:
-        """The format's text, with special tokens as ids."""
-        return [self.special_ids.get(bit.strip(), bit) for bit in self.special.split(text) if bit]
+    def split(self, text: str) -> list[tuple[str | int, bool]]:
+        """The format's text, with special tokens as ids; none is trained."""
+        return [(self.special_ids.get(bit.strip(), bit), False) for bit in self.special.split(text) if bit]
 
     def pieces(self, turns: list[Turn]) -> Iterator[tuple[str | int, bool]]:
         """Yield (text or a special token's id, whether it is trained) of a conversation."""
@@ -1401,10 +1361,7 @@ class Encoder:
 def encode_conversations(
     conversations: list[Conversation], encode: Encoder, max_length: int, overlong: str, counts: dict, findings: list
 ) -> list[Sample]:
-    """The samples of these conversations, none longer than max_length (`overlong` is --overlong).
-
-    What is split or lost is added to `counts` and `findings`.
-    """
+    """The samples of these conversations, none above max_length; adds what is split or lost to counts and findings."""
     samples = []
     for (turns, file, line, _), tokens in zip(conversations, encode([c.turns for c in conversations]), strict=True):
         parts, size = [tokens], len(tokens.input_ids)
@@ -1437,47 +1394,37 @@ def count_trained(labels: np.ndarray) -> int:
 
 
 def split_conversation(turns: list[Turn], encode: Encoder, max_length: int) -> tuple[list[Tokens], list[Turn]]:
-    """Split a long conversation at turn boundaries; each part begins with the system turn.
-
-    Returns the parts, and the first turn of each exchange that does not fit into a row.
-    """
+    """The parts of a long conversation, each with its system turn; and the first turn of each exchange above max_length."""
     system = [turn for turn in turns[:1] if turn.role == "system"]
-    exchanges: list[list[Turn]] = []
-    for turn in turns[len(system) :]:
-        if not exchanges or (turn.role != "assistant" and exchanges[-1][-1].role == "assistant"):
-            exchanges.append([])
-        exchanges[-1].append(turn)
+    starts = [
+        i
+        for i in range(len(system), len(turns))
+        if i == len(system) or (turns[i].role != "assistant" and turns[i - 1].role == "assistant")
+    ]
+    exchanges = [turns[begin:end] for begin, end in pairwise([*starts, len(turns)])]
     head = len(encode([system])[0].input_ids)
     if head >= max_length:  # nothing fits behind it; encoding it with each exchange would take quadratic time
         return [], [exchange[0] for exchange in exchanges]
-    sizes = [
-        len(tokens.input_ids) - head for tokens in encode([join_neighbors(system + exchange) for exchange in exchanges])
-    ]
+    alone = encode([join_neighbors(system + exchange) for exchange in exchanges])
+    ends = np.cumsum([0, *(len(tokens.input_ids) - head for tokens in alone)])
     parts, lost, first = [], [], 0
     while first < len(exchanges):
-        last, size = first, head
-        while last < len(exchanges) and size + sizes[last] <= max_length:
-            size += sizes[last]
-            last += 1
-        # Sizes add up except for a token at a seam, in some tokenizers: measure the whole again.
-        while last > first:
+        most = int(np.searchsorted(ends, ends[first] + max_length - head, "right")) - 1
+        for last in range(most, first, -1):  # sizes add up except for a token at a seam, in some tokenizers
             tokens = encode([join_neighbors(system + list(chain(*exchanges[first:last])))])[0]
             if len(tokens.input_ids) <= max_length:
                 parts.append(tokens)
+                first = last
                 break
-            last -= 1
-        if last == first:
+        else:
             lost.append(exchanges[first][0])
-            last += 1
-        first = last
+            first += 1
     return parts, lost
 
 
 def digest(turns: list[Turn]) -> int:
     """63 bits that identify a conversation by its content."""
-    text = "\0".join(
-        [part for role, content, _, trained in turns for part in (role if trained else f"{role}:context", content)]
-    )
+    text = "\0".join(f"{role if trained else CONTEXT}\0{content}" for role, content, _, trained in turns)
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
 
 
@@ -1535,10 +1482,7 @@ def read_data(
 
 
 def measure(samples, eval_files: Iterable[str] = ()) -> tuple[np.ndarray, ...]:
-    """(digest, tokens, trained tokens, part, whether it is from one of these files) of each sample, [N] each.
-
-    The last is bool, the others int64. The tokens themselves are not read.
-    """
+    """(digest, tokens, trained tokens, part: int64; whether it is from one of these files: bool) of all samples, [N] each."""
     import pyarrow as pa
     from pyarrow.compute import is_in, list_value_length
 
@@ -1549,10 +1493,7 @@ def measure(samples, eval_files: Iterable[str] = ()) -> tuple[np.ndarray, ...]:
 
 
 def hold_out(digests: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """bool [N]: which samples are held out, of at most MAX_HELD_OUT conversations.
-
-    All parts and copies of a conversation fall on one side.
-    """
+    """bool [N]: which samples are held out. All parts and copies of a conversation fall on one side."""
     conversations = np.unique(digests)
     size = min(max(1, round(fraction * len(conversations))), len(conversations) - 1, MAX_HELD_OUT) if fraction else 0
     return np.isin(digests, np.random.default_rng(seed).permutation(conversations)[:size])
@@ -1642,41 +1583,36 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 # ---- Looking at the data -------------------------------------------------------------------------
 
-MOJIBAKE = re.compile("Ã[\u0080-\u00bf©¨ª«´§¹]|â€|Â[«»°\u00a0]|\ufffd")
 MANY_EXCHANGES = 30  # dialogues that nothing separates are read as one conversation
 
 
 def survey(
     files: Iterable[str], args: argparse.Namespace, counts: dict[str, Any], findings: list[Finding]
 ) -> Iterator[Conversation]:
-    """Read and check all files: yield their conversations, and fill `counts` and `findings`.
-
-    With --skip-bad each mistake in a conversation is a warning. After an error nothing is yielded.
-    """
-    counts |= {"files": list(files), "conversations": 0, "skipped": 0, "turns": Counter(), "exchanges": Counter()}
-    counts |= {"characters": 0, "system": None, "not_read": {"row": Counter(), "message": Counter()}}
+    """Read and check all files: yield their conversations up to the first error, and fill `counts` and `findings`."""
+    counts |= {"files": list(files), "conversations": 0, "skipped": 0, "turns": Counter(), "system": None}
+    counts["not_read"] = {"row": Counter(), "message": Counter()}
     seen: dict[int, str] = {}  # the first place of each conversation, by its content
-    with_system = ("", 0)  # the last place of a system turn
     failed = False
     for name in files:
         try:
             for conversation in read_conversations([name], args.input_format):
-                said, file, line, found = conversation
-                if args.chat_format == "base" and (late := [turn.line for turn in said[1:] if turn.role == "system"]):
+                turns, file, line, found = conversation
+                if args.chat_format == "base" and (late := [turn.line for turn in turns[1:] if turn.role == "system"]):
                     problem = "a system turn in mid-chat, which the base's template cannot follow"
                     fix = "write it into the first system turn or a user turn, or use another --chat-format"
-                    found = [*found, mistake(file, late[0], f"{problem}; {fix}")]
+                    found.append(mistake(file, late[0], f"{problem}; {fix}"))
                 bad = any(finding.level == "error" for finding in found)
                 if not bad:
-                    last, exchanges = conversation, count_turns(said, counts)
-                    found = [*found, *([not_separated(conversation)] if exchanges >= MANY_EXCHANGES else [])]
-                    for _, content, at, _ in said:
-                        if wrong := MOJIBAKE.search(content):
-                            text = f"{wrong[0]!r} looks like text in a wrong encoding"
-                            found.append(Finding("warning", file, at, "encoding", text))
-                    if said[0].role == "system":
+                    answers = count_turns(turns, counts)
+                    fix = "put a line <|endoftext|> between them, or give each a row"
+                    text = f"{answers} exchanges are one conversation; if they are separate dialogues, {fix}"
+                    several = Finding("warning", file, line, "several exchanges", text)
+                    if answers >= MANY_EXCHANGES:
+                        found.append(several)
+                    if turns[0].role == "system":
                         with_system = file, line
-                    if (first := seen.setdefault(digest(said), f"{file}:{line}")) != f"{file}:{line}":
+                    if (first := seen.setdefault(digest(turns), f"{file}:{line}")) != f"{file}:{line}":
                         found.append(Finding("warning", file, line, "duplicate", f"the same conversation as {first}"))
                 for finding in found:
                     if finding.level == "note":
@@ -1692,35 +1628,20 @@ def survey(
         except InputError as error:
             findings.append(Finding("error", name, 0, "unreadable", str(error)))
             failed = True
-    if counts["conversations"] == 1 and 1 < exchanges < MANY_EXCHANGES:
-        findings.append(not_separated(last))
+    if counts["conversations"] == 1 and 1 < answers < MANY_EXCHANGES:
+        findings.append(several)
     if counts["turns"]["system"] == 1 and counts["conversations"] > 2:
         text = "the only conversation with a system turn; it does not carry over to the next: repeat it or delete it"
         findings.append(Finding("warning", *with_system, "system", text))
-    counts["exchanges"] = dict(sorted(counts["exchanges"].items()))
 
 
 def count_turns(turns: list[Turn], counts: dict[str, Any]) -> int:
-    """Add a conversation to the counts, and return how many answers it has.
-
-    "system" is the system turn that all have, None if they differ.
-    """
-    system, roles = turns[0].content if turns[0].role == "system" else None, [turn.role for turn in turns]
+    """Add a conversation to the counts; "system" is the system turn that all share. Returns how many answers it has."""
+    system, roles = turns[0].content if turns[0].role == "system" else None, Counter(turn.role for turn in turns)
     counts["system"] = system if not counts["conversations"] or system == counts["system"] else None
     counts["conversations"] += 1
     counts["turns"].update(roles)
-    counts["exchanges"][roles.count("assistant")] += 1
-    counts["characters"] += sum(len(turn.content) for turn in turns)
-    return roles.count("assistant")
-
-
-def not_separated(conversation: Conversation) -> Finding:
-    """The warning that dialogues may have been read as one conversation, and what to do about it."""
-    turns, file, line, _ = conversation
-    fix = "put a line <|endoftext|> between them" if detect_format(file) == "chatml" else "give each a row of its own"
-    exchanges = f"{sum(turn.role == 'assistant' for turn in turns)} exchanges are one conversation"
-    text = f"{exchanges}; if they are separate dialogues, {fix}"
-    return Finding("warning", file, line, "several exchanges", text)
+    return roles["assistant"]
 
 
 def raise_errors(counts: dict[str, Any], findings: list[Finding], shown: int = 20) -> None:
@@ -1741,22 +1662,20 @@ def raise_errors(counts: dict[str, Any], findings: list[Finding], shown: int = 2
 
 def print_survey(counts: dict[str, Any], shown: int = 5) -> None:
     """What was read: files, conversations, turns; and what was not."""
-    turns, names, bins = counts["turns"], counts["files"], Counter()
-    for count, conversations in counts["exchanges"].items():
-        bins[str(count) if int(count) < 3 else "3-8" if int(count) < 9 else "9+"] += conversations
+    turns, names = counts["turns"], counts["files"]
     more = f", … and {len(names) - shown:,} more" if len(names) > shown else ""
     print_field("files", ", ".join(names[:shown]) + more)
-    size = plural(counts["conversations"], "conversation"), plural(counts["characters"], "character")
-    print_field("data", ", ".join(size))
+    print_field("data", plural(counts["conversations"], "conversation"))
     print_field("turns", ", ".join(f"{turns.get(role, 0):,} {role}" for role in ROLES))
-    print_field("exchanges", ", ".join(f"{bins[name]:,} with {name}" for name in sorted(bins)))
     if counts["skipped"]:
         print_field("skipped", f"{counts['skipped']:,} conversations that have errors (--skip-bad)")
-    unread = [(name, plural(n, noun)) for noun, names in counts["not_read"].items() for name, n in names.items()]
+    unread = [
+        f"{escape_controls(name)[:40] or 'unnamed'} ({plural(count, noun)})"
+        for noun, names in counts["not_read"].items()
+        for name, count in names.items()
+    ]
     if unread:
-        print_field(
-            "not read", ", ".join(f"{escape_controls(name)[:40] or 'unnamed'} ({number})" for name, number in unread)
-        )
+        print_field("not read", ", ".join(unread))
 
 
 def print_findings(findings: list[Finding], shown: int = 5) -> None:
@@ -2755,7 +2674,8 @@ class Steps(TrainerCallback):
             lr_scheduler.last_epoch -= 1
             lr_scheduler.step()
         total, self.first = state.max_steps, state.global_step
-        self.bar = tqdm(total=total, initial=self.first, unit="step", disable=not show_progress(), leave=False)
+        shown = sys.stderr.isatty() and state.is_world_process_zero
+        self.bar = tqdm(total=total, initial=self.first, unit="step", disable=not shown, leave=False)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.step_began = time.monotonic()

@@ -393,7 +393,7 @@ AUTO_ERRORS = [  # (name, content, place, a fact)
     ("d.csv", "question,answer\nq,a\n", "d.csv:1", "question,answer"),
     ("d.csv", "prompt,completion\nq,a\nq,a,b\n", "d.csv:3", "3 fields"),
     ("d.csv", 'prompt,completion\nq,a\n"q,a\nq,a\n', "d.csv:3", "CSV"),
-    ("d.csv", "sep=;\nprompt;completion\nq;\n", "d.csv:3", "empty assistant"),
+    ("d.csv", "sep=;\nprompt;completion\nq;\n", "d.csv:3", "assistant"),
     ("d.csv", "prompt,completion,Label\nq,a,true\n", "d.csv:2", "'label'"),
     ("d.csv", "prompt,completion,Prompt\nq,a,r\n", "d.csv:1", "'prompt'"),
     ("d.csv", "prompt,completion\n", "d.csv", "README"),
@@ -536,9 +536,9 @@ def test_what_is_ignored():
 def test_end_tokens_of_other_formats(token):
     """They would be trained as text: a warning in both formats, and an error alone on a line if it looks like a tag."""
     ((line, kind, text),) = warned(U + f"<|assistant|>\na{token}\n")
-    assert (line, kind) == (4 if "|" in token else 3, "end token") and token in text and "delete" in text
+    assert (line, kind) == (4 if "|" in token else 3, "tag") and token in text and "delete" in text
     ((line, kind, text),) = read(write("m", row(QA[0], ("assistant", "a" + token))), input_format="messages")[1]
-    assert (line, kind) == (1, "end token") and token in text
+    assert (line, kind) == (1, "tag") and token in text
     if "|" in token:
         assert_says(error_of(chatml, U + token + "\n" + A), "d.chatml:3", "delete", "\\" + token)
     assert warned(U + "<|assistant|>\nIn HTML <s>a</s> is struck out.") == []
@@ -546,9 +546,9 @@ def test_end_tokens_of_other_formats(token):
 
 def test_a_separator_at_the_end_of_a_line():
     ((line, kind, text),) = warned(U + "<|assistant|>\na<|endoftext|>\n" + OK)
-    assert (line, kind) == (4, "separator") and "line" in text
+    assert (line, kind) == (4, "tag") and "start a line" in text
     ((line, kind, text),) = read(write("m", row(QA[0], ("assistant", "a<|endoftext|>"))), input_format="messages")[1]
-    assert (line, kind) == (1, "end token")
+    assert (line, kind) == (1, "tag") and "start a line" not in text
 
 
 def surveyed(*files: str) -> list[tuple]:

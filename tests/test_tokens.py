@@ -265,7 +265,7 @@ def encoded(data, encode, max_length, overlong="split") -> tuple[list[sft.Sample
 
 def parts_of(conversations, *args):
     """(samples, [(line, text)] of the warnings) of lists of turns, each a conversation of its own."""
-    samples, _, findings = encoded([Conversation(turns, "d", turns[0].line) for turns in conversations], *args)
+    samples, _, findings = encoded([Conversation(turns, "d", turns[0].line, []) for turns in conversations], *args)
     assert {finding[0::3] for finding in findings} <= {("warning", "split"), ("warning", "dropped")}
     return samples, [(finding.line, finding.text) for finding in findings]
 
@@ -294,7 +294,7 @@ def test_drop_and_error(small):
     assert [small.decode(sample.input_ids) for sample in samples] == [small.render(short)] * 2
     ((line, text),) = warned
     assert line == 1 and f"{size} tokens" in text
-    data = [Conversation(turns, "d", turns[0].line) for turns in (short, long)]
+    data = [Conversation(turns, "d", turns[0].line, []) for turns in (short, long)]
     (error,) = encoded(data, small.encode, 64, "error")[2]
     assert_says(str(error), "d:1", f"{size} tokens", "--max-length 64", "--overlong split")
 
@@ -305,7 +305,7 @@ def test_what_is_split_and_dropped_is_counted(small):
     split = turns_of("q1", "a1", "q2", "a2 " + "long " * 60, "q3", "a3", "q4", "a4 " + "x " * 20, system="S")
     gone = turns_of("q", "a " * 100)
     context = [*gone[:1], gone[1]._replace(trained=False), *turns_of("q", "a")]
-    data = [Conversation(turns, "d", n) for n, turns in enumerate([whole, split, gone, context])]
+    data = [Conversation(turns, "d", n, []) for n, turns in enumerate([whole, split, gone, context])]
 
     def trained(*turns):
         return sum((labels != IGNORE).sum() for _, labels in small.encode(list(turns)))
