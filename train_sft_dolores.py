@@ -2660,29 +2660,24 @@ class Training(Trainer):
 
 
 class Steps(TrainerCallback):
-    """Around each step: a line, a bar on a terminal, the end on a signal, complete checkpoints, and answers."""
+    """Around each step: a line on the screen, the end on a signal, complete checkpoints, and answers."""
 
     def __init__(self, trainer, options: argparse.Namespace):
         self.trainer, self.options, self.seconds = trainer, options, 0.0  # in steps alone
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
-        from tqdm import tqdm
-
         restore_paging(optimizer)  # after Trainer has loaded its state
         if state.global_step:  # the checkpoint has brought the run's rate before, which --force-resume may change
             lr_scheduler.base_lrs = [args.learning_rate] * len(lr_scheduler.base_lrs)
             lr_scheduler.last_epoch -= 1
             lr_scheduler.step()
-        total, self.first = state.max_steps, state.global_step
-        shown = sys.stderr.isatty() and state.is_world_process_zero
-        self.bar = tqdm(total=total, initial=self.first, unit="step", disable=not shown, leave=False)
+        self.first = state.global_step
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.step_began = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.monotonic() - self.step_began
-        self.bar.update()
         if self.trainer.stop.any_rank_signaled(self.trainer.accelerator):
             control.should_save = control.should_training_stop = True
 
@@ -2694,13 +2689,9 @@ class Steps(TrainerCallback):
             left = self.seconds / (state.global_step - self.first) * (state.max_steps - state.global_step)
             speed = f"{self.trainer.tokens * args.world_size / self.seconds:,.0f} tok/s"
             values = f"loss {logs['loss']:.4f}  grad {logs['grad_norm']:.3f}  lr {logs['learning_rate']:.1e}"
-            self.bar.write(f"{step}  {values}  {speed}  left {format_duration(left)}", file=sys.stdout)
+            print(f"{step}  {values}  {speed}  left {format_duration(left)}", flush=True)
         elif "eval_loss" in logs:
-            self.bar.write(f"{step}  held-out loss {logs['eval_loss']:.4f}", file=sys.stdout)
-        sys.stdout.flush()  # line by line into a file too
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
+            print(f"{step}  held-out loss {logs['eval_loss']:.4f}", flush=True)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if not state.global_step:  # before training
@@ -2844,8 +2835,9 @@ def newest_checkpoint(output: Path) -> str | None:
 
 def resume_point(output: Path, record: dict, force: bool) -> str | None:
     """The checkpoint to continue from, with the earlier results put into the record; InputError for another run."""
-    previous = read_json(output / RECORD)
-    old, new = comparable(previous), comparable(json.loads(json.dumps(record, default=str)))
+    with explain("--resume", f"{output / RECORD} is not of this version ({{error}}); start over", ValueError, KeyError):
+        previous = read_json(output / RECORD)
+        old, new = comparable(previous), comparable(json.loads(json.dumps(record, default=str)))
     different = [key for key in old | new if old.get(key) != new.get(key)]
     if different and not force:
         problem = f"not the same run, these differ: {', '.join(different)}"
