@@ -144,7 +144,7 @@ class OneLineParser(argparse.ArgumentParser):
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
             flag, known = unknown[1], self._option_string_actions
             dashed = flag.replace("_", "-")
-            # --lr, at 0.6, would be --lora-r.
+            # At 0.6, --lora-r would be near to --lr.
             near = get_close_matches(dashed, known, n=1 if dashed in known else 2, cutoff=0.7)
             message = f"unknown option {flag}" + (f"; did you mean {' or '.join(near)}?" if near else "")
             if not flag.startswith("-"):
@@ -281,16 +281,11 @@ def comma_separated(text: str) -> list[str]:
 
 
 class World(NamedTuple):
-    """This process among those that train together; torchrun and accelerate set the environment."""
+    """This process among those that train together."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-
-    @classmethod
-    def from_environment(cls) -> World:
-        rank, size, local_rank = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        return cls(int(rank or 0), int(size or 1), int(local_rank or 0))
 
 
 class Base(NamedTuple):
@@ -321,7 +316,9 @@ class Plan(NamedTuple):
 @any_terminal()
 def main() -> None:
     """Look at the data, or train. An error that the user can fix ends in one line and exit status 2."""
-    args, world = parse_args(), World.from_environment()
+    # torchrun and accelerate set these.
+    world = World(*(int(os.environ.get(name) or n) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+    args = parse_args()
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process prints for all
     try:
@@ -2106,9 +2103,8 @@ def read_headers(name: str, folder: str | Path) -> dict[str, StoredTensor]:
     tensors = {}
     for file in weight_files(folder):
         if not file.is_file():
-            missing = file.name if file.name != "model.safetensors" else "*.safetensors"
             fix = "give a folder with the weights, or go online if the Hub's cache lacks them"
-            raise InputError(f"--model {name}: no {missing} in it; {fix}")
+            raise InputError(f"--model {name}: no {file.name} in it; {fix}")
         tensors |= read_header(f"--model {name}", file)
     return tensors
 
@@ -2132,7 +2128,7 @@ def read_header(place: str, file: Path) -> dict[str, StoredTensor]:
 
 
 def fingerprint(headers: dict[str, StoredTensor]) -> str:
-    """The sha256, in the order of names, of each tensor's line "name dtype [shape]" and its first 4,096 bytes."""
+    """Tells models apart: the sha256 of each tensor's line "name dtype [shape]" and first 4,096 bytes, by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(headers.items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
@@ -2170,12 +2166,10 @@ def check_weights(name: str, folder: str, headers: dict[str, StoredTensor], targ
         config = transformers.AutoConfig.from_pretrained(folder)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for parameter, value in model.named_parameters():
-        if parameter not in headers and parameter not in model.all_tied_weights_keys:
-            fix = "give a complete model with the names of transformers"
-            raise InputError(f"--model {name}: its files hold no {parameter}; {fix}")
-        if parameter in headers and headers[parameter].shape != list(value.shape):
-            problem = f"{parameter} is {headers[parameter].shape}, but config.json says {list(value.shape)}"
-            raise InputError(f"--model {name}: {problem}; copy or download it again")
+        found, wanted = headers[parameter].shape if parameter in headers else None, list(value.shape)
+        if found != wanted and (found or parameter not in model.all_tied_weights_keys):
+            problem = f"{parameter} is {found or 'missing'}, but by its config.json {wanted}"
+            raise InputError(f"--model {name}: {problem}; give a complete model with the names of transformers")
     modules = model.get_decoder().named_modules()
     linear = sorted({key.rpartition(".")[2] for key, module in modules if isinstance(module, torch.nn.Linear)})
     for target in targets or [""]:
@@ -2635,29 +2629,24 @@ class Training(Trainer):
 
 
 class Steps(TrainerCallback):
-    """Around each step: a line, a bar on a terminal, the end on a signal, complete checkpoints, and answers."""
+    """Around each step: a line on the screen, the end on a signal, complete checkpoints, and answers."""
 
     def __init__(self, trainer, options: argparse.Namespace):
         self.trainer, self.options, self.seconds = trainer, options, 0.0  # in steps alone
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
-        from tqdm import tqdm
-
         restore_paging(optimizer)  # after Trainer has loaded its state
         if state.global_step:  # the checkpoint has brought the run's rate before, which --force-resume may change
             lr_scheduler.base_lrs = [args.learning_rate] * len(lr_scheduler.base_lrs)
             lr_scheduler.last_epoch -= 1
             lr_scheduler.step()
-        total, self.first = state.max_steps, state.global_step
-        shown = sys.stderr.isatty() and state.is_world_process_zero
-        self.bar = tqdm(total=total, initial=self.first, unit="step", disable=not shown, leave=False)
+        self.first = state.global_step
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.step_began = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.monotonic() - self.step_began
-        self.bar.update()
         if self.trainer.stop.any_rank_signaled(self.trainer.accelerator):
             control.should_save = control.should_training_stop = True
 
@@ -2669,13 +2658,9 @@ class Steps(TrainerCallback):
             left = self.seconds / (state.global_step - self.first) * (state.max_steps - state.global_step)
             speed = f"{self.trainer.tokens * args.world_size / self.seconds:,.0f} tok/s"
             values = f"loss {logs['loss']:.4f}  grad {logs['grad_norm']:.3f}  lr {logs['learning_rate']:.1e}"
-            self.bar.write(f"{step}  {values}  {speed}  left {format_duration(left)}", file=sys.stdout)
+            print(f"{step}  {values}  {speed}  left {format_duration(left)}", flush=True)
         elif "eval_loss" in logs:
-            self.bar.write(f"{step}  held-out loss {logs['eval_loss']:.4f}", file=sys.stdout)
-        sys.stdout.flush()  # line by line into a file too
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
+            print(f"{step}  held-out loss {logs['eval_loss']:.4f}", flush=True)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if not state.global_step:  # before training
@@ -2755,7 +2740,7 @@ def claim_output(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
         problem = "not created by this script; refusing to overwrite it; name another folder"
     if problem:
         raise InputError(f"--output {folder}: {problem}")
-    with explain(f"--output {folder}", "{error}; name a folder that can be written", OSError):
+    with explain(f"--output {folder}", "{error}; name a folder that can be written, not a file", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115 - closed below
     with lock:
@@ -2819,8 +2804,9 @@ def newest_checkpoint(output: Path) -> str | None:
 
 def resume_point(output: Path, record: dict, force: bool) -> str | None:
     """The checkpoint to continue from, with the earlier results put into the record; InputError for another run."""
-    previous = read_json(output / RECORD)
-    old, new = comparable(previous), comparable(json.loads(json.dumps(record, default=str)))
+    with explain("--resume", f"{output / RECORD} is not of this version ({{error}}); start over", ValueError, KeyError):
+        previous = read_json(output / RECORD)
+        old, new = comparable(previous), comparable(json.loads(json.dumps(record, default=str)))
     different = [key for key in old | new if old.get(key) != new.get(key)]
     if different and not force:
         problem = f"not the same run, these differ: {', '.join(different)}"
@@ -3050,8 +3036,8 @@ def paired_change(before: np.ndarray, after: np.ndarray, tokens: np.ndarray) -> 
 
 def verdict(results: dict[str, Any]) -> dict[str, str]:
     """Whether it worked, a line each, for the screen and the card."""
-    said, held_out, copied = {}, results.get("held_out", {}), results.get("copied", {})
-    measured = held_out.get("after", {}).keys() & held_out.get("before", {})  # --force-resume may bring other data
+    said, copied = {}, results.get("copied", {})
+    held_out = {"before": {}, "prompted": {}, "after": {}} | results.get("held_out", {})
 
     def compare(*names: str) -> tuple[list[str], float, float]:
         """The mean losses on the conversations that all of these have, and the change between the last two."""
@@ -3060,14 +3046,15 @@ def verdict(results: dict[str, Any]) -> dict[str, str]:
         means = [f"{np.average(loss, weights=tokens):.3f}" for loss in losses]
         return means, *paired_change(losses[-2], losses[-1], tokens)
 
-    if measured:
+    # After --force-resume with other data, or in a renamed file, there may be none that was measured before.
+    if common := held_out["before"].keys() & held_out["after"].keys():
         (before, after), change, half = compare("before", "after")
         within = f"{change:+.3f} ± {f'{half:.3f}' if half < float('inf') else 'unknown'}"
-        within += f", {plural(len(held_out['after']), 'conversation')}"
+        within += f", {plural(len(common), 'conversation')}"
         chance = ": that may be chance, nothing certain was learned"
         comment = chance if abs(change) <= half else "" if change < 0 else ": worse than before"
         said["held out"] = f"loss {before} -> {after} ({within}){comment}"
-    if measured & held_out.get("prompted", {}).keys():
+    if held_out["prompted"].keys() & held_out["after"].keys():
         (before, prompted, after), change, half = compare("before", "prompted", "after")
         better = f"{'training' if change < 0 else 'examples'} did better, by {abs(change):.3f} ± {half:.3f}"
         comment = "no certain difference, examples may do as well" if abs(change) <= half else better

@@ -358,7 +358,7 @@ NO_MODEL = {
         lambda base: edit(base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
         "--bnb-nf4",
     ),
-    "no weights": (lambda base: (base / "model.safetensors").unlink(), "*.safetensors"),
+    "no weights": (lambda base: (base / "model.safetensors").unlink(), "model.safetensors"),
     "no tokenizer": (lambda base: [file.unlink() for file in base.glob("tokenizer*")], ""),
     "broken tokenizer": (lambda base: (base / "tokenizer.json").write_text('{"version": "1.0"}'), ""),
     "tokenizer that is not JSON": (lambda base: (base / "tokenizer.json").write_bytes(b"\xff\0"), ""),

@@ -79,7 +79,6 @@ def trained(request, tmp_path_factory) -> tuple[str, Path]:
     (folder / "train.chatml").write_text(dialogues(40))
     code, printed = run(folder, *options_of(request.param))
     assert code == 0, printed
-    assert len(re.findall("^lora .*qkv_proj", printed, re.M)) == request.param.startswith("phi")  # said once
     base, out, merged = (str(path) for path in (family(request.param), folder / "out", folder / "merged"))
     kind = TOKENS[request.param].kind
     with known_pre_tokenizer(kind) if kind in SPLITS else contextlib.nullcontext():
@@ -88,7 +87,8 @@ def trained(request, tmp_path_factory) -> tuple[str, Path]:
 
 
 def options_of(name: str) -> tuple:
-    return ("--model", family(name), "--output", "out", "--chat-format", "base", *TINY, "--epochs", "1")
+    targets = ("--lora-target-modules", "all-linear") if name.startswith("phi") else ()  # its layers have other names
+    return ("--model", family(name), "--output", "out", "--chat-format", "base", *TINY, "--epochs", "1", *targets)
 
 
 def test_train_resume_and_merge(trained, tmp_path):
@@ -288,5 +288,5 @@ def test_another_base_cannot_be_resumed(tmp_path):
         weights.model.layers[0].mlp.up_proj.weight.mul_(2)
     weights.save_pretrained(tmp_path / "base")
     code, printed = run(tmp_path, *options, "--resume")
-    assert code == 2 and "base fingerprint" in printed.splitlines()[-1], printed
+    assert code == 2 and "weights of --model" in printed.splitlines()[-1], printed
     assert TOKENS.keys() == {*TRAINABLE, *REFUSED}

@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_refused(half, monkeypatch, tmp_path):
     assert_says(refused("--chat-format", "llama3"), "--init-adapter out", "--chat-format dolores")
     assert_says(refused("--init-adapter", "nowhere"), "--init-adapter nowhere")
     assert_says(refused("--init-adapter", family("llama3")), f"--init-adapter {family('llama3')}")
-    assert_says(refused("--overwrite", "--output", "out"), "--init-adapter out", "--overwrite")
+    assert_says(refused("--overwrite", "--output", "out"), "--output out", "out lies in it")
     assert not list(Path().glob("no*/*.safetensors"))
     damaged = tmp_path / "damaged"
     shutil.copytree("out", damaged)
