@@ -139,7 +139,7 @@ def test_help(tmp_path):
 
 BAD_DATA = {
     "missing": (None, "d.chatml", "file"),
-    "empty": (b"", "d.chatml", "empty"),
+    "empty": (b"", "d.chatml", "no conversation"),
     "latin-1": (b"<|user|>\ncaf\xe9", "d.chatml:2", "0xe9"),
     "role": (b"<|user|>\nq\n<|assitant|>\na", "d.chatml:3", "<|assistant|>"),
     "no tag": (b"q\n", "d.chatml:1", "<|user|>"),

@@ -56,7 +56,7 @@ def test_loss_and_gradients_are_those_of_transformers(name, tmp_path):
         expected = expected + torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum")
     expected.backward()
 
-    packed = load(folder, sft.choose_attention(str(folder), "cpu", False))
+    packed = load(folder, sft.choose_attention(str(folder), torch.device("cpu"), False))
     row = {"input_ids": [s.input_ids for s in samples], "labels": [s.labels for s in samples],
            "file": [""] * len(samples), "line": [0] * len(samples)}  # fmt: skip
     batch = sft.collate([row])

@@ -420,7 +420,9 @@ def card(merged: Path) -> tuple[dict, str]:
 def test_the_card_of_a_llama_from_the_hub(copy, tiny_llama31, tmp_path, monkeypatch):
     import huggingface_hub
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: tiny_llama31)
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *_, **how: [] if "dry_run" in how else tiny_llama31
+    )
     name_base(copy, "meta-llama/Llama-3.1-8B-Instruct", "0e9e39f")
     front, text = card(merge(copy, tmp_path / "merged"))
     assert front == {"base_model": "meta-llama/Llama-3.1-8B-Instruct", "library_name": "transformers",
@@ -955,9 +957,14 @@ def test_the_hub_is_asked_for_the_trained_revision(copy, tiny_llama31, tmp_path,
     import huggingface_hub
 
     asked = []
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda name, **kw: asked.append((name, kw)) or tiny_llama31
-    )
+
+    def download(name, dry_run=False, **how):
+        if dry_run:  # asks only for sizes
+            return []
+        asked.append((name, how))
+        return tiny_llama31
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     name_base(copy, "org/base", "0e9e39f")
     merge(copy, tmp_path / "merged")
     merge(copy, tmp_path / "other", "--base", "org/copy")
