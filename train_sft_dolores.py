@@ -533,7 +533,7 @@ def measure_before(plan: Plan, trainer) -> dict[str, Any]:
     loss = trainer.evaluate()["eval_loss"]
     print_field("before", f"held-out loss {loss:.4f}")
     held_out = {"tokens": trainer.trained_tokens, "before": trainer.measured}
-    print_field("before", f"the same of at most {MOST_PROMPTED}, with training conversations as examples in the prompt")
+    print_field("before", f"the same for at most {MOST_PROMPTED}, with training conversations in the prompt")
     rows, examples = prompted_rows(plan, list(trainer.measured))
     held_out["prompted"] = trainer.losses(rows) if len(rows) else {}
     return {"eval_loss_before": loss, "examples": examples, "held_out": held_out}
