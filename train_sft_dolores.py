@@ -2813,10 +2813,10 @@ def resume_point(output: Path, record: dict, force: bool) -> str | None:
         raise InputError(f"--resume: {problem}; restore them, add --force-resume, or start over with --overwrite")
     record["results"], checkpoint = previous.get("results", {}), newest_checkpoint(output)
     names = dict(zip(previous["data"]["sha256"], record["data"]["sha256"], strict=False))  # files may have moved
-    for losses in record["results"].get("held_out", {}).values():
-        for place in list(losses):
-            file, _, line = place.rpartition(":")
-            losses[f"{names.get(file, file)}:{line}"] = losses.pop(place)
+    held_out = record["results"].get("held_out", {})
+    for kind, losses in held_out.items():
+        places = [(*place.rpartition(":")[::2], loss) for place, loss in losses.items()]
+        held_out[kind] = {f"{names.get(file, file)}:{line}": loss for file, line, loss in places}
     print_field("resume", f"from {checkpoint or 'the beginning: there is no complete checkpoint yet'}")
     return checkpoint
 
