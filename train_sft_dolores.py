@@ -534,7 +534,7 @@ def measure_before(plan: Plan, trainer) -> dict[str, Any]:
     print_field("before", f"held-out loss {loss:.4f}")
     held_out = {"tokens": trainer.trained_tokens, "before": trainer.measured}
     print_field("before", f"the same for at most {MOST_PROMPTED}, with training conversations in the prompt")
-    rows, examples = prompted_rows(plan, list(trainer.measured))
+    rows, examples = prompted_rows(plan)
     held_out["prompted"] = trainer.losses(rows) if len(rows) else {}
     return {"eval_loss_before": loss, "examples": examples, "held_out": held_out}
 
@@ -2962,35 +2962,29 @@ def quote(text: str) -> list[str]:
 MOST_PROMPTED = 50  # held-out conversations: each fills a row
 
 
-def prompted_rows(plan: Plan, held_out: list[str], examples: int = 5) -> tuple[Rows, float]:
-    """Rows of held-out conversations (file:line), each behind training conversations; and how many on average.
+def prompted_rows(plan: Plan, examples: int = 5) -> tuple[Rows, float]:
+    """Rows of held-out conversations, each behind training conversations; and how many of these on average.
 
-    That is what one can do without training: examples as earlier turns of the same chat, as many as fit into a row.
-    A conversation that leaves no room for one is left out. Only its own answers are labels.
+    That is what one can do without training: as many examples as fit into a row. A conversation that was split, or leaves
+    no room for one, is left out. Only its own answers are labels.
     """
     import datasets
 
-    random, rows, samples, used = np.random.default_rng(plan.args.seed), plan.train_rows, [], 0
-    chosen = random.permutation(np.concatenate(rows.plan))[: examples * MOST_PROMPTED]
-    places = (f"{each['file']}:{each['line']}" for each in rows.samples.select_columns(["file", "line"]).select(chosen))
-    shown = list(dict.fromkeys(places))  # once, if it has several parts
-    held_out = random.permutation(held_out)[:MOST_PROMPTED].tolist()
-    wanted = {*held_out, *shown}
-    again = read_conversations(plan.files, plan.args.input_format)
-    found = {place: one for one in again if (place := f"{one.file}:{one.line}") in wanted}
-    texts = [found[place].turns for place in shown if place in found]  # a file may have been edited since
-    pool = [[turn._replace(trained=False) for turn in turns if turn.role != "system"] for turns in texts]
-    for number, (own, file, line, _) in enumerate(found[place] for place in held_out if place in found):
-        system = [turn for turn in own[:1] if turn.role == "system"]
-        for count in range(min(examples, len(pool)), 0, -1):
-            before = chain(*(pool[(examples * number + i) % len(pool)] for i in range(count)))
-            (tokens,) = plan.base.encode([join_neighbors([*system, *before, *own[len(system) :]])])
-            if len(tokens.input_ids) <= plan.args.max_length:
-                samples.append(tokens._asdict() | {"file": file, "line": line})
-                used += count
-                break
-    each = [np.array([i]) for i in range(len(samples))]
-    return Rows(datasets.Dataset.from_list(samples), each), used / max(1, len(samples))
+    samples, random, found, used = plan.train_rows.samples, np.random.default_rng(plan.args.seed), [], 0
+    _, lengths, _, part, _ = measure(samples)
+    whole = (part == 0) & (np.append(part[1:], 0) == 0)  # the parts of a conversation follow each other
+    shown, held_out = (random.permutation(np.concatenate(rows.plan)) for rows in (plan.train_rows, plan.eval_rows))
+    bos = len(plan.base.encode.start)  # only the first of a row keeps it
+    for number, own in enumerate(held_out[whole[held_out]][:MOST_PROMPTED]):
+        before = np.roll(shown, -examples * number)[:examples]
+        before = before[np.cumsum(lengths[before]) <= plan.args.max_length - lengths[own]]
+        if len(before):
+            alone, prompt = samples[int(own)], np.concatenate([samples[int(i)]["input_ids"][bos:] for i in before])
+            ids = np.concatenate([alone["input_ids"][:bos], prompt, alone["input_ids"][bos:]])
+            labels = np.concatenate([np.full(len(prompt), IGNORE), alone["labels"]])
+            found.append(alone | {"input_ids": ids, "labels": labels})
+            used += len(before)
+    return Rows(datasets.Dataset.from_list(found), list(np.arange(len(found))[:, None])), used / max(1, len(found))
 
 
 def trained_texts(rows: Rows, tokenizer) -> Iterator[str]:

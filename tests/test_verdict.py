@@ -65,34 +65,30 @@ def test_the_interval_covers(count):
 # ---- examples in the prompt ----
 
 
-def test_examples_are_earlier_turns_of_the_same_chat(llama31_tokenizer):
-    """One BOS, the system turn first, then whole training conversations; labels are those of the conversation alone."""
+def test_examples_are_whole_training_conversations(llama31_tokenizer):
+    """Up to five behind one BOS; labels are those of the conversation alone, and only long ones have no row."""
     encode = sft.Encoder(llama31_tokenizer, sft.chat_format("dolores", llama31_tokenizer))
     plan = planned(arguments("--train-files", CORPUS), encode)
-    kept = [plan.eval_rows.samples[int(i)] for i in np.concatenate(plan.eval_rows.plan)]
-    alone = {f"{one['file']}:{one['line']}": one for one in kept}
-    trained = {int(plan.train_rows.samples[int(i)]["line"]) for i in np.concatenate(plan.train_rows.plan)}
-    turns = {c.line: c.turns for c in sft.read_conversations([CORPUS], "chatml")}
-    rows, examples = sft.prompted_rows(plan, list(alone))
-    assert len(rows) >= 18 and 2 < examples < 5
-    opened, seen = [], set()
+    rows, examples = sft.prompted_rows(plan)
+    samples = plan.train_rows.samples
+    trained = [samples[int(i)]["input_ids"].tolist()[1:] for i in np.concatenate(plan.train_rows.plan)]
+    held_out = {one["line"]: one for one in (samples[int(i)] for i in np.concatenate(plan.eval_rows.plan))}
+    shown = []
     for row in map(rows.__getitem__, range(len(rows))):
-        (ids,), (labels,), (file,), (line,) = (row[name] for name in ("input_ids", "labels", "file", "line"))
-        own = alone.pop(f"{file}:{line}")  # each once
-        assert len(ids) <= 2048 and (ids == 128000).sum() == 1 and ids[0] == 128000
-        assert labels[labels != sft.IGNORE].tolist() == own["labels"][own["labels"] != sft.IGNORE].tolist()
-        text, tail = (llama31_tokenizer.decode(each, skip_special_tokens=True) for each in (ids, own["input_ids"]))
-        system = turns[line][0].content if turns[line][0].role == "system" else None
-        assert text.count("<|system|>") == tail.count("<|system|>") == bool(system)
-        start = tail.index("<|user|>")
-        assert text.startswith(tail[:start]) and text.endswith(tail[start:])
-        before = text[start : len(text) - len(tail) + start]
-        shown = [n for n in trained if all(turn.content in before for turn in turns[n] if turn.role == "assistant")]
-        opened.append(len(shown))
-        seen.update(shown)
-        assert before.count("<|assistant|>") == sum(turn.role == "assistant" for n in shown for turn in turns[n])
-    assert min(opened) >= 1 and max(opened) == 5 and np.mean(opened) == pytest.approx(examples) and len(seen) > 40
-    assert all(len(one["input_ids"]) > 1200 for one in alone.values())  # only they leave no room
+        (ids,), (labels,), (line,) = (row[name].tolist() for name in ("input_ids", "labels", "line"))
+        own = held_out.pop(line)  # each once
+        assert len(ids) <= 2048 and ids[0] == 128000 and 128000 not in ids[1:]
+        assert ids[-len(own["input_ids"]) + 1 :] == own["input_ids"].tolist()[1:]
+        assert [i for i in labels if i != sft.IGNORE] == [i for i in own["labels"] if i != sft.IGNORE]
+        before, found = ids[1 : len(ids) - len(own["input_ids"]) + 1], []
+        while before:
+            found.append(next(n for n, one in enumerate(trained) if before[: len(one)] == one))
+            before = before[len(trained[found[-1]]) :]
+        shown.append(found)
+    assert len(rows) >= 18 and all(1 <= len(set(found)) == len(found) <= 5 for found in shown)
+    assert np.mean([len(found) for found in shown]) == pytest.approx(examples)
+    assert len({n for found in shown for n in found}) > 40
+    assert all(len(one["input_ids"]) > 1200 for one in held_out.values())  # only they leave no room
 
 
 def test_at_most_fifty_conversations_are_prompted(tmp_path, monkeypatch, smollm2_tokenizer):
@@ -101,11 +97,10 @@ def test_at_most_fifty_conversations_are_prompted(tmp_path, monkeypatch, smollm2
     (tmp_path / "held.chatml").write_text(dialogues(70)[len(dialogues(3)) :])
     encode = sft.Encoder(smollm2_tokenizer, sft.chat_format("dolores", smollm2_tokenizer))
     plan = planned(arguments("--eval-files", "held.chatml"), encode)
-    places = [f"held.chatml:{line}" for line in range(1, 6 * 67, 6)]
-    rows, examples = sft.prompted_rows(plan, places)
+    rows, examples = sft.prompted_rows(plan)
     assert (len(rows), examples) == (50, 3)  # no example twice
     assert len({rows[i]["line"][0] for i in range(50)}) == 50
-    rows, examples = sft.prompted_rows(plan._replace(args=arguments("--max-length", "80")), places)
+    rows, examples = sft.prompted_rows(plan._replace(args=arguments("--max-length", "70")))
     assert (len(rows), examples) == (0, 0)
 
 
@@ -170,7 +165,7 @@ def test_losses_are_those_of_transformers_alone(finished, short_smollm2, monkeyp
     alone = {place: loss(*encode([found[place]])[0]) for place in held_out["before"]}
     assert held_out["before"] == pytest.approx(alone, abs=1e-4) and len(alone) == 6
     plan = planned(arguments(*TINY, "--max-length", "256", "--eval-fraction", "0.25"), encode)
-    rows, examples = sft.prompted_rows(plan, list(held_out["before"]))
+    rows, examples = sft.prompted_rows(plan)
     prompted = {
         f"train.chatml:{row['line'][0]}": loss(row["input_ids"][0], row["labels"][0])
         for row in map(rows.__getitem__, range(len(rows)))
