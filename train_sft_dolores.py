@@ -388,12 +388,11 @@ def train(args: argparse.Namespace, world: World) -> None:
         print_plan(plan)
         device = start_torch(args, world)
         targets = check_weights(args.model, base.folder, headers, args.lora_target_modules)
-        if device.type == "cuda":
-            card = torch.cuda.get_device_properties(device)
-            print_memory(plan, card.total_memory / 2**30, card.name)
-        if too_few := too_few_rows(args, plan.counts):
+        rows, per_step = plan.counts["rows"], plan.counts["rows_per_step"]
+        if rows * max(1, args.epochs) < per_step:  # less than a pass is meant to be short
+            problem = f"{plural(rows, 'row')} of data, too few for one step of {per_step}"
             fix = " ".join(more_steps(args, world.size, plan.counts)[0])
-            raise InputError(f"--grad-accum {args.grad_accum}: {too_few}; use {fix}")
+            raise InputError(f"--grad-accum {args.grad_accum}: {problem}; use {fix}")
         record, checkpoint = run_record(plan, fingerprint(headers)), None
         if args.init_adapter:
             check_ancestor(args.init_adapter, record)
@@ -1714,55 +1713,39 @@ MOST_EPOCHS = 3
 
 
 def advise(args: argparse.Namespace, processes: int, counts: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What small data needs, as sentences and as flags.
+    """What the data needs, as sentences and as flags: more steps, but few passes; enough conversations held out."""
+    advice, (flags, steps) = [], more_steps(args, processes, counts)
+    few = f"{plural(counts['steps'], 'step')} of {plural(counts['rows_per_step'], 'row')} will teach little"
+    if counts["steps"] < min(PLENTY_STEPS, 0.75 * steps):  # close to it is good enough
+        advice.append(f"{few}: {' '.join(flags)} would make about {steps:,}")
+    else:
+        flags = []
+        if counts["steps"] < 0.75 * ENOUGH_STEPS:
+            advice.append(f"{few}, and more passes would learn the data by heart: write more conversations")
+        elif args.epochs > MOST_EPOCHS and counts["held_out"] and not args.early_stopping:
+            flags = ["--early-stopping", "2"]
+            passes = f"{args.epochs:g} passes may learn the data by heart"
+            advice.append(f"{passes}: {' '.join(flags)} stops when the held-out loss rises")
 
-    More steps, but not so many passes that it is learned by heart; more held-out data.
-    """
-    advice, flags = [], []
     own = counts["trained_on"] + counts["held_out"]  # all in the training files, unless there are --eval-files
     five = np.ceil(500 / own) / 100  # the --eval-fraction that holds out five
-    few = five > 0.25 and not args.eval_files  # no flag helps
-    noisy = 0 < counts["held_out"] < 5 and (args.eval_files or args.eval_fraction < five)
-    hold_out_more = noisy and not few and not args.eval_files
-
-    kept = (1 - five) * own / counts["trained_on"] if hold_out_more else 1
-    step_flags, steps = more_steps(args, processes, counts, kept)
-    too_few, per_step = too_few_rows(args, counts), counts["rows_per_step"]
-    if not too_few and counts["steps"] < 0.75 * ENOUGH_STEPS:  # close to it is good enough
-        too_few = f"{plural(counts['steps'], 'step')} will teach little"
-    elif not too_few and counts["steps"] < PLENTY_STEPS and per_step > 1.25 * MOST_ROWS and args.grad_accum > 1:
-        too_few = f"{per_step} rows in a step are many"
-    if too_few and steps > counts["steps"]:
-        advice.append(f"{too_few}: {' '.join(step_flags)} would make about {steps:,} steps")
-        flags += step_flags
-    elif args.epochs > MOST_EPOCHS and counts["held_out"] and not args.early_stopping:
-        flags += ["--early-stopping", "2"]
-        passes = f"{args.epochs:g} passes may learn the data by heart"
-        advice.append(f"{passes}: {' '.join(flags)} stops when the held-out loss rises")
-
     loss = f"the loss of {plural(counts['held_out'], 'held-out conversation')} is too noisy to trust"
-    if few:
-        only = f"only {plural(own, 'conversation')}{f', and {loss}' if counts['held_out'] else ''}"
-        advice.append(f"{only}: write more, fifty are a good start")
-    elif too_few and steps <= counts["steps"]:
-        advice.append(f"{too_few}, and more passes would learn the data by heart: write more conversations")
-    elif hold_out_more:
+    if five > 0.25 and not args.eval_files:
+        advice.append(f"only {plural(own, 'conversation')}: write more, fifty are a good start")
+    elif 0 < counts["held_out"] < 5 and args.eval_files:
+        advice.append(f"{loss}: give more --eval-files")
+    elif 0 < counts["held_out"] < 5 and args.eval_fraction < five:
         flags += ["--eval-fraction", f"{five:g}"]
         advice.append(f"{loss}: {' '.join(flags[-2:])} holds out more")
-    elif noisy:
-        advice.append(f"{loss}: give more --eval-files")
     return advice, flags
 
 
-def more_steps(args, processes: int, counts: dict[str, Any], kept: float = 1) -> tuple[list[str], int]:
-    """Flags for at least ENOUGH_STEPS optimizer steps of at most MOST_ROWS, in few passes; and how many steps they make.
-
-    kept: share of the rows that are still trained on when more is held out.
-    """
-    rows, batch, flags = kept * counts["rows"], args.train_batch_size * processes, []
-    if args.packing and rows * MOST_EPOCHS < ENOUGH_STEPS * batch and counts["trained_on"] > counts["rows"]:
-        rows, flags = kept * counts["trained_on"], ["--no-packing"]  # a row for each conversation makes more steps
-    batches, most = int(np.ceil(rows / batch)), max(1, MOST_ROWS // batch)
+def more_steps(args: argparse.Namespace, processes: int, counts: dict[str, Any]) -> tuple[list[str], int]:
+    """Flags for at least ENOUGH_STEPS optimizer steps of at most MOST_ROWS, in few passes; and how many steps they make."""
+    rows, batch, flags = counts["rows"], args.train_batch_size * processes, []
+    if args.packing and rows * MOST_EPOCHS < ENOUGH_STEPS * batch and counts["trained_on"] > rows:
+        rows, flags = counts["trained_on"], ["--no-packing"]  # a row for each conversation makes more steps
+    batches, most = -(-rows // batch), max(1, MOST_ROWS // batch)
     plenty = batches / most >= PLENTY_STEPS  # in one pass
     epochs = args.epochs if plenty else max(args.epochs, MOST_EPOCHS)
     accum = min(args.grad_accum, most, max(1, int(batches * epochs) // ENOUGH_STEPS))
@@ -1773,13 +1756,6 @@ def more_steps(args, processes: int, counts: dict[str, Any], kept: float = 1) ->
         flags += ["--eval-steps", f"{every}"] if every != args.eval_steps else []
         flags += ["--early-stopping", f"{args.early_stopping or 2}"] if epochs > 1 else []
     return flags, int(np.ceil(epochs * per_epoch))
-
-
-def too_few_rows(args: argparse.Namespace, counts: dict[str, Any]) -> str:
-    """Says that the rows do not even fill one optimizer step; else ""."""
-    if counts["rows"] * max(1, args.epochs) >= counts["rows_per_step"]:  # less than a pass is meant to be short
-        return ""
-    return f"{plural(counts['rows'], 'row')} of data, too few for one step of {counts['rows_per_step']}"
 
 
 def print_rows(rows: Rows, count: int, tokenizer) -> None:
@@ -1837,24 +1813,21 @@ def optimizer_bytes(optim: str) -> int:
     return 2 if "8bit" in optim else 8
 
 
-def print_memory(plan: Plan, capacity: float | None = None, device: str = "") -> dict[str, float]:
-    """Print and return what a step needs of a device of `capacity` GiB, or of common GPUs."""
+def print_memory(plan: Plan) -> None:
+    """Print what a step needs, and on which common GPUs that is enough."""
     if not layer_weights(plan.base.config):
-        return {}
-    args, parts, gpus = plan.args, memory_plan(plan), (12, 16, 24)
-    need, share = sum(parts.values()), args.torch_memory_fraction
-    rows, limit = f"rows of {args.max_length:,} x {args.train_batch_size}", (capacity or gpus[-1]) * share
-    fix = f"; try {' '.join(saving_flags(args, checkpointed=True))}" if need > limit else ""
-    if capacity:
-        verdict = f"of {limit:.1f} GiB ({share:.0%} of {device}): {'too little' if fix else 'enough'} for {rows}"
-    else:
-        on = ", ".join(f"{'enough' if need <= gpu * share else 'too little'} on {gpu}" for gpu in gpus)
-        verdict = f"GiB for {rows}, not measured: {on} GiB"
-        without = plan._replace(args=argparse.Namespace(**vars(args) | {"bnb_nf4": False}))
-        if args.bnb_nf4 and args.bf16 and (larger := sum(memory_plan(without).values())) <= limit:
-            verdict += f"; with --no-bnb-nf4 {larger:.1f} GiB and faster"
-    print_field("memory", f"{need:.1f} {verdict}{fix}")
-    return parts | {"total": need, "limit": limit}
+        return
+    args, need, gpus = plan.args, sum(memory_plan(plan).values()), (12, 16, 24)
+    limits = [gpu * args.torch_memory_fraction for gpu in gpus]
+    fits = [f"{'enough' if need <= limit else 'too little'} on {gpu}" for gpu, limit in zip(gpus, limits, strict=True)]
+    without = plan._replace(args=argparse.Namespace(**vars(args) | {"bnb_nf4": False}))
+    more = ""
+    if need > limits[-1]:
+        more = f"; try {' '.join(saving_flags(args, checkpointed=True))}"
+    elif args.bnb_nf4 and args.bf16 and (larger := sum(memory_plan(without).values())) <= limits[-1]:
+        more = f"; with --no-bnb-nf4 {larger:.1f} GiB and faster"
+    rows = f"rows of {args.max_length:,} x {args.train_batch_size}"
+    print_field("memory", f"{need:.1f} GiB for {rows}, not measured: {', '.join(fits)} GiB{more}")
 
 
 def print_time(plan: Plan) -> None:
@@ -2812,11 +2785,8 @@ def resume_point(output: Path, record: dict, force: bool) -> str | None:
         problem = f"not the same run, these differ: {', '.join(different)}"
         raise InputError(f"--resume: {problem}; restore them, add --force-resume, or start over with --overwrite")
     record["results"], checkpoint = previous.get("results", {}), newest_checkpoint(output)
-    names = dict(zip(previous["data"]["sha256"], record["data"]["sha256"], strict=False))  # files may have moved
-    held_out = record["results"].get("held_out", {})
-    for kind, losses in held_out.items():
-        places = [(*place.rpartition(":")[::2], loss) for place, loss in losses.items()]
-        held_out[kind] = {f"{names.get(file, file)}:{line}": loss for file, line, loss in places}
+    if list(previous["data"]["sha256"]) != list(record["data"]["sha256"]):  # files have moved: no place is the same
+        record["results"].pop("held_out", None)
     print_field("resume", f"from {checkpoint or 'the beginning: there is no complete checkpoint yet'}")
     return checkpoint
 
@@ -2973,7 +2943,8 @@ def prompted_rows(plan: Plan, examples: int = 5) -> tuple[Rows, float]:
     samples, random, found, used = plan.train_rows.samples, np.random.default_rng(plan.args.seed), [], 0
     _, lengths, _, part, _ = measure(samples)
     whole = (part == 0) & (np.append(part[1:], 0) == 0)  # the parts of a conversation follow each other
-    shown, held_out = (random.permutation(np.concatenate(rows.plan)) for rows in (plan.train_rows, plan.eval_rows))
+    both = (plan.train_rows, plan.eval_rows or plan.train_rows)
+    shown, held_out = (random.permutation(np.concatenate(rows.plan)) for rows in both)
     bos = len(plan.base.encode.start)  # only the first of a row keeps it
     for number, own in enumerate(held_out[whole[held_out]][:MOST_PROMPTED]):
         before = np.roll(shown, -examples * number)[:examples]
@@ -3062,34 +3033,28 @@ def verdict(results: dict[str, Any]) -> dict[str, str]:
 
 
 def plot_losses(history: list[dict], results: dict[str, Any], tokens_per_step: float, title: str, file: Path) -> None:
-    """Plot training and held-out loss by optimizer step, with the learning rate below and the adapter's step marked."""
+    """Plot training and held-out loss by optimizer step, with the adapter's step marked."""
     from matplotlib.figure import Figure
 
-    logs = [log for log in history if "loss" in log and "learning_rate" in log]
-    steps, losses = [log["step"] for log in logs], [log["loss"] for log in logs]
+    steps, losses = zip(*((log["step"], log["loss"]) for log in history if "loss" in log), strict=True)
     held_out = [(0, results["eval_loss_before"])] if "eval_loss_before" in results else []
     held_out += [(log["step"], log["eval_loss"]) for log in history if "eval_loss" in log]
-    figure = Figure((7, 4.5), layout="constrained")
-    loss, rate = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    window = max(1, len(losses) // 25)
-    label = "training"
-    if window > 1:
-        loss.plot(steps, losses, lw=0.6, alpha=0.35, color="tab:blue")
-        label = f"training, mean of {window} steps"
+    figure = Figure((7, 4), layout="constrained")
+    axes, window = figure.subplots(), max(1, len(losses) // 25)
+    axes.plot(steps, losses, lw=0.6, alpha=0.35, color="tab:blue")
     means = np.convolve(losses, np.ones(window) / window, "valid")
-    loss.plot(steps[window - 1 :], means, color="tab:blue", label=label)
+    axes.plot(steps[window - 1 :], means, color="tab:blue", label=f"training, mean of {plural(window, 'step')}")
     if held_out:
-        loss.plot(*zip(*held_out, strict=True), marker="o", ms=4, color="tab:orange", label="held out")
+        axes.plot(*zip(*held_out, strict=True), marker="o", ms=4, color="tab:orange", label="held out")
     if "best_step" in results:
         best, value = results["best_step"], results["eval_loss_after"]
-        loss.plot(best, value, "*", ms=13, color="tab:red", zorder=3, label=f"adapter: step {best}, {value:.2f}")
-    loss.set(title=f"{title}: loss", ylabel="nats per token")
-    loss.legend(frameon=False)
-    loss.grid(alpha=0.3)
-    rate.plot(steps, [log["learning_rate"] for log in logs], lw=1, color="grey")
-    rate.set(ylabel="learning rate", xlabel=f"optimizer step (about {tokens_per_step:,.0f} tokens each)")
-    rate.xaxis.get_major_locator().set_params(integer=True)
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        axes.plot(best, value, "*", ms=13, color="tab:red", zorder=3, label=f"adapter: step {best}, {value:.2f}")
+    axes.set(
+        title=title, ylabel="loss, nats per token", xlabel=f"optimizer step (about {tokens_per_step:,.0f} tokens each)"
+    )
+    axes.locator_params("x", integer=True)
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
 
 
