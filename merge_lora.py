@@ -336,11 +336,7 @@ def plan_merge(adapter: Adapter, base: Path) -> Plan:
 
 def read_base_headers(base: Path) -> dict[str, StoredTensor]:
     """The tensors of all shards of the base, by name; no weight is read."""
-    tensors = {}
-    for file in trainer.weight_files(base):
-        if not file.is_file():
-            raise InputError(f"{file}: missing; the base must be a folder of safetensors, or a Hugging Face id")
-        tensors |= read_header(str(base), file)
+    tensors = trainer.read_headers(str(base), base)
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise InputError(f"{tensor.file}: {name} is {tensor.dtype}; the base must have bf16, f16 or f32 weights")

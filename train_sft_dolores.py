@@ -369,7 +369,6 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
         if not args.preview and world.size == 1:  # a launcher's command is not known here
             print_next(sys.argv[0], *training_flags(parse_args([*training_flags(args), *plan.advised])))
     else:
-        check_hub_name(args.model)
         missing = "is not on this machine yet; tokens, settings and --preview need these files:"
         print_field("tokens", f"{args.model} {missing}")
         print(f"  hf download {args.model} {' '.join(TOKENIZER_FILES)}")
@@ -382,7 +381,7 @@ def train(args: argparse.Namespace, world: World) -> None:
         make_plan(args, world)  # shows errors in the data before a download
     with contextlib.nullcontext() if world.rank else claim_output(args.output, args.resume, args.overwrite):
         base = find_base(args, *resolve_model(args.model))
-        headers = read_headers(args.model, base.folder)
+        headers = read_headers(f"--model {args.model}", base.folder)
         plan = make_plan(args, world, base)
         check_apart(args.output, [*plan.files, args.model, args.sample_prompts, args.init_adapter])
         print_plan(plan)
@@ -1568,7 +1567,7 @@ def survey(
     files: Iterable[str], args: argparse.Namespace, counts: dict[str, Any], findings: list[Finding]
 ) -> Iterator[Conversation]:
     """Read and check all files: yield their conversations up to the first error, and fill `counts` and `findings`."""
-    counts |= {"files": list(files), "conversations": 0, "skipped": 0, "turns": Counter(), "system": None}
+    counts |= {"files": list(files), "conversations": 0, "skipped": 0, "turns": Counter()}
     counts["not_read"] = {"row": Counter(), "message": Counter()}
     seen: dict[int, str] = {}  # the first place of each conversation, by its content
     failed = False
@@ -1581,7 +1580,11 @@ def survey(
                     found.append(mistake(file, late[0], f"the base's template has no system turn in mid-chat; {fix}"))
                 bad = any(finding.level == "error" for finding in found)
                 if not bad:
-                    answers = count_turns(turns, counts)
+                    system = turns[0].content if turns[0].role == "system" else None
+                    counts["system"] = system if system == counts.get("system", system) else None  # that all share
+                    counts["conversations"] += 1
+                    counts["turns"].update(turn.role for turn in turns)
+                    answers = sum(turn.role == "assistant" for turn in turns)
                     fix = "put a line <|endoftext|> between them, or give each a row"
                     text = f"{answers} exchanges are one conversation; if they are separate dialogues, {fix}"
                     several = Finding("warning", file, line, "several exchanges", text)
@@ -1610,15 +1613,6 @@ def survey(
     if counts["turns"]["system"] == 1 and counts["conversations"] > 2:
         text = "the only conversation with a system turn; it does not carry over to the next: repeat it or delete it"
         findings.append(Finding("warning", *with_system, "system", text))
-
-
-def count_turns(turns: list[Turn], counts: dict[str, Any]) -> int:
-    """Add a conversation to the counts; "system" is the system turn that all share. Returns how many answers it has."""
-    system, roles = turns[0].content if turns[0].role == "system" else None, Counter(turn.role for turn in turns)
-    counts["system"] = system if not counts["conversations"] or system == counts["system"] else None
-    counts["conversations"] += 1
-    counts["turns"].update(roles)
-    return roles["assistant"]
 
 
 def raise_errors(counts: dict[str, Any], findings: list[Finding], shown: int = 20) -> None:
@@ -1967,26 +1961,21 @@ def find_base(args: argparse.Namespace, folder: str, revision: str | None = None
 
 
 def model_on_disk(name: str) -> str | None:
-    """The folder of a model whose tokenizer is on this machine, or None."""
+    """The folder of a model whose tokenizer is on this machine, or None; InputError for one that cannot be on the Hub."""
     if os.path.isdir(name):
         return name
-    from huggingface_hub import try_to_load_from_cache
-
-    found = [HUB_NAME.fullmatch(name) and try_to_load_from_cache(name, file) for file in TOKENIZER_FILES]
-    return os.path.dirname(str(found[0])) if all(isinstance(file, str) for file in found) else None
-
-
-def check_hub_name(name: str) -> None:
-    """InputError for a model that is no folder and cannot be on the Hub."""
     if not HUB_NAME.fullmatch(name):
         raise InputError(f"--model {name}: no such folder; give a local folder or a Hub name such as org/model")
+    from huggingface_hub import try_to_load_from_cache
+
+    found = [try_to_load_from_cache(name, file) for file in TOKENIZER_FILES]
+    return os.path.dirname(str(found[0])) if all(isinstance(file, str) for file in found) else None
 
 
 def resolve_model(name: str) -> tuple[str, str | None]:
     """(local folder, Hub revision or None) of a folder or Hub name; downloads what is missing."""
     if os.path.isdir(name):
         return name, None
-    check_hub_name(name)
     folder = download_model(f"--model {name}", name, ["*.json", "*.safetensors", "*.jinja"])
     return folder, os.path.basename(folder)
 
@@ -2064,21 +2053,15 @@ class StoredTensor(NamedTuple):
     end: int
 
 
-def weight_files(folder: str | Path) -> list[Path]:
-    """The base's weight files, sorted by name; they need not exist."""
-    index = Path(folder, "model.safetensors.index.json")
-    names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    return [Path(folder, name) for name in sorted(names)]
-
-
-def read_headers(name: str, folder: str | Path) -> dict[str, StoredTensor]:
+def read_headers(place: str, folder: str | Path) -> dict[str, StoredTensor]:
     """The base's tensors by name; InputError for a missing or damaged file."""
-    tensors = {}
-    for file in weight_files(folder):
+    tensors, index = {}, Path(folder, "model.safetensors.index.json")
+    names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    for file in (Path(folder, name) for name in sorted(names)):
         if not file.is_file():
             fix = "give a folder with the weights, or go online if the Hub's cache lacks them"
-            raise InputError(f"--model {name}: no {file.name} in it; {fix}")
-        tensors |= read_header(f"--model {name}", file)
+            raise InputError(f"{place}: no {file.name} in it; {fix}")
+        tensors |= read_header(place, file)
     return tensors
 
 
