@@ -173,7 +173,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--grad-accum", metavar="N", type=count, default=32, help="batches in an optimizer step")
     add("--learning-rate", metavar="N", type=above_zero, default=1.5e-4, help="peak learning rate")
     add("--max-length", metavar="N", type=bounded(int, 16), default=2048, help="tokens in a row")
-    add("--dry-run", action="store_true", help="show data, memory, time and the command, then exit")
+    add("--dry-run", action="store_true", help="show data, memory and the command, then exit")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output")
     add("--overwrite", action="store_true", help="delete the contents of --output first")
 
@@ -213,8 +213,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--bnb-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute type of NF4")
 
     add = parser.add_argument_group("memory").add_argument
-    add("--gradient-checkpointing", metavar="auto|all|none|N", type=checkpointing_mode, nargs="?", const="auto",
-        default="auto", help="layers that recompute activations in backward; auto: as many as the GPU needs")  # fmt: skip
+    add("--gradient-checkpointing", choices=("auto", "all", "none"), nargs="?", const="auto", default="auto",
+        help="layers that recompute activations in backward; auto: as many as the GPU needs")  # fmt: skip
     add("--torch-memory-fraction", metavar="N", type=bounded(float, 0, 1, low_open=True), default=0.95,
         help="share of the GPU's memory that may be used")  # fmt: skip
     add("--cuda-alloc-expandable", action=switch, default=True, help="CUDA memory segments that can grow")
@@ -255,13 +255,6 @@ def bounded(kind: type, low: float, high: float | None = None, low_open: bool = 
 
     parse.__name__ = "number" if kind is float else "whole number"
     return parse
-
-
-def checkpointing_mode(text: str) -> str | int:
-    """The value of --gradient-checkpointing: auto, all, none or a number of layers."""
-    if text not in ("auto", "all", "none") and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} must be auto, all, none or a number of layers")
-    return int(text) if text.isdecimal() else text
 
 
 def model_name(text: str) -> str:
@@ -364,7 +357,6 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
     print_plan(plan)
     if plan.base:
         print_memory(plan)
-        print_time(plan)
         print_rows(plan.train_rows, args.preview, plan.base.encode.tokenizer)
         if not args.preview and world.size == 1:  # a launcher's command is not known here
             print_next(sys.argv[0], *training_flags(parse_args([*training_flags(args), *plan.advised])))
@@ -1709,22 +1701,25 @@ MOST_EPOCHS = 3
 def advise(args: argparse.Namespace, processes: int, counts: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What the data needs, as sentences and as flags: more steps, but few passes; enough conversations held out."""
     advice, (flags, steps) = [], more_steps(args, processes, counts)
-    few = f"{plural(counts['steps'], 'step')} of {plural(counts['rows_per_step'], 'row')} will teach little"
-    if counts["steps"] < min(PLENTY_STEPS, 0.75 * steps):  # close to it is good enough
-        advice.append(f"{few}: {' '.join(flags)} would make about {steps:,}")
+    own = counts["trained_on"] + counts["held_out"]  # all in the training files, unless there are --eval-files
+    five = np.ceil(500 / own) / 100  # the --eval-fraction that holds out five
+    little = five > 0.25 and not args.eval_files
+    few = counts["steps"] < 0.75 * ENOUGH_STEPS  # close to it is good enough
+    coarse = counts["rows_per_step"] > 1.25 * MOST_ROWS and counts["steps"] < PLENTY_STEPS
+    found = f"{plural(counts['steps'], 'step')} of {plural(counts['rows_per_step'], 'row')} will teach little"
+    if (few or coarse) and steps > counts["steps"]:
+        advice.append(f"{found}: {' '.join(flags)} would make about {steps:,} steps")
     else:
         flags = []
-        if counts["steps"] < 0.75 * ENOUGH_STEPS:
-            advice.append(f"{few}, and more passes would learn the data by heart: write more conversations")
+        if few and not little:
+            advice.append(f"{found}, and more passes would learn the data by heart: write more conversations")
         elif args.epochs > MOST_EPOCHS and counts["held_out"] and not args.early_stopping:
             flags = ["--early-stopping", "2"]
             passes = f"{args.epochs:g} passes may learn the data by heart"
             advice.append(f"{passes}: {' '.join(flags)} stops when the held-out loss rises")
 
-    own = counts["trained_on"] + counts["held_out"]  # all in the training files, unless there are --eval-files
-    five = np.ceil(500 / own) / 100  # the --eval-fraction that holds out five
     loss = f"the loss of {plural(counts['held_out'], 'held-out conversation')} is too noisy to trust"
-    if five > 0.25 and not args.eval_files:
+    if little:
         advice.append(f"only {plural(own, 'conversation')}: write more, fifty are a good start")
     elif 0 < counts["held_out"] < 5 and args.eval_files:
         advice.append(f"{loss}: give more --eval-files")
@@ -1769,7 +1764,7 @@ def print_rows(rows: Rows, count: int, tokenizer) -> None:
             print()
 
 
-# ---- Memory and time -----------------------------------------------------------------------------
+# ---- Memory --------------------------------------------------------------------------------------
 
 
 def layer_weights(config: dict[str, Any]) -> int:
@@ -1824,16 +1819,6 @@ def print_memory(plan: Plan) -> None:
     print_field("memory", f"{need:.1f} GiB for {rows}, not measured: {', '.join(fits)} GiB{more}")
 
 
-def print_time(plan: Plan) -> None:
-    """Print the minutes of the optimizer steps on some GPUs: arithmetic, because none has been measured."""
-    # 2 FLOP a weight and token in forward, 2 in backward (its own gradient is not needed), and some for adapters and head.
-    flop = 4.5 * layer_weights(plan.base.config) * plan.counts["tokens"] * plan.args.epochs / plan.world.size
-    cards = {"RTX 4090": 165e12, "A100": 312e12, "H100": 989e12}  # bfloat16, from NVIDIA's data sheets
-    shown = ", ".join(f"{card} {max(1, flop / (peak / 2) / 60):,.0f} min" for card, peak in cards.items())
-    source = "calculated at half of the card's peak, not measured"
-    print_field("time", f"{shown} ({source}), without evaluations and answers")
-
-
 def saving_flags(args: argparse.Namespace, checkpointed: bool = False) -> list[str]:
     """The flags that save memory at the least cost; checkpointed: all layers recompute their activations already."""
     if args.train_batch_size > 1:  # the same optimizer step
@@ -1863,7 +1848,7 @@ def plan_checkpointing(model, rows: Rows, args: argparse.Namespace) -> None:
     base, mode = model.get_base_model(), args.gradient_checkpointing
     layers = base.get_decoder().layers
     enable_checkpointing(base)
-    spared = len(layers) - {"all": len(layers), "none": 0, "auto": 0}.get(mode, mode)
+    spared = 0 if mode == "all" else len(layers)
     if mode == "auto" and model.device.type == "cuda":
         spared = layers_with_room(model, layers, rows, args)
     checkpoint_layers(layers, spared)
@@ -1982,8 +1967,9 @@ def resolve_model(name: str) -> tuple[str, str | None]:
 
 def download_model(place: str, name: str, patterns: list[str], revision: str | None = None) -> str:
     """The folder of a Hub model in the local cache; downloads what is missing. `place` begins the error's line."""
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download
 
+    cache = Path(constants.HF_HUB_CACHE)
     offline = (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError)
     reasons = {  # the last one that fits counts
         "cannot use the Hugging Face cache ({error}); set HF_HOME to a folder that can be written to": (OSError,),
@@ -1999,23 +1985,16 @@ def download_model(place: str, name: str, patterns: list[str], revision: str | N
             stack.enter_context(explain(place, hint, *kinds))
         with contextlib.suppress(errors.DryRunError):  # offline: nothing to download
             files = snapshot_download(name, dry_run=True, **which)
-            check_download(place, sum(file.file_size or 0 for file in files if file.will_download))
+            size = sum(file.file_size or 0 for file in files if file.will_download)
+            free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.is_dir())).free
+            if size > free:
+                problem = f"{size / 1e9:,.1f} GB to download, but {free / 1e9:,.1f} GB free in {cache}"
+                raise InputError(f"{place}: {problem}; free some space, or set HF_HOME to a folder on a larger disk")
+            if size > 1e9:
+                # Merged weights are as large as the base's, a GGUF in Q8_0 takes 8.5 of their 16 bits.
+                later = f"{free / 1e9:,.0f} GB free; merging will take {1.53 * size / 1e9:,.0f} GB more"
+                print_field("download", f"{size / 1e9:,.1f} GB to {cache} ({later})")
         return snapshot_download(name, **which)
-
-
-def check_download(place: str, size: int) -> None:
-    """Say how many bytes are downloaded, and where to; InputError where they do not fit."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    disk = next(folder for folder in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if folder.is_dir())
-    free = shutil.disk_usage(disk).free
-    if size > free:
-        problem = f"{size / 1e9:,.1f} GB to download, but {free / 1e9:,.1f} GB free in {HF_HUB_CACHE}"
-        raise InputError(f"{place}: {problem}; free some space, or set HF_HOME to a folder on a larger disk")
-    if size > 1e9:
-        # Merged weights are as large as the base's, a GGUF in Q8_0 takes 8.5 of their 16 bits.
-        later = f"merging will take {1.53 * size / 1e9:,.0f} GB more"
-        print_field("download", f"{size / 1e9:,.1f} GB to {HF_HUB_CACHE} ({free / 1e9:,.0f} GB free; {later})")
 
 
 def load_encoder(name: str, folder: str, format_name: str) -> Encoder:
@@ -2097,7 +2076,6 @@ def fingerprint(headers: dict[str, StoredTensor]) -> str:
 def check_base(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Refuse by its config.json a base that cannot be trained or merged here, or whose rows are shorter."""
     kind, longest = config.get("model_type", "this model"), config.get("max_position_embeddings")
-    layers, count = config.get("num_hidden_layers", 0), args.gradient_checkpointing
     problem = ""
     if config.get("quantization_config"):
         problem = "it is already quantized; give the 16-bit original, --bnb-nf4 quantizes it"
@@ -2109,8 +2087,6 @@ def check_base(args: argparse.Namespace, config: dict[str, Any]) -> None:
         problem = f"{kind} is not built like a Llama; give a Llama, Qwen, Mistral, Gemma or Phi model"
     if problem:
         raise InputError(f"--model {args.model}: {problem}")
-    if isinstance(count, int) and count > layers:
-        raise InputError(f"--gradient-checkpointing {count}: the model has {layers} layers; give at most so many")
     if longest and args.max_length > longest:
         raise InputError(f"--max-length {args.max_length}: the model reads at most {longest:,} tokens; lower it")
 
@@ -2367,10 +2343,8 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
         # Refuse to train on it by accident; these values of the variable ask for it.
         if torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
             problem = f"torch {torch.__version__} was built for CUDA {torch.version.cuda}, but no GPU answers"
-            cuda12 = torch.version.cuda.startswith("12.")
-            fix = f"update the NVIDIA driver ({'CUDA 12 needs 525' if cuda12 else 'CUDA 13 needs 580'} or newer)"
-            fix += "" if cuda12 else ", install torch for CUDA 12 as README.md says"
-            raise InputError(f"GPU: {problem}; {fix}, or set CUDA_VISIBLE_DEVICES= to train on the CPU")
+            fix = "update the NVIDIA driver (CUDA 13 needs 580, CUDA 12 needs 525), install torch for CUDA 12 as README.md"
+            raise InputError(f"GPU: {problem}; {fix} says, or set CUDA_VISIBLE_DEVICES= to train on the CPU")
         print_field("device", "CPU")
         if args.bf16 and not torch.cpu._is_avx512_bf16_supported():
             print_field("device", "this CPU has no bfloat16: --no-bf16 --bnb-dtype float32 is about ten times faster")
@@ -3130,11 +3104,8 @@ def print_next(script: str, *flags: str) -> None:
 
 def this_python() -> str:
     """The interpreter as the user can type it: by its path from here if it is below this folder."""
-    here, python = Path.cwd(), Path(sys.executable)
-    if python.is_relative_to(here):
-        return str(python.relative_to(here))
-    found = shutil.which("python3")
-    return "python3" if found and Path(found).parent == python.parent else sys.executable
+    near = os.path.relpath(sys.executable)
+    return sys.executable if near.startswith("..") else near
 
 
 if __name__ == "__main__":

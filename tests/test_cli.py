@@ -62,9 +62,9 @@ def test_every_switch_can_be_turned_off():
     for name in ("packing", "bf16", "bnb-nf4", "cuda-alloc-expandable"):
         assert vars(sft.parse_args([f"--no-{name}"]))[name.replace("-", "_")] is False
     checkpointing = [
-        sft.parse_args(["--gradient-checkpointing", value]).gradient_checkpointing for value in ("none", "all", "7")
+        sft.parse_args(["--gradient-checkpointing", value]).gradient_checkpointing for value in ("none", "all")
     ]
-    assert checkpointing == ["none", "all", 7]
+    assert checkpointing == ["none", "all"]
 
 
 NONSENSE = [
@@ -74,7 +74,7 @@ NONSENSE = [
     "--warmup-ratio 1", "--warmup-ratio -0.1", "--max-grad-norm -1", "--torch-memory-fraction 0", "--torch-memory-fraction 1.5",
     "--max-split-size-mb 20", "--eval-fraction 0.9", "--eval-fraction nan", "--seed -1", "--seed 4294967296", "--logging-steps 0",
     "--eval-steps 0", "--save-steps 0", "--save-total-limit 0", "--input-format csv", "--chat-format alpaca", "--optim sgdd",
-    "--lr-scheduler-type cosin", "--bnb-dtype int8", "--overlong cut", "--gradient-checkpointing some", "--gradient-checkpointing -1",
+    "--lr-scheduler-type cosin", "--bnb-dtype int8", "--overlong cut", "--gradient-checkpointing some", "--gradient-checkpointing 7",
     "--epoch 1", "--lora_r 8", "--model", "--train-files", "extra",
 ]  # fmt: skip
 
@@ -300,7 +300,6 @@ REFUSED = {  # flags: place, what the line says
     "--model ./nope": ("--model ./nope", "org/model"),
     "--model a--b/c": ("--model a--b/c", "org/model"),
     "--model adapter": ("--model adapter", "org/base"),
-    "--model base --gradient-checkpointing 99": ("--gradient-checkpointing 99", "30 layers"),
     "--model base --max-length 8193": ("--max-length 8193", "8,192"),
     "--model base --save-steps 15": ("--save-steps 15", "--eval-steps 10"),
     "--model base --early-stopping 2 --eval-fraction 0": ("--early-stopping 2", "--eval-fraction"),

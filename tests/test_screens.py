@@ -136,10 +136,11 @@ def test_dry_run(folder):
     """With the tokenizer: lengths, rows, steps and the memory plan; the advice about steps is right when followed."""
     options = ("--dry-run", "--model", "base", "--max-length", 128, "--no-bf16")  # a CPU without bfloat16 says so
     shown = screen(folder, *options, "--grad-accum", 4)
-    check("dry_run", re.sub(r"this CPU \d+ min", "this CPU # min", shown), wide=["next "])
+    check("dry_run", shown, wide=["next "])
     steps = re.search(r"would make about (\d+) steps", " ".join(shown.split()))[1]
     followed = screen(folder, *next_flags(shown), "--dry-run")
-    assert "advice" not in followed and f"\nsteps      {steps} optimizer steps" in followed
+    made = re.search(r"\nsteps +(\d+) optimizer steps", followed)[1]  # fewer, because more is held out
+    assert "advice" not in followed and 0.9 <= int(made) / int(steps) <= 1
 
 
 def next_flags(shown: str) -> list[str]:
@@ -167,7 +168,7 @@ def test_a_plan_that_does_not_fit(folder, llama31_tokenizer):
     (folder / "llama/config.json").write_text(json.dumps(LLAMA_8B))
     options = ("--no-bnb-nf4", "--max-length", 8192, "--lora-r", 64, "--grad-accum", 1)
     shown = screen(folder, "--dry-run", "--model", "llama", *options)
-    check("plan_does_not_fit", shown[shown.index("memory ") : shown.index("time ")])
+    check("plan_does_not_fit", shown[shown.index("memory ") : shown.index("next ")])
 
 
 def test_preview(folder):

@@ -324,7 +324,6 @@ def test_gradient_checkpointing_flag(short_smollm2, capsys):
     for option, recomputed in (
         ("all", [True, True]),
         ("none", [False, False]),
-        ("1", [True, False]),
         ("auto", [False, False]),
     ):
         model = lora_model(short_smollm2)

@@ -106,7 +106,7 @@ class Case:
     def args(self):
         """The trainer's settings for this case."""
         values = {"max-length": self.tokens, "train-batch-size": self.rows, "lora-r": self.r, "lora-dropout": self.dropout,
-                  "gradient-checkpointing": self.checkpointing}  # fmt: skip
+                  "gradient-checkpointing": self.checkpointing if isinstance(self.checkpointing, str) else "all"}  # fmt: skip
         switch = "--bnb-nf4" if self.nf4 else "--no-bnb-nf4"
         return sft.parse_args([switch, *(text for name, value in values.items() for text in (f"--{name}", str(value)))])
 
@@ -332,6 +332,8 @@ def choose_layers(card: Card, model, case: Case) -> int:
     """How many layers the trainer spares from recomputing."""
     with card.on(case.card), contextlib.redirect_stdout(io.StringIO()):
         sft.plan_checkpointing(model, case.plan("").train_rows, case.args())
+    if isinstance(case.checkpointing, int):
+        sft.checkpoint_layers(model.get_base_model().get_decoder().layers, case.layers - case.checkpointing)
     return sum(not layer.gradient_checkpointing for layer in model.get_base_model().get_decoder().layers)
 
 
