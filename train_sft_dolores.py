@@ -61,6 +61,7 @@ if TYPE_CHECKING:  # load_libraries imports these
 else:
     Trainer = TrainerCallback = object  # `derive` puts the real ones below our classes
 
+ON_WSL = "microsoft" in platform.release().lower()  # Linux inside Windows
 ROLES = ("system", "user", "assistant")
 IGNORE = -100  # the label that the loss skips; torch's default
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
@@ -113,13 +114,6 @@ def check_name(name: str) -> None:
 
 # ---- Flags ---------------------------------------------------------------------------------------
 
-EXAMPLES = """\
-examples:
-  python3 train_sft_dolores.py --train-files mine.chatml --dry-run
-  python3 train_sft_dolores.py --train-files mine.chatml --output runs/mine
-  python3 train_sft_dolores.py --output runs/mine --resume
-"""
-
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Defaults in the words of the command line; no flag or file name is broken across lines."""
@@ -157,7 +151,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(
         usage="%(prog)s [options]",
         description="Fine-tune Dolores v5 on assistant tokens only: NF4 + LoRA on one 24 GB GPU.",
-        epilog=EXAMPLES,
+        epilog="examples:\n" + str(__doc__).split("\n\n")[1],
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -344,8 +338,7 @@ def describe_error(error: Exception, less_memory: str = "take smaller files or a
     if number in (errno.EACCES, errno.EPERM, errno.EROFS) and place:
         return f"{place}: {os.strerror(number).lower()}; make it readable and writable"
     if out_of_memory(error):
-        request = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
-        return f"out of memory{f' ({request[0].lower()})' if request else ''}; {less_memory}"
+        return f"out of memory; {less_memory}"
     return None
 
 
@@ -407,11 +400,13 @@ def make_plan(args: argparse.Namespace, world: World, base: Base | None = None) 
     tokens, trained, part, for_train, for_eval, more = split_data(samples, train_files, eval_files, args)
     chosen, held_out = np.flatnonzero(for_train), np.flatnonzero(for_eval)
     if args.early_stopping and not len(held_out):
-        problem = "nothing is held out; use --eval-fraction or --eval-files"
-        raise InputError(f"--early-stopping {args.early_stopping}: {problem}")
+        raise InputError(
+            f"--early-stopping {args.early_stopping}: nothing is held out; use --eval-fraction or --eval-files"
+        )
     if len(held_out) and args.save_steps % args.eval_steps:
-        problem = f"must be a multiple of --eval-steps {args.eval_steps}; change one of them"
-        raise InputError(f"--save-steps {args.save_steps}: {problem}")
+        raise InputError(
+            f"--save-steps {args.save_steps}: no multiple of --eval-steps {args.eval_steps}; change one of them"
+        )
     too_long = f"no answer fits into --max-length {args.max_length}"
     if not trained[chosen].sum():
         why = too_long if trained.sum() == 0 else "all of it is in --eval-files"
@@ -488,7 +483,6 @@ def fit(plan: Plan, trainer, record: dict, checkpoint: str | None) -> None:
                 if entry.name != ".lock":
                     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             write_json(args.output / RECORD, record)
-            write_samples(args.output / "samples.md", args.name, "Before training", results["samples"]["before"])
 
     trainer.stop.finish_step_first = True
     transformers.set_seed(args.seed)  # the same random numbers whether or not an evaluation came first
@@ -498,10 +492,12 @@ def fit(plan: Plan, trainer, record: dict, checkpoint: str | None) -> None:
     except Exception:  # torch, safetensors and tokenizers each raise their own error where the disk is full
         raise_if_disk_full(args.output, trainer.state.global_step)
         raise
-    device = trainer.model.device
-    name = f"CPU ({platform.machine()}, {plural(os.cpu_count() or 1, 'core')})"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
-    results |= {"seconds": round(time.monotonic() - began), "resumed": bool(checkpoint), "device": name}
+    cpu, cuda = (
+        f"CPU ({platform.machine()}, {plural(os.cpu_count() or 1, 'core')})",
+        trainer.model.device.type == "cuda",
+    )
+    device = torch.cuda.get_device_name() if cuda else cpu
+    results |= {"seconds": round(time.monotonic() - began), "resumed": bool(checkpoint), "device": device}
     state, at = trainer.state, f"at step {trainer.state.global_step} of {trainer.state.max_steps}"
     if state.global_step < state.max_steps and trainer.stop.agreed:
         again = "the same command, launcher included, with --resume"
@@ -520,12 +516,11 @@ def fit(plan: Plan, trainer, record: dict, checkpoint: str | None) -> None:
 def measure_before(plan: Plan, trainer) -> dict[str, Any]:
     """What the base makes of the held-out conversations, alone and with examples in the prompt: a part of the results."""
     print_field("before", f"the loss of {plural(plan.counts['held_out'], 'held-out conversation')}")
-    loss = trainer.evaluate()["eval_loss"]
-    print_field("before", f"held-out loss {loss:.4f}")
-    held_out = {"tokens": trainer.trained_tokens, "before": trainer.measured}
-    print_field("before", f"the same for at most {MOST_PROMPTED}, with training conversations in the prompt")
+    before, tokens = trainer.losses(plan.eval_rows), trainer.trained_tokens
+    loss = sum(before[place] * tokens[place] for place in tokens) / tokens.total()
+    print_field("before", f"held-out loss {loss:.4f}; now with examples in the prompt")
     rows, examples = prompted_rows(plan)
-    held_out["prompted"] = trainer.losses(rows) if len(rows) else {}
+    held_out = {"tokens": tokens, "before": before, "prompted": trainer.losses(rows) if len(rows) else {}}
     return {"eval_loss_before": loss, "examples": examples, "held_out": held_out}
 
 
@@ -542,8 +537,7 @@ def finish(plan: Plan, trainer, record: dict) -> None:
         results |= {"eval_loss_after": state.best_metric, "best_step": state.best_global_step}
     if answers := results["samples"]["after"]:
         print_field("after", "copies of the training data in the answers")
-        results["copied"] = count_copied(answers.values(), trained_texts(plan.train_rows, plan.base.encode.tokenizer))
-        write_samples(args.output / "samples.md", args.name, "After training", answers, verdict(results).get("copied"))
+        results["copied"] = count_copied(answers.values(), trained_texts(plan))
     write_json(args.output / RECORD, record)
     write_card(args.output, args, record)
     tokens_per_step = plan.counts["tokens"] / plan.counts["steps_per_epoch"]
@@ -648,9 +642,9 @@ def base_format(vocabulary: Vocabulary) -> ChatFormat:
 
     fitting = [name for name, parts in FORMATS.items() if parts[-1] in ("{eos}", *special_tokens(vocabulary))]
     hint = f"cannot follow the base's chat template: {{error}}; use --chat-format {fitting[-1]}"
-    with explain("--chat-format base", hint, TemplateError, TypeError):
+    with explain("--chat-format base", hint, ValueError, TypeError, TemplateError):
         if not vocabulary.chat_template:
-            raise TemplateError("it has none")
+            raise ValueError("it has none")
         theirs = chat_renderer(vocabulary.chat_template, vocabulary)
         chat, takes_system = derive_format(theirs, vocabulary)
         ours = chat_renderer(chat_template(chat), vocabulary)
@@ -658,7 +652,7 @@ def base_format(vocabulary: Vocabulary) -> ChatFormat:
             wanted, got = theirs(messages), ours(messages)
             if wanted != got:
                 at = next(i for i in range(len(wanted) + 1) if wanted[: i + 1] != got[: i + 1])
-                raise TemplateError(f"it writes {wanted[at : at + 40]!r} where we would write {got[at : at + 40]!r}")
+                raise ValueError(f"it writes {wanted[at : at + 40]!r} where we would write {got[at : at + 40]!r}")
     if not takes_system:
         print_field("format", "the base's template takes no system turn: its text opens the first user turn")
     return chat
@@ -666,13 +660,12 @@ def base_format(vocabulary: Vocabulary) -> ChatFormat:
 
 def derive_format(render: Callable, vocabulary: Vocabulary) -> tuple[ChatFormat, bool]:
     """A format from the texts that a template puts around turns, and whether the template takes a system turn."""
-    from jinja2 import TemplateError
 
     def around(*roles: str, prompt: bool = True) -> list[str]:
         """The texts before, between and after turns of these roles."""
         texts = re.split("⟪.⟫", render([{"role": role, "content": f"⟪{role[0]}⟫"} for role in roles], prompt))
         if len(texts) != len(roles) + 1:
-            raise TemplateError("it leaves out or repeats a turn")
+            raise ValueError("it leaves out or repeats a turn")
         return texts
 
     opening, to_answer, to_user, _ = around("user", "assistant", "user")
@@ -684,16 +677,16 @@ def derive_format(render: Callable, vocabulary: Vocabulary) -> tuple[ChatFormat,
     takes_system = True
     try:
         before_system, system_end, _ = around("system", "user")
-    except TemplateError:  # Gemma 2
+    except ValueError:  # Gemma 2
         before_system, system_end, takes_system = before_user, "\n\n", False
     folds_system = before_system == before_user
     ends = [token for token in special_tokens(vocabulary) if token in answer_end]
     if not ends:
-        raise TemplateError("it ends an answer without a control token")
+        raise ValueError("it ends an answer without a control token")
     if not before_user:
-        raise TemplateError("it puts nothing before a user turn")
+        raise ValueError("it puts nothing before a user turn")
     if re.search(r'\{\{|"""', f"{opening}{before_system}{system_end}{to_answer}{to_user}"):
-        raise TemplateError("it has two braces or three quotes, which a Modelfile cannot hold")
+        raise ValueError("it has two braces or three quotes, which a Modelfile cannot hold")
     if not folds_system:
         system_end = system_end.removesuffix(before_user)
     chat = ChatFormat(
@@ -717,11 +710,10 @@ def probe_conversations(with_system: bool) -> Iterator[list[dict[str, str]]]:
 
 def chat_renderer(template: str, vocabulary: Vocabulary) -> Callable[..., str]:
     """A function that renders messages as transformers does, without the BOS token that the tokenizer adds itself."""
-    from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def fail(message: str):
-        raise TemplateError(message)
+        raise ValueError(message)
 
     loops = "jinja2.ext.loopcontrols"
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loops])
@@ -912,8 +904,12 @@ def read_chatml(file: str) -> Iterator[list[Turn | Finding]]:
             said += [Turn(role, content.strip(), line, name != CONTEXT), *warnings]
         elif tag and tag != "endoftext":
             said.append(mistake(file, line, unknown_role(name, is_tag=not opened)))
-        else:
-            said += stray_text(file, line, text)
+        elif text.strip():
+            line += text[: -len(text.lstrip())].count("\n")
+            what = "before the first tag or after <|im_end|> or <|endoftext|>; put it after a tag such as <|user|>"
+            if meant := like_tag(text.lstrip().split("\n")[0]):
+                what = f"outside of a turn; did you mean {meant} at the start of the line?"
+            said.append(mistake(file, line, f"text {what}"))
     if opened:
         said.append(mistake(file, opened, NOT_CLOSED))
     if said:
@@ -957,17 +953,6 @@ def read_lines(file: str) -> Iterator[tuple[int, str]]:
     """Yield (number, line) of a UTF-8 file, without line ends."""
     for number, text in read_blocks(file):
         yield from enumerate(text.removesuffix("\n").split("\n"), number)
-
-
-def stray_text(file: str, line: int, text: str) -> list[Finding]:
-    """The error about text outside of turns."""
-    if not text.strip():
-        return []
-    line += text[: -len(text.lstrip())].count("\n")
-    what = "before the first tag or after <|im_end|> or <|endoftext|>; put it after a tag such as <|user|>"
-    if tag := like_tag(text.lstrip().split("\n")[0]):
-        what = f"outside of a turn; did you mean {tag} at the start of the line?"
-    return [mistake(file, line, f"text {what}")]
 
 
 def unescape_tags(file: str, line: int, text: str, escaped: re.Pattern) -> tuple[str, list[Finding]]:
@@ -1144,8 +1129,7 @@ def read_csv(file: str) -> Iterator[tuple[int, Any]]:
                 yield row, dict(zip(names, values, strict=True))
             row = above + reader.line_num
     except csv.Error as error:
-        fix = "double each quote inside a quoted text, and close it"
-        raise InputError(f"{file}:{row}: not CSV ({error}); {fix}") from None
+        raise InputError(f"{file}:{row}: not CSV ({error}); double each quote inside a quoted text") from None
 
 
 def read_parquet(file: str) -> Iterator[tuple[int, dict]]:
@@ -1173,9 +1157,7 @@ def check_conversation(file: str, said: list[Turn | Finding]) -> Conversation:
             wrong.append((at, f"empty {role} turn; fill it or delete it"))
     turns = [turn for turn in turns if turn not in empty] if empty else turns
     for _, content, at, _ in turns:
-        if len(content) > 10**6 and " " * 10**6 in content:  # ten million make Llama 3.1's tokenizer panic
-            wrong.append((at, "a million spaces in a row; delete them"))
-        elif content.endswith(("</s>", "<end_of_turn>", "<eos>")):  # TAG has found those with bars
+        if content.endswith(("</s>", "<end_of_turn>", "<eos>")):  # TAG has found those with bars
             findings.append(tag_inside(file, at, content[content.rindex("<") :]))
         if strange := MOJIBAKE.search(content):
             findings.append(Finding("warning", file, at, "encoding", f"{strange[0]!r} looks wrongly decoded"))
@@ -1242,18 +1224,6 @@ class Tokens(NamedTuple):
 
     input_ids: np.ndarray  # [T] int32
     labels: np.ndarray  # [T] int32: the id where it is trained, else IGNORE
-
-
-class Sample(NamedTuple):
-    """Tokens and their origin, in the order of the columns on disk."""
-
-    input_ids: np.ndarray  # [T] int32
-    labels: np.ndarray  # [T] int32
-    trained: int  # how many labels are trained
-    digest: int  # of the whole conversation
-    file: str
-    line: int
-    part: int  # 0 for a whole conversation or its first part
 
 
 NO_SYSTEM = Turn("no system", "", 0)  # opens a conversation without a system turn
@@ -1332,7 +1302,7 @@ class Encoder:
 
 def encode_conversations(
     conversations: list[Conversation], encode: Encoder, max_length: int, overlong: str, counts: dict, findings: list
-) -> list[Sample]:
+) -> list[dict[str, Any]]:
     """The samples of these conversations, none above max_length; adds what is split or lost to counts and findings."""
     samples = []
     for (turns, file, line, _), tokens in zip(conversations, encode([c.turns for c in conversations]), strict=True):
@@ -1356,7 +1326,8 @@ def encode_conversations(
             findings += [Finding("warning", file, turn.line, "dropped", text) for turn in unfit]
         key = digest(turns)
         for part, (ids, labels) in enumerate(parts):
-            samples.append(Sample(ids, labels, count_trained(labels), key, file, line, part))
+            sample = {"input_ids": ids, "labels": labels, "trained": count_trained(labels), "digest": key}
+            samples.append(sample | {"file": file, "line": line, "part": part})
     return samples
 
 
@@ -1407,8 +1378,7 @@ def read_data(
 ) -> tuple[dict[str, Any], list[Finding], Any]:
     """Read and check files {name: sha256} and, given an encoder, encode them in the same pass.
 
-    Returns counts, warnings and the samples: a memory-mapped datasets.Dataset whose columns are the fields of Sample,
-    or None. A second start with the same files and settings finds them in its cache. InputError lists all errors.
+    Returns counts, warnings and the samples: a memory-mapped datasets.Dataset, or None. A second start with the same files and settings finds them in its cache. InputError lists all errors.
     """
     counts: dict[str, Any] = {"split": 0, "dropped": 0, "dropped_exchanges": 0, "lost_trained_tokens": 0}
     findings: list[Finding] = []
@@ -1417,8 +1387,7 @@ def read_data(
     def samples() -> Iterator[dict[str, Any]]:
         assert encode
         while batch := list(islice(conversations, 256)):
-            for sample in encode_conversations(batch, encode, args.max_length, args.overlong, counts, findings):
-                yield sample._asdict()
+            yield from encode_conversations(batch, encode, args.max_length, args.overlong, counts, findings)
         raise_errors(counts, findings)
         if counts["dropped"] == counts["conversations"]:
             raise InputError(f"{', '.join(files)}: no answer fits into --max-length {args.max_length}; raise it")
@@ -1433,9 +1402,11 @@ def read_data(
     code, tokenizer = Path(__file__).read_text(encoding="utf-8"), encode.tokenizer.to_str()
     settings = (args.input_format, args.skip_bad, args.max_length, args.overlong, args.chat_format, encode.chat)
     key = hashlib.sha256(repr([code, tokenizer, *settings, *files.items()]).encode()).hexdigest()
+    columns = {"trained": "int32", "digest": "int64", "file": "string", "line": "int32", "part": "int32"}
     ids = datasets.List(datasets.Value("int32"))
-    types = (ids, ids, *(datasets.Value(name) for name in ("int32", "int64", "string", "int32", "int32")))
-    features = datasets.Features(dict(zip(Sample._fields, types, strict=True)))
+    features = datasets.Features(
+        {"input_ids": ids, "labels": ids} | {name: datasets.Value(kind) for name, kind in columns.items()}
+    )
     datasets.disable_progress_bars()
     cache = os.environ.get("HF_DATASETS_CACHE") or f"{HF_HOME}/datasets"
     try:
@@ -1653,16 +1624,13 @@ def print_plan(plan: Plan) -> None:
     args, counts = plan.args, plan.counts
     names, turns = counts["files"], counts["turns"]
     print_field("files", ", ".join(names[:5]) + (f", … and {len(names) - 5:,} more" if len(names) > 5 else ""))
-    print_field("data", plural(counts["conversations"], "conversation"))
+    print_field("data", describe_use(counts))
     print_field("turns", ", ".join(f"{turns.get(role, 0):,} {role}" for role in ROLES))
-    if counts["skipped"]:
-        print_field("skipped", f"{counts['skipped']:,} conversations that have errors (--skip-bad)")
     for noun, unread in counts["not_read"].items():
         if unread:
             shown = (f"{escape_controls(name)[:40] or 'unnamed'} ({plural(n, noun)})" for name, n in unread.items())
             print_field("not read", ", ".join(shown))
     if plan.base:
-        print_field("used", describe_use(counts))
         lost = [counts[key] for key in ("split", "dropped", "dropped_exchanges", "lost_trained_tokens")]
         if any(lost):
             text = "conversations: {:,} split, {:,} dropped; lost: {:,} exchanges of others, {:,} trained tokens"
@@ -1680,22 +1648,15 @@ def print_plan(plan: Plan) -> None:
 
 def describe_use(counts: dict[str, Any]) -> str:
     """Where all conversations went, for the screen and the model card."""
-    parts = {"trained on": counts["trained_on"], "held out": counts["held_out"]}
-    lost = {"also in --eval-files": "copies", "dropped (--overlong)": "dropped", "skipped (--skip-bad)": "skipped"}
-    parts |= {name: counts[key] for name, key in lost.items() if counts[key]}
-    shown = ", ".join(f"{count:,} {name}" for name, count in parts.items())
-    return f"{plural(counts['conversations'] + counts['skipped'], 'conversation')}: {shown}"
+    ways = {"trained on": "trained_on", "held out": "held_out", "also in --eval-files": "copies",
+            "dropped (--overlong)": "dropped", "with errors skipped (--skip-bad)": "skipped"}  # fmt: skip
+    shown = [f"{counts[key]:,} {way}" for way, key in ways.items() if counts.get(key)]
+    return ", ".join([plural(counts["conversations"] + counts["skipped"], "conversation"), *shown])
 
 
-# With fewer optimizer steps little is learned, with many more the data are learned by heart: on 200 dialogues SmolLM2's
-# held-out loss was lowest with 42 steps of three passes, higher with 12, and with 168 it rose after the first pass.
-ENOUGH_STEPS = 30
-# Larger data learn more in smaller steps: on 1,000 dialogues the loss was 0.055 lower with 5 rows in a step than with 20.
-MOST_ROWS = 8
-PLENTY_STEPS = 100  # with so many, neither smaller steps nor further passes were measured
-# More passes learn by heart: with 12, 50 and 200 dialogues that loss was lowest after pass 1, 2 or 3 of six and rose
-# then, in each of three seeds (benchmarks/learning.py).
-MOST_EPOCHS = 3
+# By held-out losses of SmolLM2 (benchmarks/learning.py): fewer steps teach little, further passes learn by heart, and
+# larger data learn more in smaller steps. With plenty of steps neither smaller ones nor further passes were measured.
+ENOUGH_STEPS, PLENTY_STEPS, MOST_ROWS, MOST_EPOCHS = 30, 100, 8, 3
 
 
 def advise(args: argparse.Namespace, processes: int, counts: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -1767,56 +1728,44 @@ def print_rows(rows: Rows, count: int, tokenizer) -> None:
 # ---- Memory --------------------------------------------------------------------------------------
 
 
-def layer_weights(config: dict[str, Any]) -> int:
-    """Weights in the linear layers of a Llama-like model, by its config.json; 0 where that leaves sizes to transformers."""
-    if not all(config.get(key) for key in ("intermediate_size", "num_attention_heads")):
-        return 0
-    h, f, heads = (config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
+def memory_plan(plan: Plan) -> dict[str, float]:
+    """GiB that a step needs on a GPU if all layers recompute their activations: calculated, not measured.
+
+    For Llama-like models; {} where config.json leaves sizes to transformers.
+    """
+    args, config, counts = plan.args, plan.base.config, plan.counts
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    if not all(config.get(key) for key in sizes):
+        return {}
+    h, f, layers, heads, vocabulary = (config[key] for key in sizes)
     width = config.get("head_dim") or h // heads
     kv = (config.get("num_key_value_heads") or heads) * width
-    return config["num_hidden_layers"] * h * (2 * heads * width + 2 * kv + 3 * f)
-
-
-def memory_plan(plan: Plan) -> dict[str, float]:
-    """GiB that a step needs on a GPU if all layers recompute their activations: calculated, not measured."""
-    args, config, counts = plan.args, plan.base.config, plan.counts
-    h, f, layers = (config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    weights, tables = layers * h * (2 * heads * width + 2 * kv + 3 * f), 1 + (not config.get("tie_word_embeddings"))
     size, tokens = 2 if args.bf16 else 4, args.max_length * args.train_batch_size
-    trained, heads = tokens * counts["trained_tokens"] / counts["tokens"], 1 + (not config.get("tie_word_embeddings"))
+    trained = tokens * counts["trained_tokens"] / counts["tokens"]
     # All seven projections of a layer read and write about 10 h + 3 f numbers.
-    adapters = layers * args.lora_r * (10 * h + 3 * f)
+    adapters, moments = layers * args.lora_r * (10 * h + 3 * f), 2 if "8bit" in args.optim else 8
     parts = {
         # NF4: 4 bits, and for each block of 64 weights an 8-bit scale.
-        "base": layer_weights(config) * (0.52 if args.bnb_nf4 else size) + heads * config["vocab_size"] * h * size,
-        "adapters and optimizer": adapters * (4 + 4 + optimizer_bytes(args.optim)),
+        "base": weights * (0.52 if args.bnb_nf4 else size) + tables * vocabulary * h * size,
+        "adapters and optimizer": adapters * (4 + 4 + moments),
         "activations": tokens * size * (layers + 2) * h,  # each layer's input
         # Not at once: one layer whole; logits in float32, their copy and their gradient.
-        "one layer or the loss": max(tokens * size * 9 * (h + f), 12 * trained * config["vocab_size"]),
+        "one layer or the loss": max(tokens * size * 9 * (h + f), 12 * trained * vocabulary),
         "CUDA": 0.7 * 2**30,
     }
     return {name: amount / 2**30 for name, amount in parts.items()}
 
 
-def optimizer_bytes(optim: str) -> int:
-    """Bytes of optimizer state for each trained parameter: two moments, in 8 or 32 bits."""
-    return 2 if "8bit" in optim else 8
-
-
 def print_memory(plan: Plan) -> None:
     """Print what a step needs, and on which common GPUs that is enough."""
-    if not layer_weights(plan.base.config):
-        return
     args, need, gpus = plan.args, sum(memory_plan(plan).values()), (12, 16, 24)
-    limits = [gpu * args.torch_memory_fraction for gpu in gpus]
-    fits = [f"{'enough' if need <= limit else 'too little'} on {gpu}" for gpu, limit in zip(gpus, limits, strict=True)]
-    without = plan._replace(args=argparse.Namespace(**vars(args) | {"bnb_nf4": False}))
-    more = ""
-    if need > limits[-1]:
-        more = f"; try {' '.join(saving_flags(args, checkpointed=True))}"
-    elif args.bnb_nf4 and args.bf16 and (larger := sum(memory_plan(without).values())) <= limits[-1]:
-        more = f"; with --no-bnb-nf4 {larger:.1f} GiB and faster"
+    fits = [need <= gpu * args.torch_memory_fraction for gpu in gpus]
+    said = ", ".join(f"{'enough' if fit else 'too little'} on {gpu}" for gpu, fit in zip(gpus, fits, strict=True))
+    fix = "" if fits[-1] else f"; try {' '.join(saving_flags(args, checkpointed=True))}"
     rows = f"rows of {args.max_length:,} x {args.train_batch_size}"
-    print_field("memory", f"{need:.1f} GiB for {rows}, not measured: {', '.join(fits)} GiB{more}")
+    if need:
+        print_field("memory", f"{need:.1f} GiB for {rows}, not measured: {said} GiB{fix}")
 
 
 def saving_flags(args: argparse.Namespace, checkpointed: bool = False) -> list[str]:
@@ -1881,11 +1830,12 @@ def layers_with_room(model, layers, rows: Rows, args: argparse.Namespace) -> int
     print_field("memory", "measuring how many layers can keep their activations")
     inputs = model_inputs([rows.longest()] * args.train_batch_size, model.device)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    buckets = 4 if torch.distributed.is_initialized() else 0  # DDP's copy of the gradients, not yet there
+    # Not there yet, in bytes for each number: the optimizer's moments, DDP's copy of the gradients.
+    later = (2 if "8bit" in args.optim else 8) + (4 if torch.distributed.is_initialized() else 0)
     free, total = torch.cuda.mem_get_info(model.device)
     # What this process has and what nobody else has, below the cap; a twentieth is left for fragmentation.
     available = min(torch.cuda.memory_reserved() + free, args.torch_memory_fraction * total)
-    limit = 0.95 * available - trained * (optimizer_bytes(args.optim) + buckets)
+    limit = 0.95 * available - trained * later
     for spared in sorted({len(layers) * eighths // 8 for eighths in range(9)}, reverse=True):
         checkpoint_layers(layers, spared)
         torch.cuda.empty_cache()
@@ -2324,7 +2274,7 @@ def set_allocator(expandable: bool, max_split_size_mb: int) -> str:
     for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         if variable in os.environ:
             return f"{variable}={os.environ[variable]} from the environment is kept"
-    if expandable and not on_wsl():  # there they fail on some GPUs (pytorch issue 192330)
+    if expandable and not ON_WSL:  # there they fail on some GPUs (pytorch issue 192330)
         # Together the two block the reuse of freed segments: 220 MiB reserved become 14,060 (pytorch issue 123548).
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         return f"expandable_segments, without --max-split-size-mb {max_split_size_mb}: together they waste memory"
@@ -2352,8 +2302,7 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
             print_field("device", f"no GPU, so {optim} takes the place of {args.optim}")
         return torch.device("cpu")
     if world.local_rank >= torch.cuda.device_count():
-        problem = f"there are {torch.cuda.device_count()}, so process {world.local_rank} has none of its own"
-        raise InputError(f"GPU: {problem}; start as many processes as GPUs")
+        raise InputError(f"GPU: none is left for process {world.local_rank}; start as many processes as GPUs")
     device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
     torch.cuda.set_per_process_memory_fraction(args.torch_memory_fraction, device)
@@ -2373,17 +2322,12 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
     return device
 
 
-def on_wsl() -> bool:
-    """Whether this Linux runs inside Windows."""
-    return "microsoft" in platform.release().lower()
-
-
 def optimizer_on(optim: str, device_type: str) -> str:
     """The optimizer for this device: paged state needs CUDA, and on a CPU 8-bit state takes seconds a step.
 
     On WSL2 paged memory can end the process at the first step without an error (bitsandbytes issue 726).
     """
-    pages = device_type == "cuda" and not on_wsl()
+    pages = device_type == "cuda" and not ON_WSL
     if pages or not optim.startswith("paged_"):
         return optim
     return "adamw_8bit" if device_type == "cuda" and "8bit" in optim else "adamw_torch"
@@ -2468,10 +2412,6 @@ def make_trainer(plan: Plan, model, tokenizer, stop: Stop):
     """A Hugging Face Trainer with exact evaluation, complete checkpoints and one line for each step."""
     args, eval_rows = plan.args, plan.eval_rows
     arguments = training_arguments(args, evaluating=eval_rows is not None)  # starts the process group
-    if not args.output.is_dir():
-        raise InputError(f"--output {args.output}: does not exist on this machine; name a folder that all share")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    check_disk(args.output, args.save_total_limit, trained * (4 + optimizer_bytes(args.optim)))
     trainer = derive(Training, transformers.Trainer)(
         model=model,
         args=arguments,
@@ -2513,18 +2453,11 @@ class Training(Trainer):
         """Stop before the optimizer applies a gradient that is NaN or infinite. Callbacks do not see it."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if not torch.isfinite(torch.as_tensor(grad_norm)):
-            places = f"{', '.join(self.documents[:8])}{' …' if len(self.documents) > 8 else ''}"
-            problem, fix = f"the gradient is {float(grad_norm)}", f"check {places}, or lower --learning-rate"
+            places = ", ".join(self.documents)
+            problem, fix = f"the gradient is {float(grad_norm)}", f"lower --learning-rate, or check {places}"
             raise InputError(f"step {self.state.global_step + 1}: {problem}; {fix}")
         self.documents = ()
         return grad_norm
-
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        """The same schedule, read in the middle of each step: at its start, warm-up gives the first step rate 0."""
-        schedule = super().create_scheduler(num_training_steps, optimizer)
-        rate = schedule.lr_lambdas[0]  # the same for all groups
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(schedule.optimizer, lambda step: rate(step + 0.5))
-        return self.lr_scheduler
 
     def evaluation_loop(self, dataloader, description, *_, metric_key_prefix="eval", **__):
         """Mean loss of all trained tokens; Trainer's own is a mean of batch means. Keeps each conversation's loss."""
@@ -2581,25 +2514,18 @@ class Steps(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.global_step:  # before training
-            return
         step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
         if "loss" in logs:
             left = self.seconds / (state.global_step - self.first) * (state.max_steps - state.global_step)
             speed = f"{self.trainer.tokens * args.world_size / self.seconds:,.0f} tok/s"
             values = f"loss {logs['loss']:.4f}  grad {logs['grad_norm']:.3f}  lr {logs['learning_rate']:.1e}"
-            print(f"{step}  {values}  {speed}  left {format_duration(left)}", flush=True)
+            print(f"{step}  {values}  {speed}  left {timedelta(seconds=round(left))}", flush=True)
         elif "eval_loss" in logs:
             print(f"{step}  held-out loss {logs['eval_loss']:.4f}", flush=True)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if not state.global_step:  # before training
-            return
         # Trainer would remember a best between two --save-steps, but keep the checkpoint of another step.
         control.should_save |= state.best_metric is None or metrics["eval_loss"] < state.best_metric
-        answers = generate_answers(self.trainer.model, self.trainer.processing_class, self.trainer.prompts)
-        if state.is_world_process_zero:
-            write_samples(self.options.output / "samples.md", self.options.name, f"Step {state.global_step}", answers)
 
     def on_save(self, args, state, control, **kwargs):
         self.trainer.accelerator.wait_for_everyone()  # each process adds its random state
@@ -2627,12 +2553,6 @@ def out_of_memory(error: BaseException) -> bool:
     words = "out of memory|ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|DefaultCPUAllocator"
     said = isinstance(error, RuntimeError) and re.search(words, str(error), re.IGNORECASE)
     return isinstance(error, MemoryError) or bool(said)
-
-
-def format_duration(seconds: float) -> str:
-    """As 1h05 or 4m09; a step line stays within 80 columns."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}h{minutes % 60:02}" if minutes >= 60 else f"{minutes}m{seconds:02}"
 
 
 # ---- Checkpoints and the run's record ------------------------------------------------------------
@@ -2677,8 +2597,7 @@ def claim_output(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            problem = "another process is training there; wait for it or name another folder"
-            raise InputError(f"--output {folder}: {problem}") from None
+            raise InputError(f"--output {folder}: another process is training there; wait for it") from None
         except OSError:
             print_field("output", "its file system has no locks: start no second run in this folder")
         try:
@@ -2687,16 +2606,6 @@ def claim_output(folder: Path, resume: bool, overwrite: bool) -> Iterator[None]:
             with contextlib.suppress(OSError):  # someone else has deleted the folder
                 if os.listdir(folder) == [".lock"]:
                     shutil.rmtree(folder)
-
-
-def check_disk(output: Path, save_total_limit: int, adapter_bytes: int) -> None:
-    """Refuse a run whose checkpoints will not fit: adapter, optimizer state and 20 MB of tokenizer each."""
-    need = (save_total_limit + 1) * (adapter_bytes + 20 * 2**20)
-    old = sum(file.stat().st_size for file in output.glob("checkpoint-*/*"))  # they make room for the new ones
-    free = shutil.disk_usage(output).free + old
-    if free < need:
-        problem = f"{free / 1e9:.2f} GB free, but the checkpoints may need {need / 1e9:.2f} GB"
-        raise InputError(f"--output {output}: {problem}; free some space or lower --save-total-limit")
 
 
 def raise_if_disk_full(output: Path, step: int) -> None:
@@ -2760,7 +2669,6 @@ def run_record(plan: Plan, fingerprint: str) -> dict[str, Any]:
         "chat_format": {"name": args.chat_format, **base.encode.chat._asdict()},
         "base": {"model": model, "revision": base.revision, "fingerprint": fingerprint},
         "init_adapter": weights and {"name": args.init_adapter.resolve().name, "sha256": weights},
-        "quantization": {"bnb_nf4": args.bnb_nf4, "bnb_dtype": args.bnb_dtype, "bnb_double_quant": args.bnb_nf4},
         "args": vars(args),
         "data": {"sha256": plan.files, **plan.counts},
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in libraries}},
@@ -2838,8 +2746,8 @@ def before_answer(input_ids: np.ndarray, labels: np.ndarray) -> list[int]:
     return input_ids[: int(np.argmax(labels != IGNORE))].tolist()
 
 
-def generate_answers(model, tokenizer, prompts: dict[str, list[int]], max_new_tokens=80, when="") -> dict[str, str]:
-    """Greedy answers by their questions, one at a time, without padding; each announced if `when` says at what time."""
+def generate_answers(model, tokenizer, prompts: dict[str, list[int]], tokens=80, when="asking") -> dict[str, str]:
+    """Greedy answers by their questions, one at a time, without padding; `when` announces each."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     # What is not set here comes from the base's own settings, and Llama 3.1's sample. Without sampling transformers
@@ -2849,7 +2757,7 @@ def generate_answers(model, tokenizer, prompts: dict[str, list[int]], max_new_to
         temperature=1.0,
         top_p=1.0,
         top_k=50,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=tokens,
         use_cache=True,
         eos_token_id=[tokenizer.eos_token_id, *ends],
         pad_token_id=tokenizer.eos_token_id,
@@ -2858,32 +2766,16 @@ def generate_answers(model, tokenizer, prompts: dict[str, list[int]], max_new_to
     model.eval()
     answers = {}
     for number, (text, prompt) in enumerate(prompts.items(), 1):
-        if when:
-            print_field(when, f"question {number} of {len(prompts)}: {escape_controls(one_line(text, 200))}")
+        print_field(when, f"question {number} of {len(prompts)}: {escape_controls(one_line(text, 200))}")
         ids = torch.tensor([prompt], device=model.device)
         output = model.generate(ids, generation_config=greedy)
         answers[text] = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
     return answers
 
 
-def write_samples(file: Path, name: str, heading: str, answers: dict[str, str], note: str | None = None) -> None:
-    """Append answers to samples.md, below a title; after --resume in place of those of the same and later steps."""
-    written = file.read_text(encoding="utf-8") if file.exists() else f"# {name}: answers before and during training\n\n"
-    lines = [written.partition(f"\n## {heading}\n")[0].rstrip("\n"), "", f"## {heading}", ""]
-    for question, answer in answers.items():
-        lines += [f"**{one_line(question)}**", "", *quote(answer), ""]
-    lines += [f"Copied: {note}", ""] if note else []
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 def one_line(text: str, width: int = 300) -> str:
     """Text as one line of Markdown."""
     return textwrap.shorten(text, width, placeholder=" …")
-
-
-def quote(text: str) -> list[str]:
-    """Text as a Markdown quotation: a heading in it does not break the page."""
-    return [f"> {line}".rstrip() for line in text.split("\n")]
 
 
 MOST_PROMPTED = 50  # held-out conversations: each fills a row
@@ -2915,10 +2807,11 @@ def prompted_rows(plan: Plan, examples: int = 5) -> tuple[Rows, float]:
     return Rows(datasets.Dataset.from_list(found), list(np.arange(len(found))[:, None])), used / max(1, len(found))
 
 
-def trained_texts(rows: Rows, tokenizer) -> Iterator[str]:
+def trained_texts(plan: Plan) -> Iterator[str]:
     """The trained text of each sample: its answers, between which the end token stands."""
+    rows, decode = plan.train_rows, plan.base.encode.tokenizer.decode
     for sample in rows.samples.select(np.concatenate(rows.plan)).select_columns("labels"):
-        yield tokenizer.decode(sample["labels"][sample["labels"] != IGNORE].tolist(), skip_special_tokens=False)
+        yield decode(sample["labels"][sample["labels"] != IGNORE].tolist(), skip_special_tokens=False)
 
 
 def count_copied(answers: Iterable[str], training: Iterable[str], size: int = 8) -> dict[str, int]:
@@ -3032,7 +2925,7 @@ def write_card(output: Path, args: argparse.Namespace, record: dict[str, Any]) -
     for prompt in after:  # a resumed run may ask what was not asked before
         lines += ["", f"**{one_line(prompt)}**"]
         for when, text in (("before", before.get(prompt, "(not asked)")), ("after", after[prompt])):
-            lines += ["", f"*{when}*", "", *quote(text)]
+            lines += ["", f"*{when}*", "", *(f"> {line}".rstrip() for line in text.split("\n"))]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     folder = Path(output.name) if output.is_absolute() else output
     merge = shlex.join(["python3", "merge_lora.py", *merge_flags(folder, args.name)])
@@ -3074,7 +2967,7 @@ def card_rows(record: dict[str, Any]) -> dict[str, str]:
         "tokens per epoch": f"{data['tokens']:,}, of which {data['trained_tokens']:,} trained",
         "optimizer steps": f"{results['steps']:,}",
         "chat format": record["chat_format"]["name"],
-        "training time": f"{format_duration(results['seconds'])} on {results['device']}"
+        "training time": f"{timedelta(seconds=results['seconds'])} on {results['device']}"
         + (", after the last --resume" if results["resumed"] else ""),
     }
     rows |= verdict(results)
@@ -3088,8 +2981,7 @@ def card_rows(record: dict[str, Any]) -> dict[str, str]:
 
 def merge_flags(output: Path, name: str) -> list[str]:
     """What merge_lora.py needs to be told about this run."""
-    documented = (output, name) == (DEFAULT_OUTPUT, "dolores-v5")
-    return [] if documented else ["--adapter", str(output), "--output", merged_folder(name)]
+    return ["--adapter", str(output), "--output", merged_folder(name)]
 
 
 def merged_folder(name: str) -> str:
