@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Fine-tune Dolores v5 from Llama-3.1-8B-Instruct on one 24 GB GPU: one file, one command.
 
-    python3 train_sft_dolores.py                      # the documented run: train.chatml, NF4 + LoRA
-    python3 train_sft_dolores.py --dry-run            # only look at the data
-    python3 train_sft_dolores.py --resume             # continue after a stop
+    python3 train_sft_dolores.py              # the documented run
+    python3 train_sft_dolores.py --dry-run    # only look at the data
+    python3 train_sft_dolores.py --resume     # continue after a stop
 
 train.chatml -> turns -> (input_ids, labels) -> packed rows -> NF4 base + LoRA -> Trainer -> --output.
 Then `python3 merge_lora.py` merges base and adapter into a folder that Ollama reads.
@@ -372,9 +372,8 @@ def train(args: argparse.Namespace, world: World) -> None:
         print_plan(plan)
         device = start_torch(args, world)
         targets = check_weights(args.model, base.folder, headers, args.lora_target_modules)
-        rows, per_step = plan.counts["rows"], plan.counts["rows_per_step"]
-        if rows * max(1, args.epochs) < per_step:  # less than a pass is meant to be short
-            problem = f"{plural(rows, 'row')} of data, too few for one step of {per_step}"
+        if plan.counts["rows"] * max(1, args.epochs) < plan.counts["rows_per_step"]:  # a part of a pass may be short
+            problem = f"{plural(plan.counts['rows'], 'row')} of data, too few for one step"
             fix = " ".join(more_steps(args, world.size, plan.counts)[0])
             raise InputError(f"--grad-accum {args.grad_accum}: {problem}; use {fix}")
         record, checkpoint = run_record(plan, fingerprint(headers)), None
@@ -395,7 +394,11 @@ def make_plan(args: argparse.Namespace, world: World, base: Base | None = None) 
     train_files, eval_files = find_files(args.train_files), find_files(args.eval_files)
     files, questions = train_files | eval_files, read_prompts(args.sample_prompts)
     counts, findings, samples = read_data(files, args, base and base.encode)
-    if not base:
+    if not base:  # not on this machine
+        if not HUB_NAME.fullmatch(args.model):
+            raise InputError(
+                f"--model {args.model}: no such folder; give a local folder or a Hub name such as org/model"
+            )
         return Plan(args, world, files, counts, findings, questions)
     tokens, trained, part, for_train, for_eval, more = split_data(samples, train_files, eval_files, args)
     chosen, held_out = np.flatnonzero(for_train), np.flatnonzero(for_eval)
@@ -458,7 +461,7 @@ def load_model(plan: Plan, targets: list[str], device: torch.device):
     transformers.set_seed(args.seed)
     print_field("loading", args.model)
     model = add_lora(load_base(args, plan.base.folder, device), args, targets, plan.base.revision)
-    # The adapters are float32 and compute in bfloat16.
+    # The adapters are float32; under autocast they compute in bfloat16.
     model.forward = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)(model.forward)
     # Without a device PEFT loads the best checkpoint, and the one to resume from, onto cuda:0 in every process.
     model.load_adapter = functools.partial(model.load_adapter, torch_device=str(device))
@@ -492,17 +495,12 @@ def fit(plan: Plan, trainer, record: dict, checkpoint: str | None) -> None:
     except Exception:  # torch, safetensors and tokenizers each raise their own error where the disk is full
         raise_if_disk_full(args.output, trainer.state.global_step)
         raise
-    cpu, cuda = (
-        f"CPU ({platform.machine()}, {plural(os.cpu_count() or 1, 'core')})",
-        trainer.model.device.type == "cuda",
-    )
-    device = torch.cuda.get_device_name() if cuda else cpu
+    cpu = f"CPU ({platform.machine()}, {plural(os.cpu_count() or 1, 'core')})"
+    device = torch.cuda.get_device_name() if trainer.model.device.type == "cuda" else cpu
     results |= {"seconds": round(time.monotonic() - began), "resumed": bool(checkpoint), "device": device}
     state, at = trainer.state, f"at step {trainer.state.global_step} of {trainer.state.max_steps}"
     if state.global_step < state.max_steps and trainer.stop.agreed:
-        again = "the same command, launcher included, with --resume"
-        again = again if plan.world.size > 1 else shlex.join([this_python(), *resuming_options()])
-        print(f"stopped {at}; continue with:\n  {again}")
+        print(f"stopped {at}; continue with:\n  {same_command(plan.world, '--resume')}")
         sys.exit(128 + trainer.stop.agreed)
     if state.global_step < state.max_steps and args.early_stopping:
         without = f"{plural(args.early_stopping, 'evaluation')} without a better loss than {state.best_metric:.4f}"
@@ -1782,11 +1780,8 @@ def saving_flags(args: argparse.Namespace, checkpointed: bool = False) -> list[s
 def less_memory(args: argparse.Namespace, world: World) -> str:
     """What to do where memory has run out: the command that continues with the flags that save most."""
     flags = saving_flags(args)
-    if world.size > 1:
-        return f"use the same command, launcher included, with {' '.join(flags)}"
     goes_on = not args.dry_run and (args.output / RECORD).is_file() and flags[0] not in ("--bnb-nf4", "--max-length")
-    options = resuming_options() if goes_on else sys.argv
-    return f"try {shlex.join([this_python(), *options, *flags])}"
+    return f"use {same_command(world, *(['--resume'] if goes_on else []), *flags)}"
 
 
 def plan_checkpointing(model, rows: Rows, args: argparse.Namespace) -> None:
@@ -1896,14 +1891,12 @@ def find_base(args: argparse.Namespace, folder: str, revision: str | None = None
 
 
 def model_on_disk(name: str) -> str | None:
-    """The folder of a model whose tokenizer is on this machine, or None; InputError for one that cannot be on the Hub."""
+    """The folder of a model whose tokenizer is on this machine, or None."""
     if os.path.isdir(name):
         return name
-    if not HUB_NAME.fullmatch(name):
-        raise InputError(f"--model {name}: no such folder; give a local folder or a Hub name such as org/model")
     from huggingface_hub import try_to_load_from_cache
 
-    found = [try_to_load_from_cache(name, file) for file in TOKENIZER_FILES]
+    found = [HUB_NAME.fullmatch(name) and try_to_load_from_cache(name, file) for file in TOKENIZER_FILES]
     return os.path.dirname(str(found[0])) if all(isinstance(file, str) for file in found) else None
 
 
@@ -2312,13 +2305,11 @@ def choose_device(args: argparse.Namespace, world: World) -> torch.device:
         problem = f"{torch.cuda.get_device_name(device)} has no bfloat16 (it came with Ampere)"
         raise InputError(f"--bf16: {problem}; use --no-bf16 --bnb-dtype float32, or a newer GPU")
     card = torch.cuda.get_device_properties(device)
-    usable = f"{args.torch_memory_fraction:.0%} may be used"
-    print_field("device", f"{card.name}, {card.total_memory / 2**30:.1f} GiB, of which {usable}")
+    print_field("device", f"{card.name}, {args.torch_memory_fraction:.0%} of {card.total_memory / 2**30:.1f} GiB")
     if (optim := optimizer_on(args.optim, "cuda")) != args.optim:
         print_field("device", f"WSL2, where paged memory can end the run: {optim} takes the place of {args.optim}")
     if world.size == 1 and (cards := torch.cuda.device_count()) > 1:
-        all_of_them = f"`torchrun --nproc-per-node {cards}` instead of python3 uses all"
-        print_field("device", f"using 1 of {cards} GPUs; {all_of_them}")
+        print_field("device", f"1 of {cards} GPUs; `torchrun --nproc-per-node {cards}` in place of python3 uses all")
     return device
 
 
@@ -2412,6 +2403,8 @@ def make_trainer(plan: Plan, model, tokenizer, stop: Stop):
     """A Hugging Face Trainer with exact evaluation, complete checkpoints and one line for each step."""
     args, eval_rows = plan.args, plan.eval_rows
     arguments = training_arguments(args, evaluating=eval_rows is not None)  # starts the process group
+    # A share would be rounded up, and the first step of a warm-up has rate 0: without it a short run loses no step.
+    arguments.warmup_steps = int(args.warmup_ratio * plan.counts["steps"])
     trainer = derive(Training, transformers.Trainer)(
         model=model,
         args=arguments,
@@ -2688,9 +2681,12 @@ def comparable(record: dict) -> dict[str, Any]:
     }
 
 
-def resuming_options() -> list[str]:
-    """This script and its flags, to continue the run."""
-    return [option for option in sys.argv if option not in ("--resume", "--overwrite")] + ["--resume"]
+def same_command(world: World, *flags: str) -> str:
+    """This run's command with more flags, of which --resume stands once and never beside --overwrite."""
+    if world.size > 1:  # the launcher's command is not known here
+        return f"the same command, launcher included, with {' '.join(flags)}"
+    options = [option for option in sys.argv if "--resume" not in flags or option not in ("--resume", "--overwrite")]
+    return shlex.join([this_python(), *options, *flags])
 
 
 def read_json(file: Path) -> Any:

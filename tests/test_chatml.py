@@ -334,7 +334,6 @@ CHATML_ERRORS = [  # (text, place, a fact in the message)
     (U + "<|assistant|>\n \n\t\n" + U + A, "d.chatml:3", "empty assistant"),
     (U + "<|assistant|>\n\u200b\u2060\ufe0f\n", "d.chatml:3", "empty assistant"),
     ("<|user|>\n\n" + A, "d.chatml:1", "empty user"),
-    (OK + U + A + "<|user|>\nq" + " " * 1_000_000 + "q\n" + A, "d.chatml:9", "million"),
     ("\ufeff", "d.chatml", "README"),
     ("\n \n<|endoftext|>\n\n", "d.chatml", "README"),
     ("<|im_start|>user\nq\n<|im_start|>assistant\na<|im_end|>", "d.chatml:1", "<|im_end|>"),

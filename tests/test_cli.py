@@ -207,7 +207,7 @@ def test_bad_output(prepare, options, place, facts, tmp_path):
     prepare(tmp_path)
     (tmp_path / "train.chatml").write_text(OK)
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.name != ".lock")
-    code, _, err, modules = run(tmp_path, "--output", "out", "--model", "nowhere", *options)
+    code, _, err, modules = run(tmp_path, "--output", "out", "--model", "org/nowhere", *options)
     assert code == 2 and not HEAVY & modules
     assert_says(err, place, *facts)
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.name != ".lock") == before
@@ -216,7 +216,7 @@ def test_bad_output(prepare, options, place, facts, tmp_path):
 def test_an_output_that_cannot_be_created(tmp_path):
     (tmp_path / "train.chatml").write_text(OK)
     for output in ("train.chatml/out", "/proc/out"):
-        code, _, err, _ = run(tmp_path, "--output", output, "--model", "nowhere")
+        code, _, err, _ = run(tmp_path, "--output", output, "--model", "org/nowhere")
         assert code == 2
         assert_says(err, f"--output {output}")
 
@@ -226,7 +226,7 @@ def test_one_run_a_folder(tmp_path):
     (tmp_path / "out").mkdir()
     with open(tmp_path / "out/.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        code, _, err, modules = run(tmp_path, "--output", "out", "--model", "nowhere")
+        code, _, err, modules = run(tmp_path, "--output", "out", "--model", "org/nowhere")
     assert code == 2 and not HEAVY & modules
     assert_says(err, "--output out")
 

@@ -196,4 +196,4 @@ def test_a_run(folder, short_smollm2):
     assert all(line.startswith("next ") for line in wide)  # a command to be pasted stays on one line
     shown = shown.replace(sys.executable, "python3").replace(str(short_smollm2), "base")
     shown = shown.replace(f"{SCRIPT.parent}/", "")
-    check("run", re.sub(r"\d+\.\d+(e[+-]\d+)?|[\d,]+ tok/s|\d+m\d\d", "#", shown), wide=[""])
+    check("run", re.sub(r"\d+\.\d+(e[+-]\d+)?|[\d,]+ tok/s|\d+:\d\d:\d\d", "#", shown), wide=[""])

@@ -1,6 +1,7 @@
 """Turns -> tokens with two real vocabularies: training sees the ids that a runtime sends, and trains only answers."""
 
 from itertools import chain, pairwise
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -257,10 +258,11 @@ def test_a_word_of_100_000_characters(small):
 NOTHING = {"split": 0, "dropped": 0, "dropped_exchanges": 0, "lost_trained_tokens": 0}
 
 
-def encoded(data, encode, max_length, overlong="split") -> tuple[list[sft.Sample], dict, list[sft.Finding]]:
+def encoded(data, encode, max_length, overlong="split") -> tuple[list[SimpleNamespace], dict, list[sft.Finding]]:
     """The samples of these conversations, counts and findings."""
     counts, findings = dict(NOTHING), []
-    return sft.encode_conversations(data, encode, max_length, overlong, counts, findings), counts, findings
+    samples = sft.encode_conversations(data, encode, max_length, overlong, counts, findings)
+    return [SimpleNamespace(**sample) for sample in samples], counts, findings
 
 
 def parts_of(conversations, *args):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from runs import (
     ROOT,
     TINY,
@@ -141,8 +140,8 @@ def test_the_model_card_describes_the_run(trained):
     assert card.splitlines()[card.splitlines()[1:].index("---") + 2] == "# cook"
     assert "ollama create cook -f cook_full/Modelfile" in card and str(trained) not in card
     assert (trained / "out/loss.png").read_bytes().startswith(b"\x89PNG")
-    samples = (trained / "out/samples.md").read_text()
-    assert samples.startswith("# cook") and samples.count(f"**{question}**") == samples.count("\n## ") >= 3
+    answer = card.partition("*after*\n\n")[2].partition("\n\n")[0]
+    assert all(line.startswith(">") for line in answer.split("\n"))  # a heading in it does not break the page
 
 
 def test_the_command_in_the_card_is_the_run(trained):
@@ -152,13 +151,6 @@ def test_the_command_in_the_card_is_the_run(trained):
         "model"
     }  # its path stays private
     assert repeated["model"] == Path(written["model"]).name
-
-
-def test_headings_in_an_answer_stay_in_its_quotation(tmp_path):
-    sft.write_samples(tmp_path / "s.md", "cook", "Before training", {"# a\n\nb": "## c\n\n```\nd"})
-    lines = (tmp_path / "s.md").read_text().splitlines()
-    assert [line for line in lines if line.startswith("#")][1:] == ["## Before training"]
-    assert lines[-5:] == ["> ## c", ">", "> ```", "> d", ""] and "**# a b**" in lines
 
 
 def test_default_questions_are_the_training_ids_before_an_answer(trained, short_smollm2, tmp_path, monkeypatch):
@@ -182,25 +174,8 @@ def test_default_questions_are_the_training_ids_before_an_answer(trained, short_
 
 def test_the_only_step_learns(data_folder, short_smollm2):
     code, out = short_run(data_folder, short_smollm2, "--epochs", "0.1")
-    assert code == 0 and "step 1/1 " in out and "lr 5.0e-03" in out, out  # half of the peak: the middle of the warm-up
+    assert code == 0 and "step 1/1 " in out, out
     assert any(w.abs().max() > 0 for name, w in adapter_weights(data_folder / "out").items() if "lora_B" in name)
-
-
-@pytest.mark.parametrize("name", sft.SCHEDULERS)
-def test_every_schedule_is_read_in_the_middle_of_each_step(name):
-    trainer = object.__new__(sft.derive(sft.Training, transformers.Trainer))
-    trainer.args = sft.training_arguments(arguments("--lr-scheduler-type", name, "--warmup-ratio", "0.25"), True)
-    trainer.lr_scheduler, rates = None, []
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    schedule = trainer.create_scheduler(8, optimizer)
-    for _ in range(8):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert all(0 < rate <= 1 for rate in rates)
-    if name in ("linear", "polynomial"):
-        down = [(7.5 - step) / 6 for step in range(2, 8)]
-        assert rates == pytest.approx([0.25, 0.75, *down], abs=1e-6)
 
 
 def test_an_adapter_that_is_still_zero_is_refused(data_folder, short_smollm2):
