@@ -39,13 +39,11 @@ def test_one_process_uses_one_gpu(two_gpus, tmp_path):
     assert sft.training_arguments(arguments(), evaluating=False).n_gpu == 1
 
 
-@pytest.mark.parametrize(("cuda", "driver", "not_driver"), [("13.0", "580", "525"), ("12.6", "525", "580")])
-def test_torch_for_cuda_without_a_gpu_is_not_a_cpu_run(cuda, driver, not_driver, monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", cuda)
+def test_torch_for_cuda_without_a_gpu_is_not_a_cpu_run(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     said = error_of(sft.choose_device, arguments(), WORLD)
-    assert_says(said, "GPU", cuda, driver, "CUDA_VISIBLE_DEVICES=")
-    assert not_driver not in said
+    assert_says(said, "GPU", "13.0", "580", "525", "CUDA_VISIBLE_DEVICES=")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the CPU was asked for
     assert sft.choose_device(arguments(), WORLD).type == "cpu"
 
@@ -55,7 +53,7 @@ def test_wsl(monkeypatch):
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     assert sft.optimizer_on("paged_adamw_8bit", "cuda") == "paged_adamw_8bit"
-    monkeypatch.setattr(sft.platform, "release", lambda: "6.6.87.2-microsoft-standard-WSL2")
+    monkeypatch.setattr(sft, "ON_WSL", True)
     assert [sft.optimizer_on(optim, "cuda") for optim in sft.OPTIMIZERS] == [
         "adamw_8bit", "adamw_8bit", "adamw_torch", "adamw_torch", "adamw_torch_fused"
     ]  # fmt: skip
