@@ -43,6 +43,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from difflib import get_close_matches
+from importlib.metadata import version
 from itertools import chain, groupby, islice, pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -1132,7 +1133,6 @@ def read_csv(file: str) -> Iterator[tuple[int, Any]]:
 
 def read_parquet(file: str) -> Iterator[tuple[int, dict]]:
     """Yield (row number, record) of a Parquet file."""
-    import pyarrow
     import pyarrow.parquet
 
     problem = "not a Parquet file, damaged, or its texts are not UTF-8; write it again"
@@ -2618,9 +2618,7 @@ def complete_checkpoint(folder: Path) -> None:
 
 def newest_checkpoint(output: Path) -> str | None:
     """The newest complete checkpoint; damaged ones are named and deleted."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    while checkpoint := get_last_checkpoint(str(output)):
+    while checkpoint := transformers.trainer_utils.get_last_checkpoint(str(output)):
         folder = Path(checkpoint)
         try:
             files = read_json(folder / COMPLETE)
@@ -2652,8 +2650,6 @@ def resume_point(output: Path, record: dict, force: bool) -> str | None:
 
 def run_record(plan: Plan, fingerprint: str) -> dict[str, Any]:
     """The content of training_args.json: enough to merge the adapter and to repeat the run."""
-    from importlib.metadata import version
-
     libraries = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "safetensors", "tokenizers")
     args, base = plan.args, plan.base
     model = args.model if base.revision else os.path.abspath(args.model)
