@@ -397,20 +397,14 @@ def make_plan(args: argparse.Namespace, world: World, base: Base | None = None) 
     counts, findings, samples = read_data(files, args, base and base.encode)
     if not base:  # not on this machine
         if not HUB_NAME.fullmatch(args.model):
-            raise InputError(
-                f"--model {args.model}: no such folder; give a local folder or a Hub name such as org/model"
-            )
+            raise InputError(f"--model {args.model}: no such folder; give a folder or a Hub name such as org/model")
         return Plan(args, world, files, counts, findings, questions)
     tokens, trained, part, for_train, for_eval, more = split_data(samples, train_files, eval_files, args)
     chosen, held_out = np.flatnonzero(for_train), np.flatnonzero(for_eval)
     if args.early_stopping and not len(held_out):
-        raise InputError(
-            f"--early-stopping {args.early_stopping}: nothing is held out; use --eval-fraction or --eval-files"
-        )
+        raise InputError(f"--early-stopping {args.early_stopping}: nothing is held out; use --eval-fraction")
     if len(held_out) and args.save_steps % args.eval_steps:
-        raise InputError(
-            f"--save-steps {args.save_steps}: no multiple of --eval-steps {args.eval_steps}; change one of them"
-        )
+        raise InputError(f"--save-steps {args.save_steps}: no multiple of --eval-steps {args.eval_steps}; change one")
     too_long = f"no answer fits into --max-length {args.max_length}"
     if not trained[chosen].sum():
         why = too_long if trained.sum() == 0 else "all of it is in --eval-files"
