@@ -47,7 +47,7 @@ def train(name: str, folder: Path, options) -> dict:
     import torch
     from transformers import LlamaConfig, set_seed
 
-    sft, cuda = sides.sft, torch.cuda.is_available()
+    sft, cuda, ours = sides.sft, torch.cuda.is_available(), VARIANTS[name] is not None
     sft.load_libraries()
     device, fraction = torch.device("cuda", 0) if cuda else torch.device("cpu"), 0.95
     if cuda:
@@ -61,9 +61,9 @@ def train(name: str, folder: Path, options) -> dict:
     tokens = sum(len(ids) for i in range(len(rows)) for ids in rows[i]["input_ids"]) / options.steps
     began = time.monotonic()
     set_seed(args.seed)
-    attention = sft.choose_attention(str(folder), device, bf16=True) if VARIANTS[name] is not None else "sdpa"
-    attention = "sdpa" if "sdpa" in name else attention
-    model = llama.random_llama(shape, device, attention, nf4=args.bnb_nf4)
+    choose = ours and "sdpa" not in name
+    attention = sft.choose_attention(str(folder), device, bf16=True) if choose else "sdpa"
+    model = sides.random_llama(shape, device, attention, nf4=args.bnb_nf4)
     set_seed(args.seed)
     if name == "TRL":
         trainer = sides.trl(args, model, rows, some_tokenizer(), checkpointing=True)
@@ -79,7 +79,7 @@ def train(name: str, folder: Path, options) -> dict:
     layers = trainer.model.get_base_model().get_decoder().layers
     result["recomputed"] = sum(layer.gradient_checkpointing for layer in layers)
     result["peak"] = torch.cuda.max_memory_reserved() / 2**30 if cuda else None
-    if VARIANTS[name] is not None:
+    if ours:
         result["planned"] = sum(sft.memory_plan(plan).values()) - 0.7  # the CUDA context is not torch's
         began = time.monotonic()
         sft.generate_answers(trainer.model, some_tokenizer(), {"": [1, 2, 3]})
@@ -97,27 +97,23 @@ def some_tokenizer():
 
 
 def card(options) -> str:
-    """The GPU's name; prints the device, its measured speed of a bf16 matrix product, and what is compared."""
+    """The GPU's name; prints it and its measured speed of a bf16 matrix product."""
     import torch
 
-    name = ""
-    print(f"device    {llama.machine()}")
-    if torch.cuda.is_available():
-        a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _warm_up_and_timed in range(2):
-            start.record()
-            for _ in range(10):
-                a @ a
-            end.record()
-            torch.cuda.synchronize()
-        speed, properties = 10 * 2 * 8192**3 / start.elapsed_time(end) / 1e9, torch.cuda.get_device_properties(0)
-        name = properties.name
-        print(f"GPU       {name}, {properties.total_memory / 2**30:.1f} GiB, of which {options.cap:g} are used; "
-              f"bf16 matrix product {speed:.0f} TFLOP/s")  # fmt: skip
-    print(f"versions  {llama.versions('torch', 'transformers', 'peft', 'bitsandbytes', 'trl')}")
-    print(f"rows      {options.length:,} tokens, {options.rows} in a step, {options.steps} steps")
-    return name
+    if not torch.cuda.is_available():
+        return ""
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _warm_up_and_timed in range(2):
+        start.record()
+        for _ in range(10):
+            a @ a
+        end.record()
+        torch.cuda.synchronize()
+    speed, properties = 10 * 2 * 8192**3 / start.elapsed_time(end) / 1e9, torch.cuda.get_device_properties(0)
+    print(f"GPU       {properties.name}, {properties.total_memory / 2**30:.1f} GiB, of which {options.cap:g} are used; "
+          f"bf16 matrix product {speed:.0f} TFLOP/s", flush=True)  # fmt: skip
+    return properties.name
 
 
 def line(name: str, result: dict, gpu: str, baseline: float | None) -> str:
@@ -155,6 +151,8 @@ def main() -> None:
         return print(json.dumps(train(options.variants[0], options.folder, options)))
 
     deadline, baseline = time.monotonic() + 60 * options.minutes, None
+    llama.print_machine("torch", "transformers", "peft", "bitsandbytes", "trl")
+    print(f"rows      {options.length:,} tokens, {options.rows} in a step, {options.steps} steps", flush=True)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # whose memory on the GPU ends with it
         gpu = pool.submit(card, options).result()
     heads = ("tokens/s", "x TRL", "MFU", "GiB", "planned", "answer s", "built s")

@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs_learning"), help="where to work; finished runs stay")
     args = parser.parse_args()
     if not args.table:
-        print("machine", llama.machine(), llama.versions("torch", "transformers", "peft"))
+        llama.print_machine("torch", "transformers", "peft")
         args.folder.mkdir(parents=True, exist_ok=True)
         for wanted, seed in itertools.product(variations()[: args.most], SEEDS):
             output = args.folder / f"{wanted}-seed{seed}"

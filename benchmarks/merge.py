@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """Time, memory and size of merge_lora.py, of a plain copy of the same shards, and of the usual PEFT snippet.
 
-    python benchmarks/merge.py                       # Llama-3.1-8B's shape, 16 GB: needs 60 GB of disk
-    python benchmarks/merge.py --gguf Q8_0 Q4_K_M    # with a GGUF of these types too
+    python benchmarks/merge.py                       # Llama-3.1-8B's shape, 16 GB: needs 60 GB of disk in TMPDIR
+    python benchmarks/merge.py --gguf Q8_0 Q4_K_M    # with a GGUF of these types
     python benchmarks/merge.py --layers 4            # a smaller model of the same width
 
-The base holds random bf16 weights in four shards, made on the spot and removed afterwards. Runs alternate, each in
-a process of its own, with the base to be read from the disk and with the base in the page cache (where it fits into
-memory); each begins with an empty write queue and after a rest, and no side calls fsync. Peak memory is the kernel's figure
-for the process (VmHWM), read every 50 ms. The copy is `cp`; its time is the floor for whoever writes a folder. That
-comparison is of the safetensors alone; each type of GGUF is then written once, without safetensors.
+The base holds random bf16 weights in shards as on the Hub, made on the spot and removed afterwards. Copy (`cp`) and merge, of the
+safetensors alone, take turns, with the base to be read from the disk and with the base in the page cache (where it fits
+into memory). Then each type of GGUF is written once, without safetensors, and the snippet runs once. Each run is a
+process of its own, begins with an empty write queue and after a rest, and does not call fsync. Peak memory is the
+kernel's figure for the process (VmHWM), read every 50 ms.
 """
 
 import argparse
@@ -20,17 +20,16 @@ import statistics
 import sys
 import tempfile
 import time
-import zlib
 from pathlib import Path
 
 import llama
-from llama import LLAMA31_8B, PROJECTIONS, ROOT
 
-SHAPE = {name: LLAMA31_8B[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads",
-                                             "num_key_value_heads", "head_dim", "vocab_size")}  # fmt: skip
+SHAPE = {name: llama.LLAMA31_8B[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads",
+                                                   "num_key_value_heads", "head_dim", "vocab_size")}  # fmt: skip
 # Seconds. A virtual machine gives freed memory back to its host, and who touches it first pays several times the price:
 # without a rest the side that starts faster after the other's files are deleted would find it still at hand.
 REST = 15
+MERGE = [sys.executable, llama.ROOT / "merge_lora.py"]
 PEFT_SNIPPET = """
 import sys, torch
 from peft import PeftModel
@@ -51,45 +50,33 @@ def skeleton(base: Path):
 
 
 def make_base(base: Path, layers: int) -> None:
-    """tiny_llama31 with the real width: configuration, tokenizer, four shards of random bf16 numbers."""
+    """tiny_llama31 with the real width: configuration, tokenizer, and shards of random bf16 numbers, as on the Hub."""
     import parts
     import torch
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
 
     shutil.copytree(parts.tiny_llama31(), base)
     (base / "model.safetensors").unlink()
     config = json.loads((base / "config.json").read_text()) | SHAPE | {"num_hidden_layers": layers}
     (base / "config.json").write_text(json.dumps(config))
-    # 64 Mi normal numbers, read from another place for each tensor: drawing eight billion would take minutes.
-    pool = (torch.randn(1 << 26) * 0.02).bfloat16().view(torch.uint8).numpy().data
-    tensors = [(name, list(value.shape), 2 * value.numel()) for name, value in skeleton(base).named_parameters()]
-    total, shards, weight_map = sum(size for *_, size in tensors), [[], [], [], []], {}
-    done = 0
-    for tensor in tensors:
-        number = min(3, 4 * done // total)
-        shards[number].append(tensor)
-        weight_map[tensor[0]] = f"model-{number + 1:05}-of-00004.safetensors"
-        done += tensor[2]
-    for number, shard in enumerate(shards):
-        header, at = {"__metadata__": {"format": "pt"}}, 0
-        for name, shape, size in shard:
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
-            at += size
-        text = json.dumps(header).encode()
-        with open(base / f"model-{number + 1:05}-of-00004.safetensors", "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name, _, left in shard:
-                start = 2 * (zlib.crc32(name.encode()) % (1 << 20))
-                while left:
-                    piece = pool[start : start + min(left, len(pool) - start)]
-                    left, start = left - file.write(piece), 0
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    weights = skeleton(base).state_dict()
+    split = split_torch_state_dict_into_shards(weights)
+    pool = (torch.randn(1 << 26) * 0.02).bfloat16()  # drawing eight billion numbers would take minutes
+    for file, names in split.filename_to_tensors.items():
+        tensors = {}
+        for name in names:
+            shape = weights[name].shape
+            tensors[name] = pool.repeat(-(-shape.numel() // len(pool)))[: shape.numel()].view(shape)
+        save_file(tensors, base / file, {"format": "pt"})
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def make_adapter(base: Path, folder: Path) -> None:
     """A random LoRA adapter of rank 32 on all projections, as the trainer writes it."""
     import torch
-    from engine import complete_adapter
+    from engine import PROJECTIONS, complete_adapter
     from peft import LoraConfig, inject_adapter_in_model
     from safetensors.torch import save_file
 
@@ -103,20 +90,20 @@ def make_adapter(base: Path, folder: Path) -> None:
     complete_adapter(base, folder)
 
 
-def measured(command: list[str], log: Path, read: list[Path], cached: bool) -> tuple[float, float, float]:
-    """(seconds, peak GiB, CPU seconds) of a child process that must succeed, its input in the page cache or not."""
+def measured(command: list, work: Path, cached: bool = False) -> tuple[float, float, float]:
+    """(seconds, peak GiB, CPU seconds) of a child process that must succeed, the base in the page cache or not."""
     os.sync()
-    for file in read:
+    for file in (work / "base").glob("*.safetensors"):
         with open(file, "rb", buffering=0) as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             while cached and stream.read(1 << 24):
                 pass
     time.sleep(REST)
     before = os.times()
-    code, seconds, peak = llama.measured(command, log)
+    code, seconds, peak = llama.measured(command, work / "log")
     after = os.times()
     if code:
-        sys.exit(f"{' '.join(command[:3])} …: exit status {code}\n{log.read_text()[-2000:]}")
+        sys.exit(f"{command[:3]} …: exit status {code}\n{(work / 'log').read_text()[-2000:]}")
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return seconds, peak, cpu
 
@@ -129,85 +116,72 @@ def available() -> int:
 
 def compare(work: Path, layers: int, rounds: int) -> None:
     """Copy and merge in turns, and their medians."""
-    base, adapter = work / "base", work / "adapter"
-    make_base(base, layers)
-    make_adapter(base, adapter)
-    shards = sorted(base.glob("*.safetensors"))
+    make_base(work / "base", layers)
+    make_adapter(work / "base", work / "adapter")
+    shards = list((work / "base").glob("*.safetensors"))
     size = sum(shard.stat().st_size for shard in shards)
     commands = {
-        "copy": ["cp", *map(str, shards), str(work / "copy")],
-        "merge": [sys.executable, str(ROOT / "merge_lora.py"), "--adapter", str(adapter), "--output", str(work / "merge"), "--gguf", "none"],
-    }  # fmt: skip
+        "copy": ["cp", *shards, work / "copy"],
+        "merge": [*MERGE, "--adapter", work / "adapter", "--output", work / "merge", "--gguf", "none"],
+    }
     print(
-        f"{'':<16}{'base':<12}{'copy':>9}{'merge':>9}{'ratio':>7}{'peak GiB':>10}{'CPU: copy':>12}{'merge':>9}   {size / 1e9:.1f} GB"
+        f"{'':<16}{'base':<10}{'seconds':>9}{'CPU s':>9}{'peak GiB':>10}{'size':>11}{'copy':>9}{'CPU s':>9}{'x copy':>8}"
     )
     for cached in (False, True):
-        runs = {side: [] for side in commands}
         if cached and size > 0.8 * available():
-            print("merge_lora.py   cached      left out: the base does not fit into the page cache")
+            print("merge_lora.py   cached    left out: the base does not fit into the page cache")
             continue
+        runs = {side: [] for side in commands}
         for _ in range(rounds):
             for side, command in commands.items():
                 if side == "copy":
                     (work / side).mkdir()
-                runs[side].append(measured(command, work / "log", shards, cached))
+                runs[side].append(measured(command, work, cached))
                 shutil.rmtree(work / side)
-        copy, merge = (statistics.median(seconds for seconds, *_ in runs[side]) for side in commands)
-        copy_cpu, merge_cpu = (statistics.median(cpu for *_, cpu in runs[side]) for side in commands)
-        peak = max(peak for _, peak, _ in runs["merge"])
-        print(f"merge_lora.py   {'cached' if cached else 'on disk':<12}{copy:>7.1f} s{merge:>7.1f} s{merge / copy:>7.2f}"
-              f"{peak:>10.2f}{copy_cpu:>10.1f} s{merge_cpu:>7.1f} s   "
-              f"{', '.join(f'{m[0] / c[0]:.2f}' for c, m in zip(*runs.values(), strict=True))}",
-              flush=True)  # fmt: skip
+        copy, merge = ([statistics.median(values) for values in zip(*found, strict=True)] for found in runs.values())
+        print_line("merge_lora.py", merge, size, copy, "cached" if cached else "on disk")
+
+
+def print_line(name: str, found, size: int, copy=None, state: str = "on disk") -> None:
+    """A row of the table: what `measured` found, beside a copy's."""
+    seconds, peak, cpu = found
+    beside = f"{copy[0]:>9.1f}{copy[2]:>9.1f}{seconds / copy[0]:>8.2f}" if copy else ""
+    print(f"{name:<16}{state:<10}{seconds:>9.1f}{cpu:>9.1f}{peak:>10.2f}{size / 1e9:>8.2f} GB{beside}", flush=True)
 
 
 def ggufs(work: Path, kinds: list[str]) -> None:
     """Each type of GGUF from the base and the adapter of `compare`."""
-    shards = sorted((work / "base").glob("*.safetensors"))
     for kind in kinds:
-        merge = [sys.executable, str(ROOT / "merge_lora.py"), "--adapter", str(work / "adapter"), "--gguf-only"]
-        merge += ["--output", str(work / "gguf"), "--gguf", kind]
-        seconds, peak, cpu = measured(merge, work / "log", shards, False)
-        size = next((work / "gguf").glob("*.gguf")).stat().st_size
-        print(
-            f"{kind:<16}on disk              {seconds:>7.1f} s{'':>7}{peak:>10.2f}{cpu:>21.1f} s   {size / 1e9:.2f} GB"
+        output = work / kind
+        found = measured(
+            [*MERGE, "--adapter", work / "adapter", "--output", output, "--gguf-only", "--gguf", kind], work
         )
-        shutil.rmtree(work / "gguf")
+        print_line(kind, found, next(output.glob("*.gguf")).stat().st_size)
+        shutil.rmtree(output)
 
 
-def peft(work: Path, layers: int) -> None:
-    """The usual snippet on the largest model of this width whose weights fit into the memory at hand."""
-    layer, rest = 436_224_000, 2_101_354_496  # bytes in bf16: one layer; embedding, head and norm
-    fitting = int((0.75 * available() - rest - 2 * 2**30) / layer)
-    if fitting < 1:
-        print("PEFT snippet    left out: too little memory")
-        return
-    if fitting < layers:
-        for folder in ("base", "adapter"):
-            shutil.rmtree(work / folder)
-        make_base(work / "base", fitting)
-        make_adapter(work / "base", work / "adapter")
-    shards = list((work / "base").glob("*.safetensors"))
-    size = sum(shard.stat().st_size for shard in shards)
-    folders = [str(work / name) for name in ("base", "adapter", "peft")]
-    seconds, peak, _ = measured([sys.executable, "-c", PEFT_SNIPPET, *folders], work / "log", shards, False)
-    print(f"PEFT snippet    on disk              {seconds:>7.1f} s{'':>7}{peak:>10.2f}   {size / 1e9:.1f} GB")
+def peft(work: Path) -> None:
+    """The usual snippet, where the memory at hand holds the model."""
+    size = sum(shard.stat().st_size for shard in (work / "base").glob("*.safetensors"))
+    if size > 0.75 * available() - 2 * 2**30:
+        return print("PEFT snippet    left out: too little memory; try fewer --layers")
+    command = [sys.executable, "-c", PEFT_SNIPPET, work / "base", work / "adapter", work / "peft"]
+    print_line("PEFT snippet", measured(command, work), size)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--layers", type=int, default=32, help="decoder layers; Llama-3.1-8B has 32")
     parser.add_argument("--rounds", type=int, default=3, help="alternating runs of copy and merge")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to work")
     parser.add_argument("--gguf", nargs="*", default=["Q8_0"], help="types of GGUF to write")
     parser.add_argument("--no-peft", action="store_true", help="leave the PEFT snippet out")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="merge-benchmark-", dir=args.folder) as folder:
-        print(f"machine        {llama.machine()}")
+    with tempfile.TemporaryDirectory(prefix="merge-benchmark-") as folder:
+        llama.print_machine("torch", "transformers", "peft")
         compare(Path(folder), args.layers, args.rounds)
         ggufs(Path(folder), args.gguf)
         if not args.no_peft:
-            peft(Path(folder), args.layers)
+            peft(Path(folder))
 
 
 if __name__ == "__main__":

@@ -2,22 +2,20 @@
 """Time and memory of preparing data: ours, TRL 1.16, and the bare tokenizer's batch call.
 
     python benchmarks/prep.py                              # 10,000 conversations
-    python benchmarks/prep.py --conversations 1000000      # TRL then gets --trl-conversations of them
+    python benchmarks/prep.py --conversations 100000 --sides "bare tokenizer" ours
 
 The conversations are sentences of train.chatml in random order, encoded with Llama 3.1's vocabulary. Ours is what
 training does before it loads a model: read, check, encode, write to disk, measure and pack.
 TRL's is load_dataset and SFTTrainer's preparation with assistant_only_loss and packing="bfd". Each run is a process
 of its own with an empty cache, the sides take turns; seconds are those of the preparation, without imports; peak
-memory is the kernel's figure for the largest process, imports included. MB are those of the ChatML file for every side.
+memory is the kernel's figure for the process, imports included. MB are those of the ChatML file for every side.
 """
 
-import argparse
 import json
 import random
 import re
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -33,25 +31,25 @@ TRL_TEMPLATE = (  # the trainer's format "dolores" with TRL's markers around wha
 )
 
 
-def write_data(folder: Path, count: int, trl_count: int):
-    """data.chatml, and trl.jsonl with the first of its conversations."""
+def write_data(folder: Path, count: int) -> float:
+    """data.chatml and the same conversations as data.jsonl; the size of the first in MB."""
     turns = [turn for c in sft.read_conversations([str(llama.ROOT / "train.chatml")], "chatml") for turn in c.turns]
     # Without tags: the two formats do not escape them alike, and every side shall have the same text.
     sentences = {role: [s for t in turns if t.role == role for s in re.split(r"(?<=[.!?…])\s+", t.content)
                         if s.strip() and "<|" not in s] for role in sft.ROLES}  # fmt: skip
     draw = random.Random(0)
 
-    def text(role, most):
-        return " ".join(draw.choices(sentences[role], k=draw.randint(1, most)))
+    def turn(role: str, most: int) -> dict:
+        return {"role": role, "content": " ".join(draw.choices(sentences[role], k=draw.randint(1, most)))}
 
-    with open(folder / "data.chatml", "w", encoding="utf-8") as chatml, open(folder / "trl.jsonl", "w") as trl:
-        for number in range(count):
-            said = [("system", text("system", 1))]
+    with open(folder / "data.chatml", "w", encoding="utf-8") as chatml, open(folder / "data.jsonl", "w") as rows:
+        for _ in range(count):
+            said = [turn("system", 1)]
             for _ in range(draw.choice((1, 1, 1, 2, 3))):
-                said += [("user", text("user", 4)), ("assistant", text("assistant", 12))]
-            chatml.writelines(f"<|{role}|>\n{content}\n" for role, content in said)
-            if number < trl_count:
-                trl.write(json.dumps({"messages": [{"role": r, "content": c} for r, c in said]}) + "\n")
+                said += [turn("user", 4), turn("assistant", 12)]
+            chatml.writelines("<|{role}|>\n{content}\n".format(**turn) for turn in said)
+            rows.write(json.dumps({"messages": said}) + "\n")
+    return (folder / "data.chatml").stat().st_size / 1e6
 
 
 # ---- The sides, each in a process of its own ----
@@ -71,7 +69,7 @@ def bare(folder: Path) -> dict:
 
 
 def ours(folder: Path) -> dict:
-    """Seconds and rows of the trainer's preparation."""
+    """The trainer's preparation."""
     import datasets  # noqa: F401 - not timed, as TRL's imports are not
     import parts
 
@@ -84,7 +82,7 @@ def ours(folder: Path) -> dict:
 
 
 def trl(folder: Path) -> dict:
-    """Seconds and rows of TRL's."""
+    """TRL's, of a model that is next to nothing."""
     import parts
     from datasets import load_dataset
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -104,67 +102,42 @@ def trl(folder: Path) -> dict:
     args = SFTConfig(output_dir=str(folder / "trl"), max_length=2048, packing=True, packing_strategy="bfd",
                      assistant_only_loss=True, report_to=[], use_cpu=True)  # fmt: skip
     start = time.monotonic()
-    data = load_dataset("json", data_files=str(folder / "trl.jsonl"), split="train")
+    data = load_dataset("json", data_files=str(folder / "data.jsonl"), split="train")
     loaded = time.monotonic() - start
     trainer = Timed(model=model, args=args, train_dataset=data, processing_class=tokenizer)
-    rows = trainer.train_dataset.with_format("arrow")
-    columns = [
-        (len(b["input_ids"].combine_chunks().values), b["labels"].combine_chunks().values) for b in rows.iter(1000)
-    ]
-    tokens = sum(count for count, _ in columns)
-    trained = sum((labels.to_numpy() != -100).sum() for _, labels in columns)
-    return {"seconds": loaded + trainer.seconds, "tokens": tokens, "rows": len(rows), "trained": int(trained),
-            "fill": tokens / (len(rows) * 2048)}  # fmt: skip
+    tokens = trained = 0
+    for batch in trainer.train_dataset.with_format("arrow").iter(1000):
+        labels = batch["labels"].combine_chunks().values.to_numpy()
+        tokens, trained = tokens + len(labels), trained + int((labels != sft.IGNORE).sum())
+    rows = len(trainer.train_dataset)
+    return {"seconds": loaded + trainer.seconds, "tokens": tokens, "rows": rows, "trained": trained,
+            "fill": tokens / (rows * args.max_length)}  # fmt: skip
 
 
 SIDES = {"bare tokenizer": bare, "TRL 1.16": trl, "ours": ours, "ours, second start": ours}
 
 
-# ---- Taking turns ----
-
-
-def run(side: str, folder: Path) -> dict:
-    """One side in a process of its own, with an empty cache unless it is to be found."""
-    cache = folder / "cache"
-    if side != "ours, second start":
-        shutil.rmtree(cache, ignore_errors=True)
-    command = [sys.executable, __file__, "--side", side, "--folder", str(folder)]
-    return llama.answer_of(command, folder, HF_DATASETS_CACHE=str(cache))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = llama.side_parser(SIDES)
     parser.add_argument("--conversations", type=int, default=10_000, help="how many to prepare")
-    parser.add_argument("--trl-conversations", type=int, default=100_000, help="at most so many for TRL")
-    parser.add_argument(
-        "--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES), metavar="SIDE", help="which to run"
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to work")
-    parser.add_argument("--side", choices=tuple(SIDES), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.side:
-        print(json.dumps(SIDES[args.side](args.folder)))
-        return
-    with tempfile.TemporaryDirectory(prefix="prep-benchmark-", dir=args.folder) as name:
-        folder, trl_count = Path(name), min(args.trl_conversations, args.conversations)
-        write_data(folder, args.conversations, trl_count)
-        size = (folder / "data.chatml").stat().st_size / 1e6
-        print(
-            f"machine   {llama.machine()}\nversions  {llama.versions('tokenizers', 'datasets', 'trl', 'transformers')}"
-        )
-        print(f"data      {args.conversations:,} conversations, {size:.1f} MB; TRL's {trl_count:,}", flush=True)
-        runs = {side: [] for side in args.sides}
-        for _ in range(args.rounds):
-            for side in args.sides:
-                runs[side].append(run(side, folder))
-        print(f"\n{'':<20}{'s':>8}{'MB/s':>8}{'peak GiB':>10}{'tokens':>13}{'trained':>13}{'rows':>9}{'full':>8}")
-        for side, found in runs.items():
-            first, megabytes = found[0], size * (trl_count / args.conversations if side == "TRL 1.16" else 1)
-            seconds = statistics.median(r["seconds"] for r in found)
-            rest = f"{first['trained']:>13,}{first['rows']:>9,}{first['fill']:>8.1%}" if "rows" in first else ""
-            print(f"{side:<20}{seconds:>8.2f}{megabytes / seconds:>8.2f}{max(r['peak'] for r in found):>10.2f}"
-                  f"{first['tokens']:>13,}{rest}")  # fmt: skip
+    options = parser.parse_args()
+    if options.folder:
+        (side,) = options.sides
+        if side != "ours, second start":
+            shutil.rmtree(options.folder / "cache", ignore_errors=True)
+        return print(json.dumps(SIDES[side](options.folder)))
+
+    llama.print_machine("tokenizers", "datasets", "trl", "transformers")
+    with tempfile.TemporaryDirectory(prefix="prep-benchmark-") as folder:
+        size = write_data(Path(folder), options.conversations)
+        print(f"data      {options.conversations:,} conversations, {size:.1f} MB", flush=True)
+        runs = llama.take_turns(options, Path(folder))
+    print(f"\n{'':<20}{'s':>8}{'MB/s':>8}{'peak GiB':>10}{'tokens':>13}{'trained':>13}{'rows':>9}{'full':>8}")
+    for side, found in runs.items():
+        first, seconds = found[0], statistics.median(r["seconds"] for r in found)
+        rest = f"{first['trained']:>13,}{first['rows']:>9,}{first['fill']:>8.1%}" if "rows" in first else ""
+        peak = max(r["peak"] for r in found)
+        print(f"{side:<20}{seconds:>8.2f}{size / seconds:>8.2f}{peak:>10.2f}{first['tokens']:>13,}{rest}")
 
 
 if __name__ == "__main__":

@@ -28,15 +28,44 @@ def random_rows(count: int, length: int, vocabulary: int):
 
     random = np.random.default_rng(0)
     lengths = random.lognormal(np.log(length / 5), 0.5, count * 8).astype(int).clip(8, length)
-    columns = {name: [] for name in ("input_ids", "labels", "trained", "digest", "file", "line", "part")}
+    samples = []
     for number, size in enumerate(lengths):
         ids = random.integers(3, vocabulary, size, dtype=np.int32)
         labels = np.where(np.arange(size) < size // 3, sft.IGNORE, ids).astype(np.int32)
-        for name, value in zip(columns, (ids, labels, size - size // 3, number, "random", number, 0), strict=True):
-            columns[name].append(value)
-    plan = sft.pack(lengths, length, 0)
-    plan.sort(key=lambda row: -lengths[row].sum())
-    return sft.Rows(datasets.Dataset.from_dict(columns), plan[:count])
+        samples.append({"input_ids": ids, "labels": labels, "trained": size - size // 3, "digest": number,
+                        "file": "random", "line": number, "part": 0})  # fmt: skip
+    plan = sorted(sft.pack(lengths, length, 0), key=lambda row: -lengths[row].sum())
+    return sft.Rows(datasets.Dataset.from_list(samples), plan[:count])
+
+
+def random_llama(shape: dict, device, attention: str, nf4: bool = True):
+    """LlamaForCausalLM in bfloat16 with random weights, its projections in NF4, quantized one by one.
+
+    No more than one projection is ever held in 16 bits, so eight billion parameters take 6 GiB and seconds on a GPU.
+    """
+    import torch
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    def random(weight):
+        return torch.randn(weight.shape, device=device, dtype=dtype) * 0.02 + (weight.dim() == 1)
+
+    config, dtype = LlamaConfig(**shape), torch.bfloat16
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    for name, module in list(model.named_modules()):
+        if nf4 and name.endswith("_proj"):
+            sizes = module.in_features, module.out_features
+            linear = Linear4bit(*sizes, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
+            linear.weight = Params4bit(random(module.weight), quant_type="nf4", module=linear).to(device)
+            linear.support_avx512bf16_for_cpu = False  # the trainer's load_base says why
+            model.set_submodule(name, linear)
+        elif "weight" in module._parameters:
+            module.weight = torch.nn.Parameter(random(module.weight))
+    model.is_loaded_in_4bit = nf4  # PEFT and TRL ask for this
+    model.config.use_cache = False
+    return model.requires_grad_(False)
 
 
 def as_trl_packs(rows):
@@ -126,25 +155,19 @@ def timed(trainer, tokens_per_step: float, warm_up: int) -> dict:
     import torch
     from transformers import TrainerCallback
 
-    times, losses = [], []
-
-    def now():
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.monotonic())
+    times = []
 
     class Watch(TrainerCallback):
         def on_train_begin(self, *_, **__):
-            now()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times.append(time.monotonic())
 
-        def on_step_end(self, *_, **__):
-            now()
-
-        def on_log(self, args, state, control, logs=None, **__):
-            losses.extend([logs["loss"]] if "loss" in logs else [])
+        on_step_end = on_train_begin
 
     trainer.add_callback(Watch())
     trainer.train()
     steps = np.diff(times)
     speed = tokens_per_step / float(np.median(steps[warm_up:]))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"tokens_per_second": speed, "losses": losses, "first_step_seconds": float(steps[0])}
