@@ -2859,7 +2859,7 @@ def verdict(results: dict[str, Any]) -> dict[str, str]:
         (before, prompted, after), change, half = compare("before", "prompted", "after")
         better = f"{'training' if change < 0 else 'examples'} did better, by {abs(change):.3f} ± {half:.3f}"
         comment = "no certain difference, examples may do as well" if abs(change) <= half else better
-        shown = f"{results['examples']:.2g} examples in the prompt"
+        shown = f"{plural(round(results['examples']), 'example')} in the prompt"
         said["examples"] = f"loss {before} alone, {prompted} with {shown}, {after} trained: {comment}"
     if copied.get("runs"):
         share, longest = copied["copied"] / copied["runs"], f", the longest of {copied['longest']} words"
@@ -2876,18 +2876,18 @@ def plot_losses(history: list[dict], results: dict[str, Any], tokens_per_step: f
     held_out = [(0, results["eval_loss_before"])] if "eval_loss_before" in results else []
     held_out += [(log["step"], log["eval_loss"]) for log in history if "eval_loss" in log]
     figure = Figure((7, 4), layout="constrained")
-    axes, window = figure.subplots(), max(1, len(losses) // 25)
+    axes, window = figure.subplots(), max(1, len(losses) // 10)
     axes.plot(steps, losses, lw=0.6, alpha=0.35, color="tab:blue")
     means = np.convolve(losses, np.ones(window) / window, "valid")
-    axes.plot(steps[window - 1 :], means, color="tab:blue", label=f"training, mean of {plural(window, 'step')}")
+    label = f"training, mean of {window} steps" if window > 1 else "training"
+    axes.plot(steps[window - 1 :], means, color="tab:blue", label=label)
     if held_out:
         axes.plot(*zip(*held_out, strict=True), marker="o", ms=4, color="tab:orange", label="held out")
     if "best_step" in results:
         best, value = results["best_step"], results["eval_loss_after"]
         axes.plot(best, value, "*", ms=13, color="tab:red", zorder=3, label=f"adapter: step {best}, {value:.2f}")
-    axes.set(
-        title=title, ylabel="loss, nats per token", xlabel=f"optimizer step (about {tokens_per_step:,.0f} tokens each)"
-    )
+    label = f"optimizer step (about {tokens_per_step:,.0f} tokens each)"
+    axes.set(title=title, ylabel="loss, nats per token", xlabel=label)
     axes.locator_params("x", integer=True)
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
