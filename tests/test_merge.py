@@ -119,10 +119,10 @@ def test_bit_for_bit_what_peft_merges(merged, sharded, llama_adapter):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_pieces_of_a_weight_are_merged_as_the_whole(dtype, base, tmp_path, monkeypatch):
+def test_pieces_of_a_weight_are_merged_as_the_whole(dtype, base, short_smollm2, tmp_path, monkeypatch):
     """In blocks of 16 rows, each with its own rows of the adapter; an adapter in bf16 is merged in fp32, as PEFT does."""
     monkeypatch.setattr(merge_lora, "BLOCK", 1)
-    AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(base)
+    AutoModelForCausalLM.from_pretrained(short_smollm2, dtype=dtype).save_pretrained(base)
     adapter = random_adapter(base, tmp_path / "adapter", dtype=torch.bfloat16)
     assert {value.dtype for value in weights(base).values()} == {dtype}
     assert_merged_as_by_peft(weights(merge(adapter, tmp_path / "merged", "--gguf", "none")), base, adapter)
@@ -139,15 +139,8 @@ def test_peak_memory_does_not_grow_with_the_model(llama_adapter, tmp_path, monke
     benchmark.make_adapter(tmp_path / "base", tmp_path / "adapter")
     peaks = []
     for adapter in (llama_adapter, tmp_path / "adapter"):
-        command = [
-            sys.executable,
-            ROOT / "merge_lora.py",
-            "--adapter",
-            adapter,
-            "--output",
-            tmp_path / adapter.parent.name,
-        ]
-        code, _, peak = benchmark.llama.measured(list(map(str, command)), tmp_path / "log")
+        command = [sys.executable, str(ROOT / "merge_lora.py"), "--adapter", str(adapter), "--overwrite"]
+        code, _, peak = benchmark.llama.measured([*command, "--output", str(tmp_path / "merged")], tmp_path / "log")
         assert code == 0, (tmp_path / "log").read_text()
         peaks.append(peak)
     assert peaks[1] - peaks[0] < 0.2, peaks  # GiB; the embedding alone would take 0.24, in float32 0.49
@@ -295,17 +288,13 @@ def card(merged: Path) -> tuple[dict, str]:
     return read.data.to_dict(), read.text
 
 
-@pytest.mark.parametrize(
-    ("model", "license", "built_with_llama"),
-    [
-        ("meta-llama/Meta-Llama-3-8B", "", True),
-        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "Apache License", False),
-        ("/models/base", "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT", True),
-    ],
-)
-def test_which_bases_are_metas_llama(tmp_path, model, license, built_with_llama):
-    (tmp_path / "LICENSE").write_text(license)
-    assert merge_lora.is_metas_llama(model, tmp_path) == built_with_llama
+def test_which_bases_are_metas_llama(tmp_path):
+    """By their name, or by the license that came with them."""
+    assert merge_lora.is_metas_llama("meta-llama/Meta-Llama-3-8B", tmp_path)
+    (tmp_path / "LICENSE").write_text("Apache License")
+    assert not merge_lora.is_metas_llama("TinyLlama/TinyLlama-1.1B-Chat-v1.0", tmp_path)
+    (tmp_path / "LICENSE").write_text("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT")
+    assert merge_lora.is_metas_llama("/models/base", tmp_path)
 
 
 PLAIN = 'Tu es « Dolores ».\nTu dis "oui"\t{{ .Role }} \\n et "\''
