@@ -791,6 +791,7 @@ def chat(folder: Path, base: str | None) -> None:
     model, tokenizer, stops, system = load_chat(folder, base)
     opening = [{"role": "system", "content": system}] if system else []
     messages = [*opening]
+    sys.stdin.reconfigure(errors="replace")  # a terminal or a file in another encoding has bytes that are no text
     terminal = sys.stdin.isatty()
     if terminal:
         shown = escape_controls(system, "\n\t") if system else "none: the training data has none, or more than one"
@@ -801,8 +802,7 @@ def chat(folder: Path, base: str | None) -> None:
         if not terminal:
             print(f"\n> {question}")
             messages = [*opening]
-        # A terminal or a file in another encoding leaves bytes that are no text.
-        messages.append({"role": "user", "content": question.encode(errors="replace").decode()})
+        messages.append({"role": "user", "content": question})
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True
         ).to(model.device)

@@ -7,48 +7,17 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import train_sft_dolores as trainer
+
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ROLES = ("system", "user", "assistant")
-# Before a turn, after a turn, after an answer, end token.
-FORMATS = {
-    "dolores": ("<|{role}|>\n", "\n", "{eos}\n", "{eos}"),
-    "llama3": ("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>", "<|eot_id|>"),
-    "chatml": ("<|im_start|>{role}\n", "<|im_end|>\n", "<|im_end|>\n", "<|im_end|>"),
-}
-
-
-def chat_format(name: str, eos: str) -> dict:
-    """What training_args.json says about a format."""
-    before, after, answer_end, end = (part.replace("{eos}", eos) for part in FORMATS[name])
-    return {
-        "name": name,
-        "before": {role: before.replace("{role}", role) for role in ROLES},
-        "after": {"system": after, "user": after, "assistant": answer_end},
-        "eos_token": end,
-        "answer_start": "",
-        "no_system": "",
-        "folds_system": False,
-    }
-
-
-def jinja(chat: dict, bos: bool = False) -> str:
-    """The training side's template: the trainer's own function, given the same strings.
-
-    With `bos` it writes BOS itself, as apply_chat_template, pipelines and servers do not add it.
-    """
-    import train_sft_dolores as trainer
-
-    return trainer.chat_template(trainer.ChatFormat(*(chat[key] for key in trainer.ChatFormat._fields)), bos)
 
 
 def fingerprint(base: Path) -> str:
     """What training records of a base's weights."""
-    import train_sft_dolores as trainer
-
     return trainer.fingerprint(trainer.read_headers(str(base), base))
 
 
-def random_adapter(base: Path, folder: Path, format_name="dolores", scale=0.02, dtype=None, seed=0, **lora) -> Path:
+def random_adapter(base: Path, folder: Path, format_name="dolores", dtype=None, seed=0) -> Path:
     """A folder as the trainer writes it, with PEFT's own files and random, non-zero LoRA weights."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -56,14 +25,12 @@ def random_adapter(base: Path, folder: Path, format_name="dolores", scale=0.02, 
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    config = LoraConfig(task_type="CAUSAL_LM", **({"r": 4, "lora_alpha": 8, "target_modules": PROJECTIONS} | lora))
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=PROJECTIONS)
     model = get_peft_model(model, config)
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if "lora_magnitude" in name:
-                value.mul_(1 + scale * torch.randn_like(value))
-            elif "lora_" in name:
-                value.normal_(0, scale)
+            if "lora_" in name:
+                value.normal_(0, 0.02)
     if dtype:
         model.to(dtype)
     model.save_pretrained(folder)
@@ -71,20 +38,15 @@ def random_adapter(base: Path, folder: Path, format_name="dolores", scale=0.02, 
 
 
 def complete_adapter(base: Path, folder: Path, format_name="dolores") -> Path:
-    """Add the files that the trainer writes next to those of PEFT."""
-    from tokenizers import Tokenizer
-
+    """Add the files that the trainer writes next to those of PEFT, and a checkpoint's folder."""
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(base / name, folder / name)
-    eos = json.loads((base / "tokenizer_config.json").read_text())["eos_token"]
-    chat = chat_format(format_name, eos)
-    bos = bool(Tokenizer.from_file(str(base / "tokenizer.json")).encode("").ids)
-    (folder / "chat_template.jinja").write_text(jinja(chat, bos))
+    encode = trainer.load_encoder(str(base), str(base), format_name)
+    (folder / "chat_template.jinja").write_text(trainer.chat_template(encode.chat, bool(encode.start)))
     (folder / "checkpoint-10").mkdir()
     training = {
-        "chat_format": chat,
+        "chat_format": {"name": format_name, **encode.chat._asdict()},
         "base": {"model": str(base), "revision": None, "fingerprint": fingerprint(base)},
-        "quantization": {"bnb_nf4": True, "bnb_dtype": "bfloat16", "bnb_double_quant": True},
     }
     (folder / "training_args.json").write_text(json.dumps(training))
     return folder
@@ -108,11 +70,13 @@ def to_gguf(model: Path, gguf: Path, outtype: str) -> Path:
     return gguf
 
 
-def fields(gguf: Path) -> dict:
-    """The keys of a GGUF."""
+def read_gguf(file: Path) -> tuple[dict, dict]:
+    """The keys of a GGUF and its tensors, by name."""
     from gguf import GGUFReader
 
-    return {name: field.contents() for name, field in GGUFReader(gguf).fields.items()}
+    reader = GGUFReader(file)
+    keys = {name: field.contents() for name, field in reader.fields.items()}
+    return keys, {tensor.name: tensor for tensor in reader.tensors}
 
 
 def answers_of_transformers(model: Path, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
@@ -182,7 +146,3 @@ def llama_cpp(gguf: Path, prompts: list[list[int]], chats: list[list[dict]], max
     assert "ANSWERS" in done.stdout, done.stderr[-3000:]
     answers, rendered = json.loads(done.stdout.split("ANSWERS")[1])
     return [tuple(answer) for answer in answers], rendered
-
-
-def answers_of_llama_cpp(gguf: Path, prompts: list[list[int]], max_new_tokens: int) -> list[tuple[list[int], str]]:
-    return llama_cpp(gguf, prompts, [], max_new_tokens)[0]

@@ -1,4 +1,4 @@
-"""Every family of bases: the loss is transformers' own, training can be resumed, the merge is PEFT's.
+"""Every family of bases: the merge is PEFT's, and llama.cpp answers like transformers; the loss: test_selfcheck.py.
 
 The models are tiny and random, with the real configs (tests/families.py); weights are float32, on a CPU.
 """
@@ -12,110 +12,72 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from engine import answers_of_transformers, fingerprint, gap_at_first_difference, known_pre_tokenizer, llama_cpp
-from families import REFUSED, SPLITS, TOKENS, TRAINABLE, family
-from runs import TINY, arguments, assert_same_adapter, assert_says, dialogues, error_of, run
+from engine import (
+    PROJECTIONS,
+    answers_of_transformers,
+    fingerprint,
+    gap_at_first_difference,
+    known_pre_tokenizer,
+    llama_cpp,
+    read_gguf,
+)
+from families import SPLITS, TOKENS, TRAINABLE, family
+from huggingface_hub import ModelCard
+from peft import AutoPeftModelForCausalLM, PeftModel
+from runs import TINY, arguments, assert_says, dialogues, error_of, record, run
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import merge_lora
 import train_sft_dolores as sft
 
-SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FUSED = {"o_proj", "down_proj", "qkv_proj", "gate_up_proj"}  # Phi's
-DATA = "".join(
-    f"<|user|>\n{'Qui es-tu, dis-moi ? ' * n}\n<|assistant|>\n{'Je suis Dolores. ' * n}\n<|endoftext|>\n"
-    for n in (2, 4, 5)
-)
 
 
-def load(folder: Path, attention: str, **options):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32, **options)
-
-
-@pytest.mark.parametrize("name", TRAINABLE)
-def test_loss_and_gradients_are_those_of_transformers(name, tmp_path):
-    """Packed documents longer than the sliding window, against each alone with transformers' eager attention and loss."""
-    sft.load_libraries()
-    folder = family(name)
-    (tmp_path / "d.chatml").write_text(DATA)
-    encode = sft.load_encoder(str(folder), str(folder), "dolores")
-    samples = encode([c.turns for c in sft.read_conversations([str(tmp_path / "d.chatml")], "chatml")])
-    assert min(len(sample.input_ids) for sample in samples) > 24  # the window of families.py
-
-    eager = load(folder, "eager")
-    expected = torch.zeros(())
-    for ids, labels in samples:
-        ids, labels = (torch.from_numpy(x.astype(np.int64))[None] for x in (ids, labels))
-        logits = eager(input_ids=ids, use_cache=False).logits[0, :-1]
-        expected = expected + torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum")
-    expected.backward()
-
-    packed = load(folder, sft.choose_attention(str(folder), torch.device("cpu"), False))
-    row = {"input_ids": [s.input_ids for s in samples], "labels": [s.labels for s in samples],
-           "file": [""] * len(samples), "line": [0] * len(samples)}  # fmt: skip
-    batch = sft.collate([row])
-    del batch["documents"]
-    loss = packed(**batch, use_cache=False, num_items_in_batch=1).loss
-    loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    head = packed.get_output_embeddings().weight  # frozen in training: its gradient is not computed
-    theirs = dict(eager.named_parameters())
-    for parameter, value in packed.named_parameters():
-        if value is not head:
-            difference = (value.grad - theirs[parameter].grad).norm() / theirs[parameter].grad.norm()
-            assert difference < 1e-4, parameter
+def load(folder: Path, attention: str):
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module", params=TRAINABLE)
 def trained(request, tmp_path_factory) -> tuple[str, Path]:
     """(family, folder): out/ is an adapter trained in the base's own chat format, merged/ the merge of the two."""
-    folder = tmp_path_factory.mktemp(request.param)
+    name, folder = request.param, tmp_path_factory.mktemp(request.param)
     (folder / "train.chatml").write_text(dialogues(40))
-    code, printed = run(folder, *options_of(request.param))
+    targets = ("--lora-target-modules", "all-linear") if name.startswith("phi") else ()  # its layers have other names
+    options = ("--chat-format", "base", *TINY, "--epochs", "1", *targets)
+    code, printed = run(folder, "--model", family(name), "--output", "out", *options)
     assert code == 0, printed
-    base, out, merged = (str(path) for path in (family(request.param), folder / "out", folder / "merged"))
-    kind = TOKENS[request.param].kind
+    base, out, merged = (str(path) for path in (family(name), folder / "out", folder / "merged"))
+    kind = TOKENS[name].kind
     with known_pre_tokenizer(kind) if kind in SPLITS else contextlib.nullcontext():
         merge_lora.main(["--adapter", out, "--base", base, "--output", merged, "--gguf", "BF16"])
-    return request.param, folder
+    return name, folder
 
 
-def options_of(name: str) -> tuple:
-    targets = ("--lora-target-modules", "all-linear") if name.startswith("phi") else ()  # its layers have other names
-    return ("--model", family(name), "--output", "out", "--chat-format", "base", *TINY, "--epochs", "1", *targets)
-
-
-def test_train_resume_and_merge(trained, tmp_path):
+def test_train_and_merge(trained):
     name, folder = trained
-    base, out = family(name), tmp_path / "out"
-    shutil.copytree(folder / "out", out)
-    shutil.copy(folder / "train.chatml", tmp_path)
-    record = json.loads((out / "training_args.json").read_text())
-    assert record["results"]["steps"] >= 3 and record["base"]["fingerprint"] == fingerprint(base)
-    assert record["data"]["system"] is None  # each of these dialogues has its own
+    base, out, merged = family(name), folder / "out", folder / "merged"
+    written = record(folder)
+    assert written["results"]["steps"] >= 3 and written["base"]["fingerprint"] == fingerprint(base)
+    assert written["data"]["system"] is None  # each of these dialogues has its own
     config = json.loads((out / "adapter_config.json").read_text())
-    assert set(config["target_modules"]) == (FUSED if name.startswith("phi") else set(SEVEN))
+    assert set(config["target_modules"]) == (FUSED if name.startswith("phi") else set(PROJECTIONS))
     assert config["lora_alpha"] == 8 and type(config["lora_alpha"]) is int  # Ollama and vLLM refuse 8.0
 
-    last = max(out.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
-    shutil.rmtree(last)
-    code, printed = run(tmp_path, *options_of(name), "--resume")
-    assert code == 0, printed
-    assert_same_adapter(out, folder / "out")
-
-    from peft import PeftModel
-
     by_peft = PeftModel.from_pretrained(load(base, "eager"), out).merge_and_unload(safe_merge=True).state_dict()
-    merged, before = load_file(folder / "merged/model.safetensors"), load_file(base / "model.safetensors")
-    assert all(torch.equal(by_peft[key], merged[key]) for key in merged)
-    changed = {key.split(".")[-2] for key in merged if not torch.equal(before[key], merged[key])}
+    ours, before = load_file(merged / "model.safetensors"), load_file(base / "model.safetensors")
+    assert all(torch.equal(by_peft[key], ours[key]) for key in ours)
+    changed = {key.split(".")[-2] for key in ours if not torch.equal(before[key], ours[key])}
     assert changed == set(config["target_modules"])
+    modelfile, card = (merged / "Modelfile").read_text(), ModelCard.load(merged / "README.md")
+    assert f"PARAMETER num_ctx {4096 if name == 'phi3' else 8192}\n" in modelfile  # phi3 reads no more
+    assert card.data.pipeline_tag == "text-generation" and ("Built with Llama" in card.text) == (name == "llama3")
+    if name == "llama3":
+        keys, tensors = read_gguf(merged / "dolores-v5-BF16.gguf")
+        factors = tensors["rope_freqs.weight"].data  # the highest frequency is unchanged, the lowest divided by 8
+        assert keys["llama.rope.freq_base"] == 500000.0 and factors[0] == 1.0 and factors[-1] == 8.0
 
 
 CHATS = [
@@ -145,20 +107,16 @@ def test_llama_cpp_answers_like_transformers(trained, tmp_path):
     bos = tokenizer.bos_token if TOKENS[name].adds_bos else ""
     assert [bos + text.removeprefix(bos) for text, _ in rendered] == texts
     assert [ids for _, ids in rendered] == prompts
-    for prompt, ours, (theirs, reason) in zip(
-        prompts, answers_of_transformers(merged, prompts, 24), answers, strict=True
-    ):
+    transformers_answers = answers_of_transformers(merged, prompts, 24)
+    for prompt, ours, (theirs, reason) in zip(prompts, transformers_answers, answers, strict=True):
         # llama.cpp also ends at control tokens that generation_config.json does not list.
         equal = theirs == ours[: len(theirs)] and (len(theirs) == len(ours) or reason == "stop")
         # It rounds activations to bfloat16 too, which decides ties.
         assert equal or gap_at_first_difference(merged, prompt, ours, theirs) < 0.02
 
 
-def test_the_adapter_folder_in_other_programs(trained):
+def test_the_folders_in_other_programs(trained):
     """As the README's table says: PEFT's auto class and a pipeline; vLLM is too large to install, it reads these keys."""
-    from peft import AutoPeftModelForCausalLM
-    from transformers import pipeline
-
     _, folder = trained
     tokenizer = AutoTokenizer.from_pretrained(folder / "out")
     ids = tokenizer.apply_chat_template(CHATS[0], add_generation_prompt=True, return_tensors="pt").input_ids
@@ -170,32 +128,20 @@ def test_the_adapter_folder_in_other_programs(trained):
     assert said[:-1] == CHATS[0] and said[-1]["role"] == "assistant" and said[-1]["content"]
 
     config = json.loads((folder / "out/adapter_config.json").read_text())
-    expected = {
-        "r": 4,
-        "lora_alpha": 8,
-        "bias": "none",
-        "modules_to_save": None,
-        "use_dora": False,
-        "use_rslora": False,
-    }
+    expected = {"r": 4, "bias": "none", "modules_to_save": None, "use_dora": False, "use_rslora": False}
     assert {key: config[key] for key in expected} == expected and isinstance(config["target_modules"], list)
     names = load_file(folder / "out/adapter_model.safetensors")
     pattern = r"base_model\.model\.model\.layers\.\d+\.(self_attn|mlp)\.\w+\.lora_[AB]\.weight"
     assert names and all(re.fullmatch(pattern, name) for name in names)
 
 
-def test_the_hub_takes_the_merged_folder(trained):
-    """`hf upload` as in the README understands its arguments and stops at the network only; the card can be read."""
-    from huggingface_hub import ModelCard
-
-    name, folder = trained
-    for path in (folder / "merged", folder / "out"):
-        assert ModelCard.load(path / "README.md").data.pipeline_tag == "text-generation"
-    if name == TRAINABLE[0]:
-        command = [Path(sys.executable).with_name("hf"), "upload", "you/dolores-v5", "merged"]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_TOKEN": "hf_none"}
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        assert done.returncode and "offline" in done.stderr.lower() and "usage" not in done.stderr.lower(), done.stderr
+def test_the_command_that_uploads_the_merged_folder(tmp_path):
+    """`hf upload` as in the README understands its arguments and stops at the network only."""
+    (tmp_path / "merged").mkdir()
+    command = [Path(sys.executable).with_name("hf"), "upload", "you/dolores-v5", "merged"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_TOKEN": "hf_none"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode and "offline" in done.stderr.lower() and "usage" not in done.stderr.lower(), done.stderr
 
 
 @pytest.fixture
@@ -215,22 +161,17 @@ def error(tmp_path, monkeypatch):
     return refused
 
 
-@pytest.mark.parametrize(
-    ("name", "fact"), [*zip(REFUSED, ("mixture of experts", "not built like a Llama"), strict=True)]
-)
+@pytest.mark.parametrize(("name", "fact"), [("mixtral", "mixture of experts"), ("gpt2", "not built like a Llama")])
 def test_what_cannot_be_merged_is_refused_at_once(name, fact, error):
     folder = family(name)
     assert_says(error("--model", folder), f"--model {folder}", fact)
 
 
-def test_an_adapter_or_an_image_model_is_refused(tmp_path, error):
-    folder = tmp_path / "copy"
-    shutil.copytree(family("gemma3"), folder)
+def test_an_image_model_is_refused(tmp_path, error):
+    folder = Path(shutil.copytree(family("gemma3"), tmp_path / "copy"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": config}))
     assert_says(error("--model", folder), f"--model {folder}", "images")
-    (folder / "adapter_config.json").write_text("{}")
-    assert_says(error("--model", folder), f"--model {folder}", "adapter", "--init-adapter")
 
 
 def test_files_with_other_names_are_refused(tmp_path):
@@ -238,55 +179,23 @@ def test_files_with_other_names_are_refused(tmp_path):
     sft.load_libraries()
     folder = str(family("llama3"))
     headers = sft.read_headers(folder, folder)
-    sft.check_weights(folder, folder, headers, SEVEN)
+    sft.check_weights(folder, folder, headers, PROJECTIONS)
     name = "model.layers.1.mlp.up_proj.weight"
     lost = {key: value for key, value in headers.items() if key != name}
-    assert_says(error_of(sft.check_weights, folder, folder, lost, SEVEN), f"--model {folder}", name)
+    assert_says(error_of(sft.check_weights, folder, folder, lost, PROJECTIONS), f"--model {folder}", name)
     other = {**headers, name: headers[name]._replace(shape=[160, 32])}
-    assert_says(error_of(sft.check_weights, folder, folder, other, SEVEN), f"--model {folder}", name, "[160, 32]")
+    assert_says(error_of(sft.check_weights, folder, folder, other, PROJECTIONS), f"--model {folder}", name, "[160, 32]")
 
 
-def test_target_modules_of_each_family():
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_target_modules_of_each_family(name):
     sft.load_libraries()
-    for name in TRAINABLE:
-        folder = str(family(name))
-        linear = sorted(FUSED if name.startswith("phi") else SEVEN)
+    folder = str(family(name))
+    linear, headers = sorted(FUSED if name.startswith("phi") else PROJECTIONS), sft.read_headers(folder, folder)
 
-        def targets(*given, folder=folder):
-            return sft.check_weights(folder, folder, sft.read_headers(folder, folder), list(given))
+    def targets(given: str):
+        return sft.check_weights(folder, folder, headers, [given])
 
-        assert targets("all-linear") == linear and targets("o_proj") == ["o_proj"]
-        for wrong in ("foo", "lm_head", "embed_tokens", "input_layernorm", *(set(SEVEN) - set(linear))):
-            assert_says(error_of(targets, wrong), f"--lora-target-modules {wrong}", *linear, "all-linear")
-
-
-def test_fingerprint(tmp_path):
-    """The same for a copy in several files; other weights of the same shape have another one."""
-    folder = family("llama3")
-    ours = fingerprint(folder)
-    assert len(ours) == 64 and ours == fingerprint(folder)
-    shutil.copytree(folder, tmp_path / "other")
-    with open(tmp_path / "other/model.safetensors", "r+b") as file:
-        tensor = sft.read_headers("other", str(folder))["model.layers.1.self_attn.v_proj.weight"]
-        file.seek(tensor.start)
-        file.write(bytes(4))
-    assert fingerprint(tmp_path / "other") != ours
-    load(folder, "eager").save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
-    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
-    assert fingerprint(tmp_path / "sharded") == ours
-
-
-def test_another_base_cannot_be_resumed(tmp_path):
-    """Same name, same shape, other weights."""
-    (tmp_path / "train.chatml").write_text(dialogues(8))
-    shutil.copytree(family("llama3"), tmp_path / "base")
-    options = ("--model", "base", "--output", "out", *TINY)
-    code, printed = run(tmp_path, *options)
-    assert code == 0, printed
-    weights = load(tmp_path / "base", "eager")
-    with torch.no_grad():
-        weights.model.layers[0].mlp.up_proj.weight.mul_(2)
-    weights.save_pretrained(tmp_path / "base")
-    code, printed = run(tmp_path, *options, "--resume")
-    assert code == 2 and "weights of --model" in printed.splitlines()[-1], printed
-    assert TOKENS.keys() == {*TRAINABLE, *REFUSED}
+    assert targets("all-linear") == linear and targets("o_proj") == ["o_proj"]
+    for wrong in ("foo", "lm_head", "embed_tokens", "input_layernorm", *(set(PROJECTIONS) - set(linear))):
+        assert_says(error_of(targets, wrong), f"--lora-target-modules {wrong}", *linear, "all-linear")

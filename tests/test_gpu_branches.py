@@ -6,6 +6,7 @@ What a stand-in cannot show (kernels, real memory, NCCL) is what `benchmarks/gpu
 import os
 
 import bitsandbytes
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -18,12 +19,11 @@ sft.load_libraries()
 WORLD = sft.World()
 
 
-# ---- one process, several GPUs ----
+# ---- the device ----
 
 
-@pytest.fixture
-def two_gpus(monkeypatch):
-    """TrainingArguments count two GPUs, as they do for one process on a machine with two."""
+def test_one_process_uses_one_gpu(monkeypatch, tmp_path):
+    """On a machine with two, Trainer would wrap the model in DataParallel, halve the steps and add up the losses."""
     setup = transformers.TrainingArguments.__post_init__
 
     def post_init(self):
@@ -31,10 +31,6 @@ def two_gpus(monkeypatch):
         self._n_gpu = 2
 
     monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", post_init)
-
-
-def test_one_process_uses_one_gpu(two_gpus, tmp_path):
-    """Trainer would wrap the model in DataParallel, halve the steps and add up the losses."""
     assert transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True).n_gpu == 2
     assert sft.training_arguments(arguments(), evaluating=False).n_gpu == 1
 
@@ -108,11 +104,10 @@ class Managed(bitsandbytes.optim.PagedAdamW8bit):
 @pytest.mark.parametrize("mark_survives", [False, True], ids=["one process", "several processes"])
 def test_a_loaded_optimizer_state_is_paged_again(mark_survives):
     parameter = nn.Parameter(torch.randn(512, 256))
-    saved = {}
-    for name in ("state1", "state2"):
-        saved[name] = torch.randint(0, 255, (512, 256), dtype=torch.uint8)
+    saved = {name: torch.randint(0, 255, (512, 256), dtype=torch.uint8) for name in ("state1", "state2")}
+    for value in saved.values():
         if mark_survives:
-            saved[name].is_paged = True
+            value.is_paged = True
     optimizer = Managed([parameter])
     optimizer.state[parameter] = {"step": 3, **saved}
     sft.restore_paging(optimizer)
@@ -146,12 +141,7 @@ def test_adapters_are_loaded_onto_the_process_s_own_device(short_smollm2, monkey
     assert {p.device.type for p in model.parameters()} == {"cpu"}
 
 
-# ---- evaluations ----
-
-
 def test_what_is_held_out_does_not_grow_without_bound():
-    import numpy as np
-
     digests = np.arange(100_000)
     assert sft.hold_out(digests, 0.05, seed=0).sum() == 500
     assert sft.hold_out(digests[:1000], 0.05, seed=0).sum() == 50

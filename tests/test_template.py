@@ -1,15 +1,18 @@
 """chat_template.jinja renders the text and the token ids of training, and generate_answers is greedy with every base."""
 
+import functools
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import parts
 import pytest
 import torch
 from families import TRAINABLE, family, template
 from runs import arguments, assert_says, error_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_sft_dolores as sft
 
@@ -17,23 +20,23 @@ GOLDEN = json.loads((Path(__file__).parent / "render_golden.json").read_text())
 FITTING = [("llama31", "dolores"), ("llama31", "llama3"), ("smollm2", "dolores"), ("smollm2", "chatml")]
 
 
-class Setup:
+class Saved(NamedTuple):
     """A base's tokenizer with the template of a format, as training saves it."""
 
-    def __init__(self, base: str, name: str):
-        sft.load_libraries()
-        self.folder = str({"llama31": parts.tiny_llama31, "smollm2": parts.smollm2}[base]())
-        self.encode = sft.load_encoder(self.folder, self.folder, name)
-        self.tokenizer = sft.load_tokenizer(self.folder, self.folder, self.encode)
+    folder: str
+    encode: sft.Encoder
+    tokenizer: Any
 
     def ids(self, messages, **options) -> list[int]:
-        options = {"tokenize": True, "return_dict": True, **options}
         return self.tokenizer.apply_chat_template(messages, **options)["input_ids"]
 
 
-@pytest.fixture(scope="module", params=FITTING, ids="-".join)
-def setup(request) -> Setup:
-    return Setup(*request.param)
+@functools.cache
+def saved(base: str, name: str) -> Saved:
+    sft.load_libraries()
+    folder = str({"llama31": parts.tiny_llama31, "smollm2": parts.smollm2}[base]())
+    encode = sft.load_encoder(folder, folder, name)
+    return Saved(folder, encode, sft.load_tokenizer(folder, folder, encode))
 
 
 MESSAGES = [
@@ -53,59 +56,54 @@ def training_ids(encode: sft.Encoder, messages: list[dict]) -> list[int]:
     return encode([conversation.turns])[0].input_ids.tolist()
 
 
-def test_apply_chat_template_gives_the_training_ids(setup):
+@pytest.mark.parametrize(("base", "name"), FITTING)
+def test_apply_chat_template_gives_the_training_ids(base, name):
     """With the BOS token where the tokenizer adds one, and never two."""
-    trained = training_ids(setup.encode, MESSAGES)
-    prompt = setup.ids(MESSAGES[:-1], add_generation_prompt=True)
+    _, encode, tokenizer = own = saved(base, name)
+    trained = training_ids(encode, MESSAGES)
+    prompt = own.ids(MESSAGES[:-1], add_generation_prompt=True)
     assert trained[: len(prompt)] == prompt
-    whole = setup.ids(MESSAGES)
+    whole = own.ids(MESSAGES)
     # The whole text is encoded in one piece here, the answers apart in training: only the text must be the same.
-    assert setup.tokenizer.decode(whole) == setup.tokenizer.decode(trained)
-    bos = setup.tokenizer.bos_token_id
-    if setup.encode.start:
-        assert setup.encode.start == [bos] and prompt[0] == bos and bos not in prompt[1:]
-    else:
-        assert setup.tokenizer.bos_token == "<|im_start|>"
-        assert prompt.count(bos) == (5 if "im_start" in setup.encode.chat.before["user"] else 0)  # one for each turn
+    assert tokenizer.decode(whole) == tokenizer.decode(trained)
+    bos = tokenizer.bos_token_id
+    if encode.start:
+        assert encode.start == [bos] and prompt[0] == bos and bos not in prompt[1:]
+    joined = {"role": "user", "content": "Et là ?\n\nTu m'entends ?"}
+    assert own.ids([*MESSAGES[:3], joined, MESSAGES[-1]]) == whole
 
 
-def test_consecutive_messages_of_one_role_are_one_turn(setup):
-    assert setup.ids(MESSAGES) == setup.ids(
-        [*MESSAGES[:3], {"role": "user", "content": "Et là ?\n\nTu m'entends ?"}, MESSAGES[-1]]
-    )
-
-
-@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["name"])
-def test_the_template_renders_what_ollama_rendered(case):
+def test_the_template_renders_what_ollama_rendered():
     """Ollama joins consecutive messages itself, and its engine adds the BOS token."""
-    setup = Setup("llama31", "dolores")
-    answering = case["messages"][-1]["role"] != "assistant"
-    text = setup.tokenizer.apply_chat_template(case["messages"], tokenize=False, add_generation_prompt=answering)
-    text = text if answering else text.removesuffix(setup.encode.chat.after["assistant"])
-    assert text == "<|begin_of_text|>" + case["rendered"]
+    _, encode, tokenizer = saved("llama31", "dolores")
+    for case in GOLDEN:
+        answering = case["messages"][-1]["role"] != "assistant"
+        text = tokenizer.apply_chat_template(case["messages"], tokenize=False, add_generation_prompt=answering)
+        text = text if answering else text.removesuffix(encode.chat.after["assistant"])
+        assert text == "<|begin_of_text|>" + case["rendered"], case["name"]
 
 
 def test_answers_are_greedy_with_llama31s_own_settings(capfd):
     """Its generation_config samples: two seeds, one answer, no random number drawn, no warning."""
-    setup = Setup("llama31", "dolores")
-    model = AutoModelForCausalLM.from_pretrained(setup.folder, attn_implementation="sdpa")
+    folder, _, tokenizer = own = saved("llama31", "dolores")
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
     settings = model.generation_config
     assert settings.do_sample and settings.temperature == 0.6 and settings.top_p == 0.9
-    ids = setup.ids([{"role": "user", "content": "Qui es-tu ?"}], add_generation_prompt=True)
+    ids = own.ids([{"role": "user", "content": "Qui es-tu ?"}], add_generation_prompt=True)
     prompt, answers = {"Qui es-tu ?": list(ids)}, []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for seed in (0, 1):
             torch.manual_seed(seed)
             before = torch.get_rng_state()
-            answers.append(sft.generate_answers(model, setup.tokenizer, prompt, 12))
+            answers.append(sft.generate_answers(model, tokenizer, prompt, 12))
             assert torch.equal(before, torch.get_rng_state())
     assert answers[0] == answers[1]
     assert capfd.readouterr().err == ""
 
     for _ in range(12):  # the most probable token, one at a time
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    text = setup.tokenizer.decode(ids[-12:], skip_special_tokens=True).strip()
+    text = tokenizer.decode(ids[-12:], skip_special_tokens=True).strip()
     assert answers[0] == {"Qui es-tu ?": text}
 
 
@@ -115,20 +113,16 @@ SYSTEM, USER, ASSISTANT = sft.ROLES
 CONTENTS = ("Qui es-tu ?", "L'été,\n\n  12345 日本 🙂", "{{ x }} {% if y %}", "-", "Oui, ça va.", "« Non »")
 
 
-def chats() -> list[list[dict]]:
-    """Conversations that await an answer, with and without a system turn."""
-    found = []
-    for system in (0, 1):
-        for questions in (1, 2, 3):
-            roles = [SYSTEM] * system + [USER, ASSISTANT] * questions
-            found.append([{"role": r, "content": c} for r, c in zip(roles[:-1], CONTENTS, strict=False)])
-    return found
+def chats(system: int) -> Iterator[list[dict]]:
+    """Conversations that await an answer, with or without a system turn."""
+    for questions in (1, 2, 3):
+        roles = [SYSTEM] * system + [USER, ASSISTANT] * questions
+        yield [{"role": role, "content": text} for role, text in zip(roles[:-1], CONTENTS, strict=False)]
 
 
+@functools.cache
 def base_encoder(name: str):
     """(encoder, transformers' tokenizer with the base's own template) of a family."""
-    from transformers import AutoTokenizer
-
     folder = str(family(name))
     return sft.load_encoder(folder, folder, "base"), AutoTokenizer.from_pretrained(folder)
 
@@ -138,9 +132,8 @@ def test_base_format_gives_the_ids_of_the_bases_own_template(name):
     """What transformers sends with the base's template is what training sees before the answer, and ours is the same."""
     encode, tokenizer = base_encoder(name)
     ours = sft.chat_template(encode.chat, bool(encode.start))
-    for messages in chats():
-        if name == "gemma2" and messages[0]["role"] == SYSTEM:
-            continue  # its template refuses them: see below
+    with_system = [] if name == "gemma2" else chats(1)  # its template refuses them: see below
+    for messages in (*chats(0), *with_system):
         theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
         options = {"add_generation_prompt": True, "chat_template": ours}
         assert tokenizer.apply_chat_template(messages, **options).input_ids == theirs
@@ -193,9 +186,10 @@ def test_a_conversation_without_system_turn_opens_with_the_default_one():
 
 def test_a_template_that_refuses_system_turns(capsys):
     """Gemma 2: the text opens the first user turn, as in Gemma 3, and a line says so."""
-    encode, tokenizer = base_encoder("gemma2")
+    folder = str(family("gemma2"))
+    encode = sft.load_encoder(folder, folder, "base")
     assert "takes no system turn" in capsys.readouterr().out
-    text = tokenizer.decode(training_ids(encode, MESSAGES[:3]))
+    text = base_encoder("gemma2")[1].decode(training_ids(encode, MESSAGES[:3]))
     assert text == (
         "<bos><start_of_turn>user\nTu es Dolores.\n\nÇa va ?<end_of_turn>\n<start_of_turn>model\nOui, ça va.<end_of_turn>\n"
     )
@@ -209,9 +203,10 @@ def test_mistrals_blank_before_an_answer_is_trained_and_not_in_the_prompt():
     assert tokenizer.decode(ids[~trained].tolist()).endswith("[/INST]")
 
 
-def vocabulary(name: str, chat_template: str | None) -> sft.Vocabulary:
+def format_of(name: str, chat_template: str | None) -> sft.ChatFormat:
+    """What is made of a template with a family's tokenizer."""
     encode, tokenizer = base_encoder(name)
-    return sft.Vocabulary(encode.tokenizer, tokenizer.eos_token, tokenizer.bos_token, chat_template)
+    return sft.base_format(sft.Vocabulary(encode.tokenizer, tokenizer.eos_token, tokenizer.bos_token, chat_template))
 
 
 @pytest.mark.parametrize(
@@ -230,18 +225,11 @@ def vocabulary(name: str, chat_template: str | None) -> sft.Vocabulary:
     ],
 )
 def test_templates_that_cannot_be_followed(name, source, fact):
-    line = error_of(sft.base_format, vocabulary(name, source))
-    assert_says(
-        line,
-        "--chat-format base",
-        fact,
-        "--chat-format " + {"llama3": "llama3", "qwen3": "chatml"}.get(name, "dolores"),
-    )
+    fitting = {"llama3": "llama3", "qwen3": "chatml"}.get(name, "dolores")
+    assert_says(error_of(format_of, name, source), "--chat-format base", fact, f"--chat-format {fitting}")
 
 
-@pytest.mark.parametrize("name", ["phi3", "phi3_5", "qwen2_5", "gemma"])
-def test_a_template_that_marks_answers_for_training(name):
+@pytest.mark.parametrize(("base", "name"), [("phi3", "phi3"), ("qwen2", "qwen2_5")])
+def test_a_template_that_marks_answers_for_training(base, name):
     """{% generation %} renders nothing: trl's training variants give the format of the original."""
-    base = {"phi3_5": "phi3", "qwen2_5": "qwen2", "gemma": "gemma2"}.get(name, name)
-    original, marked = (sft.base_format(vocabulary(base, template(n))) for n in (name, f"{name}_training"))
-    assert original == marked
+    assert format_of(base, template(name)) == format_of(base, template(f"{name}_training"))
