@@ -791,7 +791,7 @@ def chat(folder: Path, base: str | None) -> None:
     model, tokenizer, stops, system = load_chat(folder, base)
     opening = [{"role": "system", "content": system}] if system else []
     messages = [*opening]
-    sys.stdin.reconfigure(errors="replace")  # a terminal or a file in another encoding has bytes that are no text
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # bytes of another encoding are no text
     terminal = sys.stdin.isatty()
     if terminal:
         shown = escape_controls(system, "\n\t") if system else "none: the training data has none, or more than one"

@@ -515,7 +515,7 @@ def test_chat_in_a_terminal(chat_adapter, asked, monkeypatch, capsys, number, st
 
     lines, put = iter(["Qui es-tu ?", "Et moi ?", ""]), TextStreamer.put
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    monkeypatch.setattr("sys.stdin", typed := io.StringIO())
+    monkeypatch.setattr("sys.stdin", typed := io.TextIOWrapper(io.BytesIO()))
     typed.isatty = lambda: True
 
     def interrupted(self, value):
