@@ -83,11 +83,13 @@ def test_one_conversation(folder, screen):
 
 
 def test_all_errors_at_once(folder, capsys):
-    (folder / "d.txt").write_text("<|endoftext|>\n<|user|>\nq\n<|assitant|>\na\n<|usr|>\n" * 12)
+    """Equal ones are one line; of others the first twenty are shown."""
+    bad = (f"<|endoftext|>\n<|user|>\nq\n<|assitant|>\na\n<|r{i}|>\n" for i in range(30))
+    (folder / "d.txt").write_text(OK + "".join(bad))
     assert main("--train-files", "d.txt") == 2
     out, err = capsys.readouterr()
     assert out == ""
-    check("all_errors", err)
+    check("all_errors", err, wide=["d.txt:"])
 
 
 NONSENSE = [

@@ -226,12 +226,6 @@ def test_padding_and_truncation_of_a_saved_tokenizer_are_off(small):
     assert ids.tolist() == same_ids.tolist() and labels.tolist() == same_labels.tolist()
 
 
-def test_a_word_of_100_000_characters(small):
-    ((ids, labels),) = small.encode([turns_of("é" * 100_000, "<|im_end|>" * 10_000)])
-    assert small.control_ids(ids.tolist()) == [2]
-    assert small.decode(ids[labels != IGNORE]) == "<|im_end|>" * 10_001
-
-
 # ---- longer than a row ----
 
 
