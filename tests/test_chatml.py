@@ -217,14 +217,9 @@ def test_files_that_cannot_be_read(tmp_path):
     os.mkfifo("pipe")
     Path("folder").mkdir()
     os.close(os.open(os.fsencode(tmp_path) + b"/folder/caf\xe9.chatml", os.O_CREAT))
-    for name, fact in (
-        ("nô.chatml", "file"),
-        ("*.chatml", "glob"),
-        (".", ".jsonl"),
-        ("pipe", "once"),
-        ("/proc/self/mem", "read"),
-    ):
-        assert_says(error_of(sft.find_files, [name]), name, fact)  # fmt: skip
+    facts = {"nô.chatml": "file", "*.chatml": "glob", ".": ".jsonl", "pipe": "once", "/proc/self/mem": "read"}
+    for name, fact in facts.items():
+        assert_says(error_of(sft.find_files, [name]), name, fact)
     assert_says(error_of(sft.find_files, ["folder"]), r"'folder/caf\udce9.chatml'", "UTF-8")
     for name, place in (("empty", "empty"), ("e.jsonl", "e.jsonl"), ("e.csv", "e.csv:1"), ("e.parquet", "e.parquet")):
         assert_says(error_of(load, "", name), place)
@@ -269,9 +264,8 @@ ERRORS = [
     ("d.jsonl", answer(content=None, tool_calls=[{}])),
     ("d.jsonl", answer(weight=0.5)),
     ("d.jsonl", answer(train_detail=[{"begin_offset": 0, "end_offset": 1, "train": False}])),
-    ("d.jsonl", row(*QA, label=False)),
+    *(("d.jsonl", row(*QA, **{name: False})) for name in ("label", "Image", "history", "loss_mask", "rejected")),
     ("d.jsonl", row(QA[0], chosen=OPENAI[2], rejected=OPENAI[2])),
-    ("d.jsonl", json.dumps({**ALPACA, "Image": "a.jpg"})),
     ("d.jsonl", json.dumps({"conversations": SHAREGPT[1:], "system": ["S"]})),
     ("d.jsonl", json.dumps({**PROMPT, "prompt": None})),
     ("d.jsonl", row(("user", [{"type": "image"}]))),
@@ -397,22 +391,13 @@ def test_dialogues_that_nothing_separates():
     assert surveyed(write("g", OK)) == surveyed(write("h", "<|endoftext|>\n".join([OK] * 40))) == []
 
 
-def test_a_system_turn_does_not_carry_over():
-    write("d", "<|system|>\ns\n" + "<|endoftext|>\n".join([OK] * 4))
-    assert surveyed("d") == [("d", 1, "system")]
-    assert surveyed(write("e", ("<|system|>\ns\n" + OK) * 4)) == []
-
-
-def test_the_system_turn_that_all_conversations_share():
-    """With one other system turn, or one conversation without any, there is none."""
-    same = "<|system|>\nTu es Dolores.\n" + OK
-    for text, system in (
-        (same * 3, "Tu es Dolores."),
-        (same + same.replace("Dolores", "Maeve"), None),
-        (f"{OK}<|endoftext|>\n{same}", None),
-        (f"{same}<|endoftext|>\n{OK}{same}", None),
-    ):
-        assert survey(write("d", text))[0]["system"] == system
+def test_a_system_turn_that_not_all_conversations_have():
+    """Alone in a file it may be meant for all; shared by all it goes into the Modelfile."""
+    same, none = "<|system|>\nTu es Dolores.\n" + OK, "<|endoftext|>\n" + OK
+    assert surveyed(write("d", same + none * 3)) == [("d", 1, "system")]
+    assert surveyed(write("d", same * 4)) == [] and survey("d")[0]["system"] == "Tu es Dolores."
+    for text in (same + same.replace("Dolores", "Maeve"), none + same, same + none + same):
+        assert survey(write("d", text))[0]["system"] is None
 
 
 # ---- rows ----

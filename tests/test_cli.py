@@ -148,37 +148,28 @@ def error(capsys):
     return error
 
 
-def in_use(folder: Path):
-    (folder / "out").mkdir()
-    (folder / "out/training_args.json").write_text("{}")
+OUTPUTS = [  # what is there, options, place, facts
+    ("out/training_args.json", "", "--output out", "--resume --overwrite"),
+    ("out/thesis.tex", "--overwrite", "--output out", ""),
+    ("out", "", "--output out", "file"),
+    ("out/", "--resume", "--resume", "out"),
+    ("e.chatml", "--output train.chatml/out", "--output train.chatml/out", ""),
+    ("e.chatml", "--output /proc/out", "--output /proc/out", ""),
+]
 
 
-def not_ours(folder: Path):
-    (folder / "out").mkdir()
-    (folder / "out/thesis.tex").write_text("years of work")
-
-
-OUTPUTS = {
-    "in use": (in_use, "", "--output out", "--resume", "--overwrite"),
-    "not ours": (not_ours, "--overwrite", "--output out"),
-    "a file": (lambda folder: (folder / "out").write_text(""), "", "--output out", "file"),
-    "nothing to resume": (lambda folder: (folder / "out").mkdir(), "--resume", "--resume", "out"),
-    "below a file": (lambda folder: None, "--output train.chatml/out", "--output train.chatml/out"),
-    "not allowed": (lambda folder: None, "--output /proc/out", "--output /proc/out"),
-}
-
-
-@pytest.mark.parametrize(
-    "prepare, options, place, facts", [(*case[:3], case[3:]) for case in OUTPUTS.values()], ids=OUTPUTS
-)
-def test_bad_output(prepare, options, place, facts, workdir, error):
-    prepare(workdir)
+@pytest.mark.parametrize("there, options, place, facts", OUTPUTS)
+def test_bad_output(there, options, place, facts, workdir, error):
+    folder, _, name = there.rpartition("/")
+    Path(folder).mkdir(exist_ok=True)
+    if name:
+        Path(there).write_text("{}")
 
     def files() -> list[tuple]:
         return sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob("*") if path.name != ".lock")
 
     before = files()
-    assert_says(error("--model", "nowhere", *options.split()), place, *facts)
+    assert_says(error("--model", "nowhere", *options.split()), place, *facts.split())
     assert files() == before
 
 
@@ -206,12 +197,6 @@ def test_trackers(base, error):
     assert_says(error("--model", "base", "--report-to", "mlflow"), "--report-to", "MLflow", "installed")
 
 
-def adapter(folder: Path):
-    (folder / "adapter").mkdir()
-    (folder / "adapter/adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
-    (folder / "adapter/config.json").write_text("{}")
-
-
 REFUSED = {  # flags: place, what the line says
     "--model nowhere": ("--model nowhere", "org/model"),
     "--model ./a/b/c": ("--model ./a/b/c", "org/model"),
@@ -229,7 +214,9 @@ REFUSED = {  # flags: place, what the line says
 @pytest.mark.parametrize("options", REFUSED)
 def test_dry_run_and_training_refuse_the_same(options, workdir, smollm2, error):
     (workdir / "base").symlink_to(smollm2)
-    adapter(workdir)
+    (workdir / "adapter").mkdir()
+    (workdir / "adapter/adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    (workdir / "adapter/config.json").write_text("{}")
     place, fact = REFUSED[options]
     messages = [error(*options.split(), *more) for more in ([], ["--dry-run"])]
     assert messages[0] == messages[1]
@@ -242,31 +229,29 @@ def test_a_cache_that_cannot_be_written(workdir, smollm2, error, monkeypatch):
     assert_says(error("--dry-run", "--model", smollm2), "/proc/cache", "HF_HOME")
 
 
-def edit(file: Path, **changes):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+NO_MODEL = [  # a file, its content instead (None: deleted, a number: cut to that size), what the line says
+    ("config.json", None, "config.json"),
+    ("config.json", b"{", ""),
+    ("config.json", b'{"model_type": "dolores"}', ""),
+    ("config.json", b'{"model_type": "t5"}', ""),
+    ("config.json", b'{"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes"}}', "--bnb-nf4"),
+    ("tokenizer.json", None, ""),
+    ("tokenizer.json", b'{"version": "1.0"}', ""),
+    ("tokenizer.json", b"\xff\0", ""),
+    ("model.safetensors", None, "model.safetensors"),
+    ("model.safetensors", b"no weights", "model.safetensors"),
+    ("model.safetensors", 200_000_000, "model.safetensors"),
+]
 
 
-NO_MODEL = {
-    "no config": (lambda base: (base / "config.json").unlink(), "config.json"),
-    "broken config": (lambda base: (base / "config.json").write_text("{"), ""),
-    "unknown type": (lambda base: edit(base / "config.json", model_type="dolores"), ""),
-    "not causal": (lambda base: (base / "config.json").write_text('{"model_type": "t5"}'), ""),
-    "quantised": (
-        lambda base: edit(base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        "--bnb-nf4",
-    ),
-    "no weights": (lambda base: (base / "model.safetensors").unlink(), "model.safetensors"),
-    "no tokenizer": (lambda base: [file.unlink() for file in base.glob("tokenizer*")], ""),
-    "broken tokenizer": (lambda base: (base / "tokenizer.json").write_text('{"version": "1.0"}'), ""),
-    "tokenizer that is not JSON": (lambda base: (base / "tokenizer.json").write_bytes(b"\xff\0"), ""),
-    "no safetensors": (lambda base: (base / "model.safetensors").write_bytes(b"no weights"), "model.safetensors"),
-    "truncated weights": (lambda base: os.truncate(base / "model.safetensors", 200_000_000), "model.safetensors"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("damage, fact", NO_MODEL.values(), ids=NO_MODEL)
-def test_a_folder_that_is_not_a_model(damage, fact, base, error):
-    damage(base)
+@pytest.mark.parametrize("name, content, fact", NO_MODEL)
+def test_a_folder_that_is_not_a_model(name, content, fact, base, error):
+    if isinstance(content, int):
+        os.truncate(base / name, content)
+    else:
+        (base / name).unlink()
+    if isinstance(content, bytes):
+        (base / name).write_bytes(content)
     assert_says(error("--model", "base"), "--model base", fact)
 
 

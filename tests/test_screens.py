@@ -63,10 +63,6 @@ def test_help(screen):
     check("help", screen("--help"))
 
 
-def test_dry_run_without_the_model(screen):
-    check("dry_run_without_model", screen("--dry-run"), wide=["hf download"])
-
-
 def test_warnings(folder, screen):
     parts = [OK] * 8 + [f"<|system|>\n\n<|user|>\n{q}\n<|assistant|>\na\n" for q in (
         "Ã©tÃ©", "x" * 20_001, "q\n<| user |> r", "a <|eot_id|> b", "\\<|user|>", "é" * 50, "a <|user|> b",
@@ -74,12 +70,6 @@ def test_warnings(folder, screen):
     parts += ["<|user|>\nq\n<|assistant|>\na</s>\n", "".join(OK.replace("q", f"q{i}") for i in range(30)), "Lost.\n"]
     (folder / "d.chatml").write_text("<|endoftext|>\n".join(parts) + "<|user|>\nUnanswered.\n")
     check("warnings", screen("--dry-run", "--skip-bad", "--train-files", "d.chatml"), wide=["hf download"])
-
-
-def test_one_conversation(folder, screen):
-    """The file of a beginner: nothing separates its dialogues."""
-    (folder / "d.txt").write_text(OK * 12)
-    check("one_conversation", screen("--dry-run", "--train-files", "d.txt"), wide=["hf download"])
 
 
 def test_all_errors_at_once(folder, capsys):
