@@ -272,6 +272,7 @@ ERRORS = [
     ("d.jsonl", row(("user", [{"type": "text", "text": {"value": "q", "annotations": []}}]))),
     ("d.jsonl", json.dumps({"messages": [{"role": "user", "text": "q"}, OPENAI[2]]})),
     ("d.jsonl", row(("user", "a\ud800b"))),
+    ("d.jsonl", row(("user", "a\0b"))),
     ("d.jsonl", row(*QA) + "\n" + row(("user", " "), QA[1])),
     ("d.jsonl", "[]"),
     ("d.jsonl", row(*QA).encode() + b"\n\xe9"),
@@ -394,7 +395,7 @@ def test_dialogues_that_nothing_separates():
 def test_a_system_turn_that_not_all_conversations_have():
     """Alone in a file it may be meant for all; shared by all it goes into the Modelfile."""
     same, none = "<|system|>\nTu es Dolores.\n" + OK, "<|endoftext|>\n" + OK
-    assert surveyed(write("d", same + none * 3)) == [("d", 1, "system")]
+    assert surveyed(write("d", same + none * 2)) == [("d", 1, "system")] and surveyed(write("e", same + none)) == []
     assert surveyed(write("d", same * 4)) == [] and survey("d")[0]["system"] == "Tu es Dolores."
     for text in (same + same.replace("Dolores", "Maeve"), none + same, same + none + same):
         assert survey(write("d", text))[0]["system"] is None
@@ -499,7 +500,8 @@ def test_quotes_in_a_tsv_are_text():
     assert load(text, "d.tsv") == [[QA[0], ("assistant", answer)] for answer in answers]
 
 
-def test_the_flag_overrides():
+def test_the_first_bytes_and_the_flag_override_the_name():
+    assert load(OK, "d.json") == [QA]
     assert read(write("d.chatml", row(*QA)), input_format="messages")[0] == [QA]
     assert_says(error_of(read, write("d.json", OK), input_format="messages"), "d.json:1", "JSON")
     for name, content, kind in (("d", row(*QA), "JSON"), ("d.csv", "q", "CSV"), ("d", b"PAR1", "Parquet")):
