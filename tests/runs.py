@@ -222,3 +222,14 @@ def dialogues(count: int) -> str:
         pick = [WORDS[(i * k + k) % len(WORDS)] for k in range(1, 9)]
         text += f"<|system|>\nTu es Dolores numéro {i}.\n<|user|>\n{' '.join(pick[:4])} ?\n<|assistant|>\n{' '.join(pick)}.\n"
     return text
+
+
+def main(*options) -> int:
+    """The exit status of the script in this process: much faster, for what ends before a model is loaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(SCRIPT), *map(str, options)])
+        try:
+            sft.main()
+        except SystemExit as ended:
+            return ended.code
+    return 0

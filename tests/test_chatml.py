@@ -1,6 +1,5 @@
 """Text -> turns: both ChatML dialects and rows of other formats, the place of each error, hostile data."""
 
-import contextlib
 import json
 import os
 import re
@@ -17,8 +16,18 @@ from runs import arguments, assert_says, error_of
 
 import train_sft_dolores as sft
 
-OK = "<|user|>\nq\n<|assistant|>\na\n"
+U, A = "<|user|>\nq\n", "<|assistant|>\na\n"
+OK = U + A
 QA = [("user", "q"), ("assistant", "a")]
+SQA = [("system", "S"), *QA]
+OPENAI = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": " q\n"},
+    {"role": "assistant", "content": "a"},
+]
+SHAREGPT = [{"from": "system", "value": "S"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+PROMPT = {"prompt": "q", "completion": " a"}
+ALPACA = {"instruction": "q", "input": "", "output": "a"}
 fuzz = settings(deadline=None, database=None, max_examples=150)
 
 
@@ -27,7 +36,17 @@ def write(file: str, content) -> str:
     return file
 
 
-def read(*files: str, input_format="chatml"):
+def row(*turns, **fields) -> str:
+    """A JSON line in OpenAI's layout."""
+    return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns], **fields})
+
+
+def answer(**fields) -> str:
+    """A row whose answer has these keys too."""
+    return json.dumps({"messages": [OPENAI[1], {**OPENAI[2], **fields}]})
+
+
+def read(*files: str, input_format="auto") -> tuple[list, list]:
     """[[(role, content)]] of each conversation, and the warnings as [(line, kind, text)]; InputError for an error."""
     conversations, warned = [], []
     for conversation in sft.read_conversations(list(files), input_format):
@@ -40,22 +59,19 @@ def read(*files: str, input_format="chatml"):
     return conversations, warned
 
 
-def chatml(content):
-    return read(write("d.chatml", content))[0]
+def load(content, file="d.chatml") -> list[list[tuple[str, str]]]:
+    """The conversations of a file with this content."""
+    return read(write(file, content))[0]
 
 
-def messages(content, file="d.jsonl"):
-    return read(write(file, content), input_format="messages")[0]
+def warned(content, file="d.chatml") -> list[tuple]:
+    """Its warnings as [(line, kind, text)]."""
+    return read(write(file, content))[1]
 
 
-def auto(content, file="d"):
-    return read(write(file, content), input_format="auto")[0]
-
-
-def survey(*files, input_format="auto", skip_bad=False) -> tuple[dict, list]:
+def survey(*files, skip_bad=False) -> tuple[dict, list]:
     """(counts, findings) of these files."""
-    args = arguments("--input-format", input_format, *["--skip-bad"] * skip_bad)
-    return sft.read_data(sft.find_files(list(files)), args)[:2]
+    return sft.read_data(sft.find_files(list(files)), arguments(*["--skip-bad"] * skip_bad))[:2]
 
 
 def listed(*files, **options) -> list[str]:
@@ -63,95 +79,54 @@ def listed(*files, **options) -> list[str]:
     return error_of(survey, *files, **options).split("\n")
 
 
-def places(lines: list[str]) -> list[str]:
-    return [line.split(": ")[0] for line in lines]
-
-
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path, monkeypatch):
     """Messages name files as the user gave them: short names, when the test works in their folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 # ---- the two dialects ----
 
+DIALECTS = {
+    "next line": (OK, [QA]),
+    "same line": ("<|user|>q\n<|assistant|> a", [QA]),
+    "both": ("<|user|> q\nr\n<|assistant|>\na\n\n b", [[("user", "q\nr"), ("assistant", "a\n\n b")]]),
+    "edges stripped": ("\n\n<|user|>\n\n \tq \n\n<|assistant|>\n\u00a0a\u2028\n", [QA]),
+    "inner white space kept": ("<|user|>\nq\n<|assistant|>\na  \n\n\n\tb", [[QA[0], ("assistant", "a  \n\n\n\tb")]]),
+    "tag inside a line": ("<|user|>\nq <|assistant|>\n" + A, [[("user", "q <|assistant|>"), QA[1]]]),
+    "no tag": ("<|user|>\n<|a b|> <||> <|é|\n" + A, [[("user", "<|a b|> <||> <|é|"), QA[1]]]),
+    "im": ("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n", [QA]),
+    "im, end on its line": ("<|im_start|> user \nq\n<|im_end|>\n\n<|im_start|>assistant\n\na\n<|im_end|>", [QA]),
+    "im, tags are text": ("<|im_start|>user\n<|user|>\n<|endoftext|>\n<|im_end|>\n" + A, [[("user", "<|user|>\n<|endoftext|>"), QA[1]]]),
+    "mixed": ("<|user|>\nq\n<|im_start|>assistant\na<|im_end|>\n<|endoftext|>\n" + OK, [QA, QA]),
+    "neighbors joined": (U + "<|user|>\nr\n" + A + "<|assistant|>b", [[("user", "q\n\nr"), ("assistant", "a\n\nb")]]),
+    "developer": ("<|developer|>\nS\n" + OK, [SQA]),
+    "BOM and zero width before a tag": ("\ufeff" + OK + "\ufeff<|endoftext|>\n\u200b\u2060" + OK, [QA, QA]),
+    "BOM elsewhere is text": ("<|user|>\n\ufeffq\n" + A, [[("user", "\ufeffq"), QA[1]]]),
+    "CRLF": ("<|user|>\r\nq\r\nr\r\n<|assistant|>\r\na\r\n<|endoftext|>\r\n", [[("user", "q\nr"), QA[1]]]),
+    "old Mac": ("<|user|>\rq\rr\r<|assistant|>\ra\r<|endoftext|>\r", [[("user", "q\nr"), QA[1]]]),
+    "no separator": (OK + OK, [QA + QA]),
+    "a system turn starts one": (OK + ("<|system|>\nS\n" + OK) * 2, [QA, SQA, SQA]),
+    "im, a system turn starts one": (("<|im_start|>system\nS<|im_end|>\n" + OK) * 2, [SQA, SQA]),
+    "separators": (OK + "<|endoftext|>\n\n" + OK + "<|endoftext|>\n<|endoftext|>\n", [QA, QA]),
+    "escaped": ("<|user|>\nq\n\\<|user|>\n\\\\<|user|>\nx \\<|user|>\n" + A, [[("user", "q\n<|user|>\n\\<|user|>\nx \\<|user|>"), QA[1]]]),
+    "im, escaped": ("<|im_start|>user\nq\n\\<|im_start|>\nx\\<|im_end|>\\\\<|im_end|><|im_end|>\n" + A,
+                    [[("user", "q\n<|im_start|>\nx<|im_end|>\\<|im_end|>"), QA[1]]]),
+}  # fmt: skip
 
-@pytest.mark.parametrize(
-    "text, expected",
-    {
-        "next line": ("<|user|>\nq\n<|assistant|>\na\n", [QA]),
-        "same line": ("<|user|>q\n<|assistant|> a", [QA]),
-        "both": ("<|user|> q\nr\n<|assistant|>\na\n\n b", [[("user", "q\nr"), ("assistant", "a\n\n b")]]),
-        "edges stripped": ("\n\n<|user|>\n\n \tq \n\n<|assistant|>\n\u00a0a\u2028\n", [QA]),
-        "inner white space kept": ("<|user|>\nq\n<|assistant|>\na  \n\n\n\tb", [[QA[0], ("assistant", "a  \n\n\n\tb")]]),
-        "tag inside a line": ("<|user|>\nq <|assistant|>\n<|assistant|>\na", [[("user", "q <|assistant|>"), QA[1]]]),
-        "no tag": ("<|user|>\n<|a b|> <||> <|é|\n<|assistant|>\na", [[("user", "<|a b|> <||> <|é|"), QA[1]]]),
-        "im": ("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n", [QA]),
-        "im, end on its line": ("<|im_start|> user \nq\n<|im_end|>\n\n<|im_start|>assistant\n\na\n<|im_end|>", [QA]),
-        "im, tags are text": (
-            "<|im_start|>user\n<|user|>\n<|endoftext|>\n<|im_end|>\n<|im_start|>assistant\na<|im_end|>",
-            [[("user", "<|user|>\n<|endoftext|>"), QA[1]]],
-        ),
-        "dialects mixed": ("<|user|>\nq\n<|im_start|>assistant\na<|im_end|>\n<|endoftext|>\n" + OK, [QA, QA]),
-        "neighbours joined": ("<|user|>\nq\n<|user|>\nr\n<|assistant|>a\n<|assistant|>b", [[("user", "q\n\nr"), ("assistant", "a\n\nb")]]),
-        "developer": ("<|developer|>\nS\n" + OK, [[("system", "S"), *QA]]),
-        "BOM": ("\ufeff" + OK, [QA]),
-        "BOM and zero width before a tag": (OK + "\ufeff<|endoftext|>\n\u200b\u2060<|user|>q\n<|assistant|>a", [QA, QA]),
-        "BOM elsewhere is text": ("<|user|>\n\ufeffq\n<|assistant|>\na", [[("user", "\ufeffq"), QA[1]]]),
-        "CRLF": ("<|user|>\r\nq\r\nr\r\n<|assistant|>\r\na\r\n<|endoftext|>\r\n", [[("user", "q\nr"), QA[1]]]),
-        "old Mac": ("<|user|>\rq\rr\r<|assistant|>\ra\r<|endoftext|>\r", [[("user", "q\nr"), QA[1]]]),
-        "no end of line": (OK.rstrip(), [QA]),
-    }.values(),
-)  # fmt: skip
+
+@pytest.mark.parametrize("text, expected", DIALECTS.values(), ids=DIALECTS)
 def test_chatml(text, expected):
-    assert chatml(text) == expected
-
-
-def test_where_a_conversation_starts():
-    one, two = "<|system|>\nS\n" + OK, OK.replace("q", "r")
-    system, im = ("system", "S"), "<|im_start|>system\nS<|im_end|>\n" + OK
-    assert chatml(OK + two) == [[*QA, ("user", "r"), ("assistant", "a")]]
-    assert chatml(OK + one + one) == [QA, [system, *QA], [system, *QA]]
-    assert chatml(OK + "<|endoftext|>\n\n" + OK + "<|endoftext|>\n<|endoftext|>\n") == [QA, QA]
-    assert chatml(im + im) == [[system, *QA]] * 2
+    assert load(text) == expected
 
 
 def test_line_numbers():
-    write("d.chatml", "\n<|user|>\nq\n<|assistant|>\na\n<|endoftext|>\n\n<|system|>\nS\n\n" + OK)
+    write("d.chatml", "\n" + OK + "<|endoftext|>\n\n<|system|>\nS\n\n" + OK)
     one, two = sft.read_conversations(["d.chatml"], "chatml")
     assert (one.file, one.line, [turn.line for turn in one.turns]) == ("d.chatml", 2, [2, 4])
     assert (two.file, two.line, [turn.line for turn in two.turns]) == ("d.chatml", 8, [8, 11, 13])
     write("d.jsonl", "\n" + row(*QA) + "\n\n" + row(*QA))
     assert [(c.line, c.turns[0].line) for c in sft.read_conversations(["d.jsonl"], "auto")] == [(2, 2), (4, 4)]
-
-
-ROLE_TAGS, IM = (
-    "<|user|>\nq\n{}\n<|assistant|>\na",
-    "<|im_start|>user\nq\n{}<|im_end|>\n<|im_start|>assistant\na<|im_end|>",
-)
-
-
-@pytest.mark.parametrize(
-    "text, written, meant",
-    [
-        (ROLE_TAGS, r"\<|user|>", "<|user|>"),
-        (ROLE_TAGS, r"\\<|user|>", r"\<|user|>"),
-        (ROLE_TAGS, r"\<|endoftext|> x", "<|endoftext|> x"),
-        (ROLE_TAGS, r"\<|nonsense|>", "<|nonsense|>"),
-        (ROLE_TAGS, r"x \<|user|>", r"x \<|user|>"),
-        (ROLE_TAGS, r"\n <|user", r"\n <|user"),
-        (IM, r"\<|im_end|>", "<|im_end|>"),
-        (IM, r"x\<|im_end|>y\\<|im_end|>", r"x<|im_end|>y\<|im_end|>"),
-        (IM, r"\<|im_start|>user", "<|im_start|>user"),
-        (IM, r"\\<|im_start|>user", r"\<|im_start|>user"),
-        (IM, r"x \<|im_start|>", r"x \<|im_start|>"),
-        (IM, r"\<|user|>", r"\<|user|>"),
-        (IM, r"\\<|im_end|>\<|im_end|>", r"\<|im_end|><|im_end|>"),
-    ],
-)
-def test_escapes(text, written, meant):
-    assert chatml(text.format(written)) == [[("user", "q\n" + meant), QA[1]]]
 
 
 ATOMS = ["\n", "\n\n", "\\", "\\\\", " ", "<|user|>", "<|system|>", "<|im_start|>user", "<|im_end|>", "<|endoftext|>",
@@ -169,7 +144,7 @@ def as_turns(chat) -> list[tuple[str, str]]:
 
 @fuzz
 @given(st.lists(chats, min_size=1, max_size=3), st.booleans(), st.booleans())
-def test_any_contents_can_be_written_and_read(tmp_path_factory, data, im, crlf):
+def test_any_contents_can_be_written_and_read(data, im, crlf):
     """In both dialects: a backslash before anything that would be a tag is enough."""
     lines = []
     for chat in data:
@@ -181,9 +156,7 @@ def test_any_contents_can_be_written_and_read(tmp_path_factory, data, im, crlf):
             else:
                 content = re.sub(r"^(\\*<\|[^|<>\s]{1,40}\|>)", r"\\\1", content, flags=re.MULTILINE)
                 lines += [f"<|{role}|>", content]
-    file = str(tmp_path_factory.getbasetemp() / "fuzz.chatml")
-    write(file, "\n".join(lines).replace("\n", "\r\n" if crlf else "\n"))
-    assert read(file)[0] == [as_turns(chat) for chat in data]
+    assert load("\n".join(lines).replace("\n", "\r\n" if crlf else "\n")) == [as_turns(chat) for chat in data]
 
 
 def trained_answers(content) -> list[tuple[str, bool]]:
@@ -192,11 +165,13 @@ def trained_answers(content) -> list[tuple[str, bool]]:
     return [(turn.content, turn.trained) for c in found for turn in c.turns if turn.role == "assistant"]
 
 
-@pytest.mark.parametrize(
-    "off, on",
-    [({"weight": 0}, {"weight": 1}), ({"weight": 0.0}, {}), ({"train": False}, {"train": True}), ({"loss": False}, {"loss": True}),
-     ({"training": False}, {"weight": None}), ({"trainable": False}, {"train": True, "weight": 1}), ({"train": False, "weight": 1}, {})],
-)  # fmt: skip
+FLAGS = [
+    ({"weight": 0}, {"weight": 1}), ({"weight": 0.0}, {}), ({"train": False}, {"train": True}), ({"loss": False}, {"loss": True}),
+    ({"training": False}, {"weight": None}), ({"trainable": False}, {"train": True, "weight": 1}), ({"train": False, "weight": 1}, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("off, on", FLAGS)
 def test_flags_of_answers_that_are_only_context(off, on):
     """What OpenAI, Axolotl, ms-swift and others call them."""
     turns = [OPENAI[1], {**OPENAI[2], **off}, OPENAI[1], {**OPENAI[2], "content": "b", **on}]
@@ -207,33 +182,26 @@ def test_answers_that_are_only_context():
     other = U + "<|assistant:context|> a\n" + U + "<|assistant|>\nb\n"
     im = U + "<|im_start|>assistant:context\na<|im_end|>\n" + U + "<|im_start|>assistant\nb<|im_end|>\n"
     assert trained_answers(other) == trained_answers(im) == [("a", False), ("b", True)]
-    (other,) = sft.read_conversations(["d"], "chatml")
-    plain = other.turns[1]._replace(trained=True)
-    assert sft.digest(other.turns) != sft.digest([other.turns[0], plain, *other.turns[2:]])
+    (context,) = sft.read_conversations(["d"], "chatml")
+    assert sft.digest(context.turns) != sft.digest([turn._replace(trained=True) for turn in context.turns])
 
 
 # ---- files ----
 
 
 def test_several_files_and_globs():
-    for name, q in {
-        "b.chatml": "1",
-        "a.chatml": "2",
-        "sub/c.chatml": "3",
-        "x [1].chatml": "4",
-        "x 1.chatml": "5",
-    }.items():
-        Path(name).parent.mkdir(exist_ok=True)
-        write(name, OK.replace("q", q))  # fmt: skip
+    Path("sub").mkdir()
+    for number, name in enumerate(("b.chatml", "a.chatml", "sub/c.chatml", "x [1].chatml", "x 1.chatml"), 1):
+        write(name, OK.replace("q", str(number)))
 
-    def asked(*patterns) -> list[str]:
+    def asked(*patterns) -> str:
         """What the user says in each conversation of the files that match."""
-        return [conversation[0][1] for conversation in read(*sft.find_files(list(patterns)))[0]]
+        return "".join(conversation[0][1] for conversation in read(*sft.find_files(list(patterns)))[0])
 
-    assert asked("b.chatml", "a.chatml") == ["1", "2"]
-    assert asked("[ab].chatml", "b.chatml") == ["2", "1"]
-    assert asked("**/*.chatml") == ["2", "1", "3", "5", "4"]
-    assert asked("x [1].chatml") == ["4"], "the name of an existing file is not a glob"
+    assert asked("b.chatml", "a.chatml") == "12"
+    assert asked("[ab].chatml", "b.chatml") == "21"
+    assert asked("**/*.chatml") == "21354"
+    assert asked("x [1].chatml") == "4", "the name of an existing file is not a glob"
 
 
 def test_a_folder_means_its_data_files():
@@ -249,216 +217,100 @@ def test_files_that_cannot_be_read(tmp_path):
     os.mkfifo("pipe")
     Path("folder").mkdir()
     os.close(os.open(os.fsencode(tmp_path) + b"/folder/caf\xe9.chatml", os.O_CREAT))
-    for name in ("nô.chatml", "*.chatml", "."):
-        assert_says(error_of(sft.find_files, [name]), name)
-    for name, place in (("empty", "empty"), ("e.jsonl", "e.jsonl"), ("e.csv", "e.csv:1"), ("e.parquet", "e.parquet")):
-        assert_says(error_of(auto, "", name), place)
-    assert_says(error_of(sft.find_files, ["pipe"]), "pipe", "once")
+    facts = {"nô.chatml": "file", "*.chatml": "glob", ".": ".jsonl", "pipe": "once", "/proc/self/mem": "read"}
+    for name, fact in facts.items():
+        assert_says(error_of(sft.find_files, [name]), name, fact)
     assert_says(error_of(sft.find_files, ["folder"]), r"'folder/caf\udce9.chatml'", "UTF-8")
+    for name, place in (("empty", "empty"), ("e.jsonl", "e.jsonl"), ("e.csv", "e.csv:1"), ("e.parquet", "e.parquet")):
+        assert_says(error_of(load, "", name), place)
 
 
-@contextlib.contextmanager
-def as_nobody():
-    """Become another user where these tests run as root, who may read everything."""
-    import huggingface_hub.file_download  # noqa: F401 - nobody may not read all of Python
+# ---- errors: what causes them; the lines, with their places, are in tests/screens/errors.txt ----
 
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-
-
-@pytest.mark.parametrize("name", ["d.chatml", "d.jsonl", "d.parquet"])
-def test_a_file_without_read_permission(name, tmp_path, monkeypatch, capsys):
-    os.chmod(tmp_path, 0o755)
-    write(name, OK)
-    os.chmod(name, 0)
-    monkeypatch.setattr(sys, "argv", ["train_sft_dolores.py", "--dry-run", "--train-files", name])
-    with as_nobody(), pytest.raises(SystemExit) as ended:
-        sft.main()
-    assert ended.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert_says(err, name, "Permission denied")
-
-
-# ---- errors: place and fact here, the whole line in tests/screens/errors.txt ----
-
-U, A = "<|user|>\nq\n", "<|assistant|>\na\n"
-OPENAI = [
-    {"role": "system", "content": "S"},
-    {"role": "user", "content": " q\n"},
-    {"role": "assistant", "content": "a"},
-]
-SHAREGPT = [{"from": "system", "value": "S"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-SQA = [("system", "S"), *QA]
-PROMPT = {"prompt": "q", "completion": " a"}
-ALPACA = {"instruction": "q", "input": "", "output": "a"}
-
-
-def row(*turns, **fields):
-    return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns], **fields})
-
-
-def answer(**fields) -> str:
-    """A row whose answer has these keys too."""
-    return json.dumps({"messages": [OPENAI[1], {**OPENAI[2], **fields}]})
-
-
-CHATML_ERRORS = [  # (text, place, a fact in the message)
-    (OK.encode() + b"<|user|>\ncaf\xe9\n", "d.chatml:6", "0xe9"),
-    (U.encode() + b"\xed\xa0\x80", "d.chatml:3", "0xed"),
-    (OK + "<|user|>\nr\0\0\n" + A, "d.chatml:6", "NUL"),
-    (U + "<|assitant|>\na\n", "d.chatml:3", "<|assistant|>"),
-    (U + "<|Assistant|>\na\n", "d.chatml:3", "<|assistant|>"),
-    (U + "<|eot_id|>\n" + A, "d.chatml:3", "\\<|eot_id|>"),
-    ("<|im_start|>usr\nq<|im_end|>\n", "d.chatml:1", "user"),
-    ("<|im_start|>bot\nq<|im_end|>\n", "d.chatml:1", "system, developer, user, assistant, assistant:context"),
-    ("<|im_start|>tool\nq<|im_end|>\n" + OK, "d.chatml:1", "tool"),
-    (U + A + "<|tool|>\n{}\n" + A, "d.chatml:5", "tool"),
-    (U + "<|assistant:contxt|>\na\n" + A, "d.chatml:3", "<|assistant:context|>"),
-    (U + "<|assistant:context|>\na\n", "d.chatml:1", "only context"),
-    (U + "<|assistant:context|>\na\n" + A, "d.chatml:5", "only context"),
-    ("\nBonjour\n" + OK, "d.chatml:2", "<|user|>"),
-    (" <|user|>\nq\n" + A, "d.chatml:1", "<|user|>"),
-    (OK + "<|endoftext|>\ntext\n", "d.chatml:6", "<|user|>"),
-    (OK + "<|endoftext|> text\n", "d.chatml:5", "<|endoftext|>"),
-    (OK + "<|endoftext|>\n" + U, "d.chatml:6", "assistant"),
-    ("<|system|>\nS\n<|system|>\nS\n" + OK, "d.chatml:1", "assistant"),
-    (A, "d.chatml:1", "user"),
-    ("<|system|>\nS\n" + A + OK, "d.chatml:3", "user"),
-    (U + "<|assistant|>\n \n\t\n" + U + A, "d.chatml:3", "empty assistant"),
-    (U + "<|assistant|>\n\u200b\u2060\ufe0f\n", "d.chatml:3", "empty assistant"),
-    ("<|user|>\n\n" + A, "d.chatml:1", "empty user"),
-    ("\ufeff", "d.chatml", "README"),
-    ("\n \n<|endoftext|>\n\n", "d.chatml", "README"),
-    ("<|im_start|>user\nq\n<|im_start|>assistant\na<|im_end|>", "d.chatml:1", "<|im_end|>"),
-    (OK + "<|im_start|>user\nq\n", "d.chatml:5", "<|im_end|>"),
-    ("<|im_start|>user\nq<|im_end|> r\n", "d.chatml:2", "<|im_end|>"),
-]
-MESSAGES_ERRORS = [
-    (row(*QA) + "\n{'messages': []}", "d.jsonl:2", "property name enclosed in double quotes"),
-    ("\n[\n" + row(*QA) + "\n" + row(*QA) + "]", "d.jsonl:4", "',' delimiter"),
-    (
-        json.dumps(json.loads(row(*QA)), indent=1) + "\n{\n'a': 1}",
-        "d.jsonl:14",
-        "property name enclosed in double quotes",
-    ),
-    (OK, "d.jsonl:1", "JSON"),
-    ('"text"', "d.jsonl:1", "messages"),
-    ("{}", "d.jsonl:1", "messages"),
-    ('{"messages": {"role": 1}}', "d.jsonl:1", "messages"),
-    ('{"messages": ["q"]}', "d.jsonl:1", "role"),
-    (json.dumps({"version": 1, "data": [PROMPT, PROMPT]}, indent=1), "d.jsonl:1", "'data'"),
-    (row(("usr", "q")), "d.jsonl:1", "'usr'"),
-    (row(QA[0], ("tool", "{}"), QA[1]), "d.jsonl:1", "tool"),
-    (answer(content=None, tool_calls=[{}]), "d.jsonl:1", "tool"),
-    (answer(weight=0.5), "d.jsonl:1", "weight 0.5"),
-    (answer(loss="no"), "d.jsonl:1", "loss 'no'"),
-    (answer(train_detail=[{"begin_offset": 0, "end_offset": 1, "train": False}]), "d.jsonl:1", "'train_detail'"),
-    (answer(audio={"id": "x"}), "d.jsonl:1", "'audio'"),
-    (row(*QA, label=False), "d.jsonl:1", "'label'"),
-    (row(*QA, images=["a.jpg"]), "d.jsonl:1", "'images'"),
-    (row(QA[0], chosen=OPENAI[2], rejected=OPENAI[2]), "d.jsonl:1", "'chosen'"),
-    (json.dumps({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": ""}), "d.jsonl:1", "'chosen'"),
-    (json.dumps({**ALPACA, "Image": "a.jpg"}), "d.jsonl:1", "'image'"),
-    (json.dumps({**ALPACA, "history": [["q", "a"]]}), "d.jsonl:1", "'history'"),
-    (json.dumps({"messages": [OPENAI[1], {**OPENAI[2], "weight": 0}, OPENAI[2]]}), "d.jsonl:1", "only context"),
-    (json.dumps({"conversations": SHAREGPT[1:], "system": ["S"]}), "d.jsonl:1", "system"),
-    (json.dumps({**PROMPT, "prompt": None}), "d.jsonl:1", "user"),
-    (json.dumps({**ALPACA, "input": 1}), "d.jsonl:1", "user"),
-    (row((["user"], "q")), "d.jsonl:1", "['user']"),
-    (row((None, "q")), "d.jsonl:1", "None"),
-    (row(("user", None)), "d.jsonl:1", "user"),
-    (row(("user", 1)), "d.jsonl:1", "user"),
-    (row(("user", [{"type": "image"}])), "d.jsonl:1", "user"),
-    (row(("user", [{"type": "text", "text": 1}])), "d.jsonl:1", "user"),
-    (row(("user", [{"type": "text", "text": {"value": "q", "annotations": []}}])), "d.jsonl:1", "'text'"),
-    (row(("user", [{"type": "text", "value": "q"}])), "d.jsonl:1", "'text'"),
-    (json.dumps({"messages": [{"role": "user", "text": "q"}, OPENAI[2]]}), "d.jsonl:1", "'content'"),
-    (row(("user", "a\ud800b")), "d.jsonl:1", "surrogate"),
-    (row(("user", "a\0b")), "d.jsonl:1", "NUL"),
-    (row(*QA) + "\n" + row(("user", " "), QA[1]), "d.jsonl:2", "empty user"),
-    (row(QA[0]), "d.jsonl:1", "assistant"),
-    (row(QA[1]), "d.jsonl:1", "user"),
-    ("\n\n", "d.jsonl", "README"),
-    ("[]", "d.jsonl", "README"),
-    (row(*QA).encode("latin-1") + b"\n\xe9", "d.jsonl:2", "0xe9"),
-]
-AUTO_ERRORS = [  # (name, content, place, a fact)
-    ("d.csv", "question,answer\nq,a\n", "d.csv:1", "question,answer"),
-    ("d.csv", "prompt,completion\nq,a\nq,a,b\n", "d.csv:3", "3 fields"),
-    ("d.csv", 'prompt,completion\nq,a\n"q,a\nq,a\n', "d.csv:3", "CSV"),
-    ("d.csv", "sep=;\nprompt;completion\nq;\n", "d.csv:3", "assistant"),
-    ("d.csv", "prompt,completion,Label\nq,a,true\n", "d.csv:2", "'label'"),
-    ("d.csv", "prompt,completion,Prompt\nq,a,r\n", "d.csv:1", "'prompt'"),
-    ("d.csv", "prompt,completion\n", "d.csv", "README"),
-    ("d.jsonl", '{"question": "q", "answer": "a"}', "d.jsonl:1", "question, answer"),
-    ("d.txt", "Bonjour\n" + OK, "d.txt:1", "<|user|>"),
-    ("d.parquet", b"PAR1 ...", "d.parquet", "Parquet"),
-    ("d.jsonl.gz", b"\x1f\x8b\x08\x00", "d.jsonl.gz", "gzip"),
-    ("d.jsonl", b"\x28\xb5\x2f\xfd", "d.jsonl", "zstd"),
-    ("d.docx", b"PK\x03\x04", "d.docx", "Office"),
-    ("d.db", b"SQLite format 3\0", "d.db", "SQLite"),
-    ("d.arrow", b"\xff\xff\xff\xff\x10\0\0\0", "d.arrow", "Arrow"),
-    ("d.rtf", b"{\\rtf1\\ansi", "d.rtf", "RTF"),
-    ("d.jsonl", b"\n<!DOCTYPE html><html>", "d.jsonl", "HTML"),
-    ("d.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "d.jsonl", "LFS"),
-    ("d.chatml", OK.encode("utf-16"), "d.chatml", "UTF-16"),
-    ("d.chatml", OK.encode("utf-16-le"), "d.chatml:1", "NUL"),
-    ("mes données.txt", "<|user|>\nÉté à la mer ?\n".encode("cp1252"), "mes données.txt:2", "0xc9"),
-]
-
-
-@pytest.mark.parametrize("text, place, fact", CHATML_ERRORS)
-def test_chatml_errors(text, place, fact):
-    assert_says(error_of(chatml, text), place, fact)
-
-
-@pytest.mark.parametrize("text, place, fact", MESSAGES_ERRORS)
-def test_messages_errors(text, place, fact):
-    assert_says(error_of(messages, text), place, fact)
-
-
-@pytest.mark.parametrize("name, content, place, fact", AUTO_ERRORS)
-def test_errors_of_detected_formats(name, content, place, fact):
-    assert_says(error_of(auto, content, name), place, fact)
+ERRORS = [
+    ("d.chatml", OK.encode() + b"<|user|>\ncaf\xe9\n"),
+    ("d.chatml", OK + "<|user|>\nr\0\0\n" + A),
+    ("d.chatml", U + "<|assitant|>\na\n"),
+    ("d.chatml", U + "<|Assistant|>\na\n"),
+    ("d.chatml", U + "<|eot_id|>\n" + A),
+    ("d.chatml", "<|im_start|>usr\nq<|im_end|>\n"),
+    ("d.chatml", "<|im_start|>bot\nq<|im_end|>\n"),
+    ("d.chatml", OK + "<|tool|>\n{}\n" + A),
+    ("d.chatml", U + "<|assistant:contxt|>\na\n" + A),
+    ("d.chatml", U + "<|assistant:context|>\na\n"),
+    ("d.chatml", U + "<|assistant:context|>\na\n" + A),
+    ("d.chatml", "\nBonjour\n" + OK),
+    ("d.chatml", " <|user|>\nq\n" + A),
+    ("d.chatml", OK + "<|endoftext|> text\n"),
+    ("d.chatml", OK + "<|endoftext|>\n" + U),
+    ("d.chatml", "<|system|>\nS\n" + A + OK),
+    ("d.chatml", U + "<|assistant|>\n\u200b\u2060\ufe0f\n"),
+    ("d.chatml", "\n \n<|endoftext|>\n\n"),
+    ("d.chatml", "<|im_start|>user\nq\n<|im_start|>assistant\na<|im_end|>"),
+    ("d.chatml", OK + "<|im_start|>user\nq\n"),
+    ("d.chatml", "<|im_start|>user\nq<|im_end|> r\n"),
+    ("d.jsonl", row(*QA) + "\n{'messages': []}"),
+    ("d.jsonl", "\n[\n" + row(*QA) + "\n" + row(*QA) + "]"),
+    ("d.jsonl", json.dumps(json.loads(row(*QA)), indent=1) + "\n{\n'a': 1}"),
+    ("d.jsonl", '"text"'),
+    ("d.jsonl", '{"messages": {"role": 1}}'),
+    ("d.jsonl", '{"messages": ["q"]}'),
+    ("d.jsonl", json.dumps({"version": 1, "data": [PROMPT, PROMPT]}, indent=1)),
+    ("d.jsonl", '{"question": "q", "answer": "a"}'),
+    ("d.jsonl", row(("usr", "q"))),
+    ("d.jsonl", row((["user"], "q"))),
+    ("d.jsonl", row(QA[0], ("tool", "{}"), QA[1])),
+    ("d.jsonl", answer(content=None, tool_calls=[{}])),
+    ("d.jsonl", answer(weight=0.5)),
+    ("d.jsonl", answer(train_detail=[{"begin_offset": 0, "end_offset": 1, "train": False}])),
+    *(("d.jsonl", row(*QA, **{name: False})) for name in ("label", "Image", "history", "loss_mask", "rejected")),
+    ("d.jsonl", row(QA[0], chosen=OPENAI[2], rejected=OPENAI[2])),
+    ("d.jsonl", json.dumps({"conversations": SHAREGPT[1:], "system": ["S"]})),
+    ("d.jsonl", json.dumps({**PROMPT, "prompt": None})),
+    ("d.jsonl", row(("user", [{"type": "image"}]))),
+    ("d.jsonl", row(("user", [{"type": "text", "text": {"value": "q", "annotations": []}}]))),
+    ("d.jsonl", json.dumps({"messages": [{"role": "user", "text": "q"}, OPENAI[2]]})),
+    ("d.jsonl", row(("user", "a\ud800b"))),
+    ("d.jsonl", row(("user", "a\0b"))),
+    ("d.jsonl", row(*QA) + "\n" + row(("user", " "), QA[1])),
+    ("d.jsonl", "[]"),
+    ("d.jsonl", row(*QA).encode() + b"\n\xe9"),
+    ("d.csv", "question,answer\nq,a\n"),
+    ("d.csv", "prompt,completion\nq,a\nq,a,b\n"),
+    ("d.csv", 'prompt,completion\nq,a\n"q,a\nq,a\n'),
+    ("d.csv", "sep=;\nprompt;completion\nq;\n"),
+    ("d.csv", "prompt,completion,Prompt\nq,a,r\n"),
+    ("d.csv", "prompt,completion\n"),
+    ("d.parquet", b"PAR1 ..."),
+    ("d.jsonl.gz", b"\x1f\x8b\x08\x00"),
+    ("d.docx", b"PK\x03\x04"),
+    ("d.db", b"SQLite format 3\0"),
+    ("d.jsonl", b"\n<!DOCTYPE html><html>"),
+    ("d.chatml", OK.encode("utf-16")),
+    ("d.chatml", OK.encode("utf-16-le")),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"messages": ' + "[" * 100_000, '{"messages": ' + "1" * 5000 + "}"])
 def test_json_that_python_refuses(text):
     """Nested too deeply, or a number too long: Python raises no JSONDecodeError, the script prints one line."""
-    assert_says(error_of(messages, text), "d.jsonl:1")
+    assert_says(error_of(load, text, "d.jsonl"), "d.jsonl:1")
 
 
 def test_all_errors_of_the_data_are_listed():
     good, bad = "<|endoftext|>\n" + OK, "<|endoftext|>\n<|user|>\nq\n<|assitant|>\na\n<|usr|>\n"
     write("d", good + bad + good + "<|endoftext|> r\n" + U + good + "<|endoftext|>\n" + A)
     write("e", OK + "\n" + U + "\xff\n" + "<|im_start|>user\nq\n<|im_start|>assistant\na<|im_end|>\n")
-    lines = listed("d", "e")
-    assert places(lines)[:5] == ["d:9", "d:11", "d:17", "d:26", "e:9"] and len(lines) == 6
-    assert "5 errors" in lines[5] and "--skip-bad" in lines[5]
-    # An unknown role does not hide the next one.
-    write("d", "<|im_start|>usr q<|im_end|>\n<|usr|>\n<|im_start|>usr\n<|usr|>\n")
-    assert places(listed("d"))[:4] == ["d:1", "d:2", "d:3", "d:3"]
-    # Nor a bad row.
+    *lines, last = listed("d", "e")
+    assert [line.split(": ")[0] for line in lines] == ["d:9", "d:11", "d:17", "d:26", "e:9"]
+    assert "5 errors" in last and "--skip-bad" in last
     write("d.jsonl", "\n".join([row(*QA), "{", row(("usr", "q"), ("assistant", 1)), row(*QA)]))
-    assert places(listed("d.jsonl"))[:2] == ["d.jsonl:2", "d.jsonl:3"]
+    assert [line.split(": ")[0] for line in listed("d.jsonl")[:2]] == ["d.jsonl:2", "d.jsonl:3"]
 
 
-def test_many_errors():
-    """Equal ones are one line; of others the first twenty are shown; --skip-bad only where it would leave something."""
-    bad = "<|endoftext|>\n<|user|>\nq\n<|assitant|>\na\n<|usr|>\n"
-    write("d", "<|endoftext|>\n" + OK + "".join(bad.replace("usr", f"r{i}") for i in range(30)))
-    lines = listed("d")
-    assert len(lines) == 21 and all(re.match(r"d:\d+: ", line) for line in lines[:20]) and "11 more" in lines[20]
-    assert lines[0].endswith(" (30 times)") and "60 errors" in lines[20] and "--skip-bad" in lines[20]
-    write("d.jsonl", '{"question": "q", "answer": "a"}\n' * 30)
-    (line,) = listed("d.jsonl")
+def test_equal_errors_are_one_line():
+    """--skip-bad is named only where it would leave something; the screen of many errors: test_screens.py."""
+    (line,) = listed(write("d.jsonl", '{"question": "q", "answer": "a"}\n' * 30))
     assert line.startswith("d.jsonl:1: ") and "30 times" in line and "--skip-bad" not in line
 
 
@@ -467,44 +319,28 @@ def test_skip_bad():
     counts, (finding,) = survey("d", skip_bad=True)
     assert (counts["conversations"], counts["skipped"]) == (2, 1)
     assert finding[:4] == ("warning", "d", 8, "skipped") and "<|assistant|>" in finding.text
-    write("d.jsonl", "\n".join([row(*QA), "{", row(("usr", "q")), row(*QA)]))
-    counts, _ = survey("d.jsonl", skip_bad=True)
+    counts, _ = survey(write("d.jsonl", "\n".join([row(*QA), "{", row(("usr", "q")), row(*QA)])), skip_bad=True)
     assert (counts["conversations"], counts["skipped"]) == (2, 2)
-    write("d", A)
-    assert_says(listed("d", skip_bad=True)[0], "d", "--skip-bad")
-
-
-def test_what_cannot_be_read_is_not_skipped():
-    """How many conversations would be lost is not known."""
-    write("d", OK.encode() + b"\xe9")
-    assert_says(listed("d", skip_bad=True)[0], "d:5", "0xe9")
-    write("d", OK + "<|user|>\n" + A), write("e", b"<\xe9")
-    assert places(listed("e", "d")) == ["e:1", "d:5"]
+    assert_says(listed(write("d", A), skip_bad=True)[0], "d", "--skip-bad")
+    # How many conversations would be lost is not known where a file cannot be read.
+    assert_says(listed(write("d", OK.encode() + b"\xe9"), skip_bad=True)[0], "d:5", "0xe9")
 
 
 def test_no_text_of_a_file_controls_the_terminal():
     """An escape sequence or a direction override in a name is printed as visible text; a long one is cut."""
     tag, shown = "<|\x1b[2Ja\u202e|>", "<|\\x1b[2Ja\\u202e|>"
-    error = error_of(chatml, U + tag)
-    assert_says(error, "d.chatml:3", shown, f"\\{shown}")
-    write("c", f"<|user|>q {tag}\n" + A)
-    write("m", row(("user", tag), QA[1]))
-    for warnings in (read("c")[1], read("m", input_format="messages")[1]):
-        ((line, kind, text),) = warnings
+    assert_says(error_of(load, U + tag), "d.chatml:3", shown, f"\\{shown}")
+    for content in (f"<|user|>q {tag}\n" + A, row(("user", tag), QA[1])):
+        ((line, kind, text),) = warned(content, "d")
         assert (line, kind) == (1, "tag") and shown in text and tag not in text
     for text in ("<|im_start|>user " + "x" * 10_000_000, "<|im_start|>" + "é" * 1000 + "\n"):
-        assert len(error_of(chatml, text)) < 400
+        assert len(error_of(load, text)) < 400
     joined = "می\u200cخواهم 👩\u200d👧 a\u3000b\u00a0!"
     assert sft.escape_controls(joined) == joined
     assert sft.escape_controls("a\u200bb\u2800\u00ad") == r"a\u200bb\u2800\xad"
 
 
 # ---- warnings ----
-
-
-def warned(text: str) -> list[tuple]:
-    """[(line, kind, text)] of the warnings of a ChatML file."""
-    return read(write("d", text))[1]
 
 
 @pytest.mark.parametrize(
@@ -521,9 +357,8 @@ def test_what_looks_like_a_tag(line):
 
 def test_what_does_not_look_like_a_tag():
     lines = ["user", "User: q", "<users>", "| user | nom |", "<|username|", "> user", "users|>", "a <|user>", "<|", "|>", "\\<|user|>",
-             "L'user |> x", "system | user", "**user**", "a < user | b", "<| utilisateur>"]  # fmt: skip
+             "L'user |> x", "system | user", "**user**", "a < user | b", "In HTML <s>a</s>", "<| utilisateur>"]  # fmt: skip
     assert warned("<|user|>\n" + "\n".join(lines) + "\n" + A) == []
-    assert warned(Path(sft.__file__).with_name("train.chatml").read_text(encoding="utf-8")) == []
 
 
 def test_what_is_ignored():
@@ -537,18 +372,10 @@ def test_end_tokens_of_other_formats(token):
     """They would be trained as text: a warning in both formats, and an error alone on a line if it looks like a tag."""
     ((line, kind, text),) = warned(U + f"<|assistant|>\na{token}\n")
     assert (line, kind) == (4 if "|" in token else 3, "tag") and token in text and "delete" in text
-    ((line, kind, text),) = read(write("m", row(QA[0], ("assistant", "a" + token))), input_format="messages")[1]
+    ((line, kind, text),) = warned(row(QA[0], ("assistant", "a" + token)), "d.jsonl")
     assert (line, kind) == (1, "tag") and token in text
     if "|" in token:
-        assert_says(error_of(chatml, U + token + "\n" + A), "d.chatml:3", "delete", "\\" + token)
-    assert warned(U + "<|assistant|>\nIn HTML <s>a</s> is struck out.") == []
-
-
-def test_a_separator_at_the_end_of_a_line():
-    ((line, kind, text),) = warned(U + "<|assistant|>\na<|endoftext|>\n" + OK)
-    assert (line, kind) == (4, "tag") and "start a line" in text
-    ((line, kind, text),) = read(write("m", row(QA[0], ("assistant", "a<|endoftext|>"))), input_format="messages")[1]
-    assert (line, kind) == (1, "tag") and "start a line" not in text
+        assert_says(error_of(load, U + token + "\n" + A), "d.chatml:3", "delete", "\\" + token)
 
 
 def surveyed(*files: str) -> list[tuple]:
@@ -557,36 +384,20 @@ def surveyed(*files: str) -> list[tuple]:
 
 
 def test_dialogues_that_nothing_separates():
-    write("d", OK * 12)
-    (finding,) = survey("d")[1]
-    assert finding.text.startswith("12 exchanges are one conversation") and "<|endoftext|>" in finding.text
-    assert surveyed("d") == [("d", 1, "several exchanges")]
+    assert surveyed(write("d", OK * 12)) == [("d", 1, "several exchanges")]
     assert surveyed(write("e", "\n" + OK * 2)) == [("e", 2, "several exchanges")]
     assert surveyed("d", "e") == [], "a file for each dialogue is a usual layout"
     assert surveyed(write("f", OK + "<|endoftext|>\n" + OK * 30)) == [("f", 6, "several exchanges")]
     assert surveyed(write("g", OK)) == surveyed(write("h", "<|endoftext|>\n".join([OK] * 40))) == []
 
 
-def test_a_system_turn_does_not_carry_over():
-    dialogue = "<|user|>\nq{0}\n<|assistant|>\na{0}\n"
-    write("d", "<|system|>\ns\n" + "<|endoftext|>\n".join(dialogue.format(i) for i in range(4)))
-    assert surveyed("d") == [("d", 1, "system")]
-    assert surveyed(write("e", "".join("<|system|>\ns\n" + dialogue.format(i) for i in range(4)))) == []
-
-
-def test_the_system_turn_that_all_conversations_share():
-    """Whole files: with one other system turn, or one conversation without any, there is none."""
-    pair = "<|user|>\nun ?\n<|assistant|>\ndeux.\n"
-    same = f"<|system|>\nTu es Dolores.\n{pair}"
-    for text, system in (
-        (same * 3, "Tu es Dolores."),
-        (same, "Tu es Dolores."),
-        (same + same.replace("Dolores", "Maeve"), None),
-        (f"{pair}<|endoftext|>\n{same}", None),
-        (f"{same}<|endoftext|>\n{pair}{same}", None),
-        (f"{pair}<|endoftext|>\n{pair}", None),
-    ):
-        assert survey(write("d", text))[0]["system"] == system
+def test_a_system_turn_that_not_all_conversations_have():
+    """Alone in a file it may be meant for all; shared by all it goes into the Modelfile."""
+    same, none = "<|system|>\nTu es Dolores.\n" + OK, "<|endoftext|>\n" + OK
+    assert surveyed(write("d", same + none * 2)) == [("d", 1, "system")] and surveyed(write("e", same + none)) == []
+    assert surveyed(write("d", same * 4)) == [] and survey("d")[0]["system"] == "Tu es Dolores."
+    for text in (same + same.replace("Dolores", "Maeve"), none + same, same + none + same):
+        assert survey(write("d", text))[0]["system"] is None
 
 
 # ---- rows ----
@@ -608,28 +419,27 @@ LAYOUTS = {
     "Alpaca without instruction": ({**ALPACA, "instruction": "", "input": "q"}, QA),
     "Alpaca without input": ({"instruction": "q", "output": "a"}, QA),
     "two layouts": ({"prompt": None, "completion": None, **ALPACA}, QA),
+    "tags are text": (json.loads(row(("user", "q\n<|assistant|>\nx"), QA[1])), [("user", "q\n<|assistant|>\nx"), QA[1]]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("record, expected", LAYOUTS.values(), ids=LAYOUTS)
 def test_layouts_of_rows(record, expected):
+    """As JSON lines, a list, indented objects and Parquet, whatever the name of the file."""
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), "d")
-    whole, indented = json.dumps([record, record], indent=1), json.dumps(record, indent=1)
-    for content in (json.dumps(record), whole, indented, f"{indented}\n\ufeff{indented}\n", Path("d").read_bytes()):
+    lines, whole, indented = json.dumps(record), json.dumps([record, record], indent=1), json.dumps(record, indent=1)
+    blank = f"\ufeff\r\n{lines}\r\n\r\n{lines}\r\n"
+    for content in (lines, blank, whole, indented, f"{indented}\n\ufeff{indented}\n", Path("d").read_bytes()):
         for name in ("d", "d.txt", "d.json", "d.JSONL", "d.chatml"):
-            found, warnings = read(write(name, content), input_format="auto")
-            assert found[0] == expected and set(map(str, found)) == {str(expected)} and not warnings
+            found = load(content, name)
+            assert found[0] == expected and set(map(str, found)) == {str(expected)}
 
 
-def test_messages():
-    both = [{"messages": OPENAI}, {"conversations": SHAREGPT}]
-    lines = "\n".join(map(json.dumps, both))
-    assert messages(lines) == messages("\ufeff\r\n" + lines.replace("\n", "\r\n\r\n") + "\r\n") == [SQA, SQA]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([both[0]] * 2500), "d.parquet")
-    assert read("d.parquet", input_format="messages")[0] == [SQA] * 2500
-    # Role tags in contents are text: only the fields give a role.
-    assert messages(row(("user", "q\n<|assistant|>\nx"), *QA, QA[0])) == [[("user", "q\n<|assistant|>\nx\n\nq"), QA[1]]]
-    assert messages(row(("user", "\ud83d\ude42"), QA[1])) == [[("user", "🙂"), QA[1]]], "a pair of surrogates"
+def test_rows_of_several_layouts_and_batches():
+    assert load("\n".join(map(json.dumps, ({"messages": OPENAI}, {"conversations": SHAREGPT}))), "d") == [SQA, SQA]
+    assert load(row(("user", "\ud83d\ude42"), QA[1]), "d") == [[("user", "🙂"), QA[1]]], "a pair of surrogates"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": OPENAI}] * 2500), "d.parquet")
+    assert read("d.parquet")[0] == [SQA] * 2500
 
 
 def test_what_is_not_read_is_counted():
@@ -653,18 +463,16 @@ def test_what_is_not_read_is_counted():
 
 
 def test_damaged_parquet():
-    assert_says(error_of(messages, OK, "d.parquet"), "d.parquet", "Parquet")
     rows = [json.loads(row(("user", f"q{i}"), ("assistant", "a" * (i + 1)))) for i in range(500)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "d.parquet")
     whole = Path("d.parquet").read_bytes()
     for damaged in (whole[:-100], whole[:500] + b"\xff" * 1500 + whole[2000:]):  # the footer, the pages
-        assert_says(error_of(messages, damaged, "d.parquet"), "d.parquet")
+        assert_says(error_of(load, damaged, "d.parquet"), "d.parquet")
     buffers = pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\3\0\0\0"), pyarrow.py_buffer(b"q\xed\xa0")
     strings = pyarrow.StringArray.from_buffers(2, *buffers)  # not UTF-8
-    turn = pyarrow.StructArray.from_arrays([pyarrow.array(["user", "assistant"]), strings], ["role", "content"])
-    table = pyarrow.table({"messages": pyarrow.ListArray.from_arrays(pyarrow.array([0, 2], pyarrow.int32()), turn)})
+    table = pyarrow.table({"prompt": strings, "completion": strings})
     pyarrow.parquet.write_table(table, "d.parquet")
-    assert_says(error_of(read, "d.parquet", input_format="messages"), "d.parquet", "UTF-8")
+    assert_says(error_of(read, "d.parquet"), "d.parquet", "UTF-8")
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
@@ -673,28 +481,30 @@ def test_csv(delimiter, excel):
     """As Excel writes it: a line `sep=`, CRLF, empty columns and rows."""
     lines = ["Prompt|Completion|note|", "q|a||", '"q, ""r"";\n\ts"|" a\n"|x|', "", "q|a|y|", "|||", "|||"]
     text = "\ufeff" + "\r\n".join(line.replace("|", delimiter) for line in [*["sep=|"] * excel, *lines])
-    assert auto(text, "d.csv") == [QA, [("user", 'q, "r";\n\ts'), QA[1]], QA]
+    assert load(text, "d.csv") == [QA, [("user", 'q, "r";\n\ts'), QA[1]], QA]
     assert [c.line - excel for c in sft.read_conversations(["d.csv"], "auto")] == [2, 3, 7]
     assert survey("d.csv")[0]["not_read"]["row"] == {"note": 2}
 
 
 def test_csv_with_long_texts_and_all_columns():
-    assert auto("instruction,input,output,system\nq,r,a,S\n", "d.csv") == [[("system", "S"), ("user", "q\n\nr"), QA[1]]]
-    assert auto("prompt,completion\nq," + "a" * 300_000, "d.csv") == [[QA[0], ("assistant", "a" * 300_000)]]
+    long = "a" * 300_000
+    expected = [("system", "S"), ("user", "q\n\nr"), ("assistant", long)]
+    assert load(f"instruction,input,output,system\nq,r,{long},S\n", "d.csv") == [expected]
 
 
 def test_quotes_in_a_tsv_are_text():
     """No quote holds lines together where each line is a row; a field that is quoted as a whole loses its quotes."""
     text = 'prompt\tcompletion\nq\t"a\nq\ta\nq\tb"\nq\t"a ""b"" c"\nq\t"a" b\n'
     answers = ['"a', "a", 'b"', 'a "b" c', '"a" b']
-    assert auto(text, "d.tsv") == [[QA[0], ("assistant", answer)] for answer in answers]
+    assert load(text, "d.tsv") == [[QA[0], ("assistant", answer)] for answer in answers]
 
 
-def test_the_flag_overrides():
-    assert messages(row(*QA), "d.chatml") == [QA]
-    assert_says(error_of(messages, OK, "d.json"), "d.json:1", "JSON")
+def test_the_first_bytes_and_the_flag_override_the_name():
+    assert load(OK, "d.json") == [QA]
+    assert read(write("d.chatml", row(*QA)), input_format="messages")[0] == [QA]
+    assert_says(error_of(read, write("d.json", OK), input_format="messages"), "d.json:1", "JSON")
     for name, content, kind in (("d", row(*QA), "JSON"), ("d.csv", "q", "CSV"), ("d", b"PAR1", "Parquet")):
-        assert_says(error_of(read, write(name, content)), name, kind, "--input-format chatml")
+        assert_says(error_of(read, write(name, content), input_format="chatml"), name, kind, "--input-format chatml")
 
 
 # ---- hostile data ----
@@ -704,8 +514,8 @@ def test_the_flag_overrides():
     "hostile", ["a\u202e\u2066abc\u2069", "\x1b[31m", "a\x0b\x0cb", "\ufffe", "\U0010ffff", "a\x85b\u2028c"]
 )
 def test_hostile_contents_are_unchanged(hostile):
-    assert chatml(f"<|user|>\n{hostile}\n<|assistant|>\n{hostile}") == [[("user", hostile), ("assistant", hostile)]]
-    assert messages(row(("user", hostile), ("assistant", hostile))) == [[("user", hostile), ("assistant", hostile)]]
+    turns = [("user", hostile), ("assistant", hostile)]
+    assert load(f"<|user|>\n{hostile}\n<|assistant|>\n{hostile}") == load(row(*turns), "d.jsonl") == [turns]  # fmt: skip
 
 
 HOSTILE = {
@@ -721,20 +531,18 @@ HOSTILE = {
 
 @pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_size(make):
-    """10 MB in one turn, a million empty lines: read as they are in both dialects; quadratic time would take days."""
-    text = make(10_000_000)
-    assert chatml(f"<|im_start|>user\n{text}\n<|im_end|>\n{A}") == [[("user", text.replace("\\<", "<")), QA[1]]]
-    assert chatml(f"<|user|>\n{text}\n{A}") == [[("user", re.sub(r"(?m)^\\<", "<", text)), QA[1]]]
+    """4 MB in one turn, 400,000 empty lines: read as they are in both dialects; quadratic time would take hours."""
+    text = make(4_000_000)
+    assert load(f"<|im_start|>user\n{text}\n<|im_end|>\n{A}") == [[("user", text.replace("\\<", "<")), QA[1]]]
+    assert load(f"<|user|>\n{text}\n{A}") == [[("user", re.sub(r"(?m)^\\<", "<", text)), QA[1]]]
 
 
-def test_a_million_empty_lines():
+def test_a_million_lines():
     empty = "\n" * 1_000_000
-    assert chatml(empty + U + empty + A + empty) == [QA]
-    assert_says(error_of(chatml, empty + "oops" + empty), "d.chatml:1000001", "<|user|>")
-    assert_says(error_of(chatml, empty), "d.chatml", "README")
-    assert messages(empty + row(*QA) + empty) == [QA]
-    ((user, _),) = chatml("<|user|>\nq q q q q\n" * 500_000 + A)  # a copy at each join would move terabytes
-    assert user[1] == "\n\n".join(["q q q q q"] * 500_000)
+    assert_says(error_of(load, empty + "oops" + empty), "d.chatml:1000001", "<|user|>")
+    assert load(empty + row(*QA) + empty, "d.jsonl") == [QA]
+    ((user, _),) = load("<|user|>\nq q q q q\n" * 200_000 + A)  # quadratic time would take minutes
+    assert user[1] == "\n\n".join(["q q q q q"] * 200_000)
 
 
 MANY = {
@@ -772,27 +580,12 @@ def test_work_grows_with_the_file(make):
     assert most - more <= 2.01 * (more - fewer) + 10
 
 
-def assert_sound(conversations):
-    """What every reader promises about the conversations it yields."""
-    for turns in conversations:
-        roles = [role for role, _ in turns]
-        assert set(roles) <= set(sft.ROLES) and roles[-1] == "assistant"
-        assert next(role for role in roles if role != "system") == "user"
-        assert all(one != other for one, other in pairwise(roles))
-        assert all(content and content == content.strip() for _, content in turns)
-
-
 TEXT = [*(f"<|{name}|>" for name in ("system", "user", "assistant", "endoftext", "im_end", "usr")), "\n", "\r\n", "\r", "q", " ",
         "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_start|>", "\\<|user|>", "\\", "\0", "\ufeff", "\u200b", "é"]  # fmt: skip
 KEYS = ("role", "content", "from", "value", "type", "text", "messages", "weight", "loss", "system", "prompt", "completion",
         "instruction", "input", "output", "tools", "tool_calls", "label", "name")  # fmt: skip
-LEAVES = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.sampled_from(["user", "gpt", "system", "x", "", "\ud800", "\0"])
-)
+WORDS = st.sampled_from(["user", "gpt", "system", "x", "", "\ud800", "\0"])
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | WORDS
 JSON = st.recursive(
     LEAVES,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3),
@@ -804,16 +597,23 @@ ROWS = st.lists(st.fixed_dictionaries({"messages": st.lists(JSON, max_size=3)}) 
 @fuzz
 @given(
     st.binary(max_size=60)
-    | st.lists(st.sampled_from(TEXT), max_size=25).map(lambda parts: "".join(parts).encode())
-    | st.tuples(ROWS, st.booleans()).map(
-        lambda d: ("\n".join(map(json.dumps, d[0])) if d[1] else json.dumps(d[0])).encode()
-    )
+    | st.lists(st.sampled_from(TEXT), max_size=25).map("".join)
+    | ROWS.map(json.dumps)
+    | ROWS.map(lambda rows: "\n".join(map(json.dumps, rows)))
 )
 @example(b'[{"messages": [{"role": {}, "content": "q"}]}]')
-def test_any_bytes(tmp_path_factory, data):
-    file = write(str(tmp_path_factory.getbasetemp() / "any"), data)
+def test_any_bytes(content):
+    """One line about an error, or sound conversations: only known roles, in turn, with stripped contents."""
+    write("any", content)
     for input_format in ("chatml", "messages", "auto"):
         try:
-            assert_sound(read(file, input_format=input_format)[0])
+            conversations = read("any", input_format=input_format)[0]
         except sft.InputError as error:
-            assert re.fullmatch(re.escape(file) + r"(:\d+)?: [^;\n]+; [^\n]+", str(error))
+            assert re.fullmatch(r"any(:\d+)?: [^;\n]+; [^\n]+", str(error))
+            continue
+        for turns in conversations:
+            roles = [role for role, _ in turns]
+            assert set(roles) <= set(sft.ROLES) and roles[-1] == "assistant"
+            assert next(role for role in roles if role != "system") == "user"
+            assert all(one != other for one, other in pairwise(roles))
+            assert all(content and content == content.strip() for _, content in turns)

@@ -1,10 +1,10 @@
 """Tokens -> rows -> loss: packing loses nothing, no document sees another, and the loss is the model's own."""
 
-import json
 import os
 import shutil
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -57,10 +57,8 @@ def test_rows_are_full():
 
 
 def test_the_seed_shuffles_equal_lengths():
-    lengths = np.full(100, 40)
-    one, two = (np.concatenate(sft.pack(lengths, 100, seed)) for seed in (1, 2))
-    rows = lambda order: {frozenset(pair) for pair in order.reshape(-1, 2).tolist()}  # noqa: E731
-    assert rows(one) != rows(two) and len(rows(one)) == 50
+    one, two = ({frozenset(row.tolist()) for row in sft.pack(np.full(100, 40), 100, seed)} for seed in (1, 2))
+    assert one != two and len(one) == len(two) == 50
 
 
 # ---- hold-out ----
@@ -88,9 +86,9 @@ def test_hold_out(conversations, fraction, seed, random):
 
 
 def test_another_seed_holds_out_other_conversations():
-    digests = np.arange(1000)
-    one, two = (sft.hold_out(digests, 0.1, seed) for seed in (1, 2))
+    one, two = (sft.hold_out(np.arange(1000), 0.1, seed) for seed in (1, 2))
     assert one.sum() == two.sum() == 100 and (one & two).sum() < 50
+    assert sft.hold_out(np.arange(10_000), 0.1, 1).sum() == 500  # an evaluation does not grow with the data
 
 
 # ---- files -> rows ----
@@ -122,57 +120,63 @@ def dialogue(*contents) -> str:
     return "<|endoftext|>\n" + "".join(f"<|{'assistant' if i % 2 else 'user'}|>\n{c}\n" for i, c in enumerate(contents))
 
 
-def corpus(conversations=40) -> str:
-    """The i-th conversation has i % 5 + 1 exchanges and appears twice if i is a multiple of 4."""
-    texts = [
-        dialogue(*(f"{who}{i} {j} " + "oui " * (i % 7) for j in range(i % 5 + 1) for who in "qa"))
-        for i in range(conversations)
-    ]
-    return "".join(text for i, text in enumerate(texts) for _ in range(1 if i % 4 else 2))
+def corpus() -> str:
+    """40 conversations; the i-th has i % 5 + 1 exchanges and appears twice if i is a multiple of 4."""
+    text = ""
+    for i in range(40):
+        turns = (f"{who}{i} {j} " + "oui " * (i % 7) for j in range(i % 5 + 1) for who in "qa")
+        text += dialogue(*turns) * (1 if i % 4 else 2)
+    return text
 
 
-def samples_of(rows) -> list[tuple]:
-    """(ids, labels, digest, line) of all samples of these rows."""
+class Known(NamedTuple):
+    """A sample as Python's own types, to be compared and sorted."""
+
+    ids: list[int]
+    labels: list[int]
+    digest: int
+    line: int
+
+
+def samples_of(rows) -> list[Known]:
+    """All samples of these rows, sorted."""
     columns = ("input_ids", "labels", "digest", "line")
-    return [
-        (tuple(map(int, ids)), tuple(map(int, labels)), int(digest), int(line))
-        for row in (rows[i] for i in range(len(rows)))
-        for ids, labels, digest, line in zip(*(row[column] for column in columns), strict=True)
-    ]
+    samples = (zip(*(rows[i][column] for column in columns), strict=True) for i in range(len(rows)))
+    return sorted(Known(*(np.array(value).tolist() for value in sample)) for sample in chain(*samples))
 
 
-def expected_samples(file, encode) -> list[tuple]:
+def expected_samples(file, encode) -> list[Known]:
     conversations = list(sft.read_conversations([file], "chatml"))
     tokens = encode([c.turns for c in conversations])
-    return [
-        (*map(tuple, map(np.ndarray.tolist, t)), sft.digest(c.turns), c.line)
-        for c, t in zip(conversations, tokens, strict=True)
-    ]
+    return sorted(
+        Known(ids.tolist(), labels.tolist(), sft.digest(c.turns), c.line)
+        for c, (ids, labels) in zip(conversations, tokens, strict=True)
+    )
 
 
-def prepare(args, encode) -> sft.Plan:
-    """The plan of these flags; the training file is d unless they name another."""
-    if args.train_files == ["train.chatml"]:
-        args.train_files = ["d"]
-    return planned(args, encode)
+def digests(samples) -> set[int]:
+    return {sample.digest for sample in samples}
+
+
+def prepare(encode, *options) -> sft.Plan:
+    """The plan of these flags; the training file is d unless they name others."""
+    return planned(arguments("--train-files", "d", *options), encode)
 
 
 @pytest.mark.parametrize("packing", ["--packing", "--no-packing"])
 def test_each_conversation_is_in_one_row(cache, encode, packing):
     Path("d").write_text(corpus())
-    args = arguments("--max-length", "256", "--eval-fraction", "0.2", packing)
-    plan = prepare(args, encode)
+    plan = prepare(encode, "--max-length", 256, "--eval-fraction", 0.2, packing)
     train, held_out, counts = plan.train_rows, plan.eval_rows, plan.counts
     inside, outside = samples_of(train), samples_of(held_out)
-    assert sorted(inside + outside) == sorted(expected_samples("d", encode))
-    assert len(inside) + len(outside) == 50
-    assert len({s[2] for s in outside}) == 8 and not {s[2] for s in inside} & {s[2] for s in outside}
+    assert sorted(inside + outside) == expected_samples("d", encode) and len(inside + outside) == 50
+    assert len(digests(outside)) == 8 and not digests(inside) & digests(outside)
     tokens = [sum(map(len, train[i]["input_ids"])) for i in range(len(train))]
-    assert max(tokens) <= 256
+    assert sum(map(len, train.longest()["input_ids"])) == max(tokens) <= 256
     assert counts["conversations"] == 50 and counts["held_out"] == len(outside) and counts["rows"] == len(train)
     assert counts["trained_on"] == len(inside) and counts["dropped"] == counts["skipped"] == 0
     assert counts["tokens"] == sum(tokens) and counts["fill"] == round(sum(tokens) / 256 / len(train), 4)
-    assert counts["trained_tokens"] == sum(label != IGNORE for s in inside for label in s[1])
+    assert counts["trained_tokens"] == sum(label != IGNORE for sample in inside for label in sample.labels)
     assert counts["steps_per_epoch"] == -(-len(train) // 32)
     if packing == "--packing":
         assert len(train) < len(inside) / 2
@@ -180,13 +184,74 @@ def test_each_conversation_is_in_one_row(cache, encode, packing):
         assert len(train) == len(inside) and len(held_out) == len(outside)
 
 
-def test_the_longest_row(cache, encode):
-    """The memory probe takes it; without packing it may be any row."""
-    Path("d").write_text(corpus() + dialogue("q", "long " * 200) + dialogue("r", "b"))
-    args = arguments("--max-length", "256", "--eval-fraction", "0", "--no-packing")
-    train = prepare(args, encode).train_rows
-    sizes = [sum(map(len, train[i]["input_ids"])) for i in range(len(train))]
-    assert sum(map(len, train.longest()["input_ids"])) == max(sizes) > sizes[-1]
+def test_no_hold_out_and_eval_files(cache, encode):
+    Path("d").write_text(corpus())
+    Path("e").write_text(dialogue("q", "a"))
+    plan = prepare(encode, "--eval-fraction", 0)
+    assert samples_of(plan.train_rows) == expected_samples("d", encode)
+    assert plan.eval_rows is None and plan.counts["held_out"] == 0
+    plan = prepare(encode, "--eval-files", "e")
+    assert samples_of(plan.train_rows) == expected_samples("d", encode)
+    assert samples_of(plan.eval_rows) == expected_samples("e", encode)
+
+
+def test_what_is_evaluated_is_not_trained_on(cache, encode):
+    """A file in both sets, and a copy in another file: both are held out, with a warning."""
+    Path("d").write_text(corpus() + dialogue("q", "a"))
+    Path("e").write_text(dialogue("q", "a") + dialogue("r", "b"))
+    plan = prepare(encode, "--train-files", "d", "e", "--eval-files", "e")
+    evaluated = expected_samples("e", encode)
+    assert samples_of(plan.eval_rows) == evaluated
+    expected = [sample for sample in expected_samples("d", encode) if sample.digest not in digests(evaluated)]
+    assert samples_of(plan.train_rows) == expected
+    # The copy in d is not trained on either; e is read once, and named once.
+    counts = [plan.counts[name] for name in ("trained_on", "held_out", "copies", "conversations")]
+    assert counts == [50, 2, 1, 53]
+    assert sorted(finding.file for finding in plan.findings if finding.kind == "held out") == ["d", "e"]
+    assert_says(error_of(prepare, encode, "--train-files", "e", "--eval-files", "d", "e"), "e", "--eval-files")
+
+
+def test_parts_of_a_long_conversation_stay_on_one_side(cache, encode):
+    long = (dialogue(*(f"{who}{i}.{j}" for j in range(30) for who in "qa")) for i in range(10))
+    Path("d").write_text("".join(long))
+    plan = prepare(encode, "--max-length", 64, "--eval-fraction", 0.3)
+    inside, outside = samples_of(plan.train_rows), samples_of(plan.eval_rows)
+    assert len(digests(outside)) == 3 and len(digests(inside)) == 7 and len(inside) > 70
+    assert not digests(inside) & digests(outside)
+    labels = list(chain(*(sample.labels for sample in inside + outside)))
+    assert labels.count(encode.special_ids["<|im_end|>"]) == 300  # every answer of every conversation, once
+
+
+@pytest.mark.parametrize("evaluated, trained", [("", "d"), ("e", "d"), ("e d", "e x")])
+def test_every_conversation_is_counted_once(cache, encode, evaluated, trained):
+    """Read = trained on + held out + dropped; those with errors are apart."""
+    long = "".join(dialogue(f"q{i}", "a " * 200) + dialogue(*(["r", f"b{i} "] * 30)) for i in range(3))
+    Path("d").write_text(corpus() + long + "<|endoftext|>\n<|assistant|>\na\n" + dialogue("q", "a"))
+    Path("e").write_text(dialogue("q", "a") + long)
+    Path("x").write_text(corpus() + dialogue("x", "y"))
+    options = ("--max-length", 128, "--skip-bad", *(["--eval-files", *evaluated.split()] if evaluated else []))
+    counts = prepare(encode, *options, "--train-files", *trained.split()).counts
+    files = {*evaluated.split(), *trained.split()}
+    assert counts["conversations"] == sum({"d": 57, "e": 7, "x": 51}[file] for file in files)
+    assert counts["skipped"] == 1 and (counts["copies"] > 0) == bool(evaluated)
+    used = counts["trained_on"] + counts["held_out"] + counts["copies"]
+    assert used + counts["dropped"] == counts["conversations"]
+    assert counts["dropped"] >= 3 and counts["split"] >= 3 and counts["lost_trained_tokens"] > 3 * 200
+
+
+def test_one_conversation_leaves_nothing_to_hold_out(cache, encode):
+    Path("d").write_text(dialogue("q", "a", "r", "b"))
+    plan = prepare(encode)
+    assert plan.eval_rows is None
+    assert [finding[1:4] for finding in plan.findings] == [("d", 2, "several exchanges"), ("d", 1, "held out")]
+    assert prepare(encode, "--eval-fraction", 0).findings == plan.findings[:1]
+
+
+def test_a_run_that_would_train_on_nothing_stops(cache, encode):
+    Path("d").write_text(dialogue("q", "long " * 100) + dialogue("r", "long " * 100))
+    Path("e").write_text(dialogue("q", "a"))
+    for options in ((), ("--overlong", "drop"), ("--no-packing",), ("--train-files", "e", "--eval-files", "d")):
+        assert_says(error_of(prepare, encode, "--max-length", 64, *options), "d", "--max-length 64")
 
 
 def test_a_copied_checkpoint_is_no_checkpoint(tmp_path):
@@ -199,131 +264,43 @@ def test_a_copied_checkpoint_is_no_checkpoint(tmp_path):
     assert sft.newest_checkpoint(tmp_path) == str(folder)
 
 
-def test_no_hold_out_and_eval_files(cache, encode):
-    Path("d").write_text(corpus())
-    Path("e").write_text(dialogue("q", "a"))
-    whole = sorted(expected_samples("d", encode))
-    plan = prepare(arguments("--eval-fraction", "0"), encode)
-    train, held_out, counts = plan.train_rows, plan.eval_rows, plan.counts
-    assert sorted(samples_of(train)) == whole and held_out is None and counts["held_out"] == 0
-    plan = prepare(arguments("--eval-files", "e"), encode)
-    train, held_out = plan.train_rows, plan.eval_rows
-    assert sorted(samples_of(train)) == whole and samples_of(held_out) == expected_samples("e", encode)
-
-
-def test_what_is_evaluated_is_not_trained_on(cache, encode):
-    """A file in both sets, and a copy in another file: both are held out, with a warning."""
-    Path("d").write_text(corpus() + dialogue("q", "a"))
-    Path("e").write_text(dialogue("q", "a") + dialogue("r", "b"))
-    both = ("--train-files", "d", "e", "--eval-files")
-    plan = prepare(arguments(*both, "e"), encode)
-    train, held_out, counts, warnings = plan.train_rows, plan.eval_rows, plan.counts, plan.findings
-    assert sorted(samples_of(held_out)) == sorted(expected_samples("e", encode))
-    copies = {sample[2] for sample in expected_samples("e", encode)}
-    assert sorted(samples_of(train)) == sorted(s for s in expected_samples("d", encode) if s[2] not in copies)
-    # The copy in d is not trained on either; e is read once, and named once.
-    assert (counts["trained_on"], counts["held_out"], counts["copies"], counts["conversations"]) == (50, 2, 1, 53)
-    assert sorted(warning.file for warning in warnings if warning.kind == "held out") == ["d", "e"]
-    error = error_of(prepare, arguments("--train-files", "e", "--eval-files", "d", "e"), encode)
-    assert_says(error, "e", "--eval-files")
-
-
-def test_parts_of_a_long_conversation_stay_on_one_side(cache, encode):
-    long = [dialogue(*(f"{who}{i}.{j}" for j in range(30) for who in "qa")) for i in range(10)]
-    Path("d").write_text("".join(long))
-    args = arguments("--max-length", "64", "--eval-fraction", "0.3")
-    plan = prepare(args, encode)
-    train, held_out = plan.train_rows, plan.eval_rows
-    inside, outside = samples_of(train), samples_of(held_out)
-    assert len({s[2] for s in outside}) == 3 and len({s[2] for s in inside}) == 7 and len(inside) > 70
-    assert not {s[2] for s in inside} & {s[2] for s in outside}
-    trained = [label for s in inside + outside for label in s[1] if label != IGNORE]
-    assert trained.count(encode.special_ids["<|im_end|>"]) == 300  # every answer of every conversation, once
-
-
-def test_every_conversation_is_counted_once(cache, encode):
-    """Read = trained on + held out + dropped, as the survey counts them; those with errors are apart."""
-    long = "".join(dialogue(f"q{i}", "a " * 200) + dialogue(*(["r", f"b{i} "] * 30)) for i in range(3))
-    Path("d").write_text(corpus() + long + "<|endoftext|>\n<|assistant|>\na\n" + dialogue("q", "a"))
-    Path("e").write_text(dialogue("q", "a") + long)
-    for options in ((), ("--eval-files", "e"), ("--eval-files", "e", "d", "--train-files", "e", "x")):
-        Path("x").write_text(corpus() + dialogue("x", "y"))
-        args = arguments("--max-length", "128", "--skip-bad", *options)
-        counts = prepare(args, encode).counts
-        train = args.train_files if "x" in options else ["d"]
-        read = sft.read_data(sft.find_files(train) | sft.find_files(args.eval_files), args)[0]
-        assert (counts["conversations"], counts["skipped"]) == (read["conversations"], read["skipped"])
-        used = counts["trained_on"] + counts["held_out"] + counts["copies"]
-        assert used + counts["dropped"] == counts["conversations"] and (counts["copies"] > 0) == (
-            "e" in args.eval_files
-        )
-        assert counts["dropped"] >= 3 and counts["split"] >= 3 and counts["lost_trained_tokens"] > 3 * 200
-
-
-def test_one_conversation_leaves_nothing_to_hold_out(cache, encode):
-    Path("d").write_text(dialogue("q", "a", "r", "b"))
-    data = prepare(arguments(), encode)
-    assert data.eval_rows is None and [finding[1:4] for finding in data.findings] == [
-        ("d", 2, "several exchanges"),
-        ("d", 1, "held out"),
-    ]
-    assert prepare(arguments("--eval-fraction", "0"), encode).findings == data.findings[:1]
-
-
-def test_a_run_that_would_train_on_nothing_stops(cache, encode):
-    Path("d").write_text(dialogue("q", "long " * 100) + dialogue("r", "long " * 100))
-    Path("e").write_text(dialogue("q", "a"))
-    for options in ((), ("--overlong", "drop"), ("--no-packing",)):
-        error = error_of(prepare, arguments("--max-length", "64", *options), encode)
-        assert_says(error, "d", "--max-length 64")
-    error = error_of(prepare, arguments("--max-length", "64", "--train-files", "e", "--eval-files", "d"), encode)
-    assert_says(error, "d", "--max-length 64")
-
-
 # ---- the cache of tokens ----
 
 
-def test_prepare_finds_its_cache_again(cache, encode):
+def test_a_second_start_finds_the_cache(cache, encode):
     Path("d").write_text(corpus() + dialogue("q", "a " * 300))
     args = arguments("--max-length", "256")
     found, warnings, samples = sft.read_data(sft.find_files(["d"]), args, encode)
     (made,) = samples.cache_files
-    before, encoded = os.stat(made["filename"]), encode.encoded
-    assert encoded > 50 and Path(made["filename"]).is_relative_to(cache)
-    dropped = [warning.line for warning in warnings if warning.kind == "dropped"]
-    assert dropped == [expected_samples("d", encode)[-1][3]]
+    before = os.stat(made["filename"])
+    assert encode.encoded > 50 and Path(made["filename"]).is_relative_to(cache)
     assert found["conversations"] == 51 and found["dropped"] == 1 and found["lost_trained_tokens"] > 300
-
     encode.encoded = 0
     found_again, warned_again, again = sft.read_data(sft.find_files(["d"]), args, encode)
     after = os.stat(made["filename"])
-    assert again.cache_files == [made] and encode.encoded == 0 and (found_again, warned_again) == (found, warnings)
+    assert encode.encoded == 0 and (found_again, warned_again) == (found, warnings)
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert again.to_dict() == samples.to_dict() and len(again) == 50
 
 
-def test_prepare_notices_every_change(cache, encode, smollm2_tokenizer):
+def test_the_cache_notices_every_change(cache, encode, smollm2_tokenizer):
     Path("d").write_text(corpus())
-    llama_like = Counting(smollm2_tokenizer, sft.chat_format("chatml", smollm2_tokenizer))
-    plain, seen = arguments("--max-length", "256"), set()
+    as_chatml, seen = Counting(smollm2_tokenizer, sft.chat_format("chatml", smollm2_tokenizer)), set()
 
-    def prepared(args=plain, encode=encode):
+    def prepared(*options, encode=encode):
         encode.encoded = 0
-        samples = sft.read_data(sft.find_files(["d"]), args, encode)[2]
+        samples = sft.read_data(sft.find_files(["d"]), arguments(*options), encode)[2]
         assert encode.encoded and samples.cache_files[0]["filename"] not in seen, "not noticed"
         seen.add(samples.cache_files[0]["filename"])
         return samples
 
     assert max(map(len, prepared()["input_ids"])) > 100
-    assert max(map(len, prepared(arguments("--max-length", "100"))["input_ids"])) <= 100
-    assert len(prepared(arguments("--max-length", "100", "--overlong", "drop"))) < 50
-    assert prepared(encode=llama_like)["input_ids"][0][0] == 1  # <|im_start|>
+    assert max(map(len, prepared("--max-length", 100)["input_ids"])) <= 100
+    assert len(prepared("--max-length", 100, "--overlong", "drop")) < 50
+    assert prepared(encode=as_chatml)["input_ids"][0][0] == 1  # <|im_start|>
     Path("d").write_text(corpus().replace("q0", "x0"))  # the same size, a moment later
     prepared()
-    Path("d").write_text(
-        json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})
-    )
-    assert len(prepared(arguments("--max-length", "256", "--input-format", "messages"))) == 1
+    prepared("--input-format", "chatml")
 
 
 def test_an_error_leaves_no_half_cache(cache, encode):
@@ -337,20 +314,13 @@ def test_an_error_leaves_no_half_cache(cache, encode):
 
 def row_of(*samples) -> dict:
     """A row as Rows returns it, from (ids, labels) written by hand."""
-    ids, labels = ([np.array(sample[i], np.int32) for sample in samples] for i in (0, 1))
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "digest": [0] * len(ids),
-        "file": ["d"] * len(ids),
-        "line": list(range(1, len(ids) + 1)),
-    }
+    ids, labels = ([np.array(part, np.int32) for part in parts] for parts in zip(*samples, strict=True))
+    return {"input_ids": ids, "labels": labels, "file": ["d"] * len(ids), "line": list(range(1, len(ids) + 1))}
 
 
 def test_collate_exact():
-    batch = sft.collate(
-        [row_of(([5, 6, 7], [-100, 6, 7]), ([8, 9], [-100, 9])), row_of(([1, 2, 3, 4], [-100, -100, 3, -100]))]
-    )
+    one = row_of(([5, 6, 7], [-100, 6, 7]), ([8, 9], [-100, 9]))
+    batch = sft.collate([one, row_of(([1, 2, 3, 4], [-100, -100, 3, -100]))])
     expected = {
         "input_ids": torch.tensor([[5, 6, 7, 8, 9, 1, 2, 3, 4]]),
         "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3]]),
@@ -369,71 +339,23 @@ def test_collate_exact():
 # ---- the model on packed rows ----
 
 
-@pytest.fixture(scope="module")
-def documents() -> list[tuple]:
-    """(ids, labels) of seven documents of 2 to 60 tokens; about half the tokens are trained."""
-    random = np.random.default_rng(7)
-    found = []
-    for length in (60, 2, 17, 33, 5, 48, 9):
-        ids = random.integers(0, 128000, length)
-        trained = random.random(length) < 0.5
-        trained[0], trained[-1] = False, True
-        found.append((ids.tolist(), np.where(trained, ids, IGNORE).tolist()))
-    return found
-
-
 def load(folder, attention):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
 
 
-def test_packed_logits_are_those_of_each_document_alone(tiny_llama31, documents):
-    batch = sft.collate([row_of(*documents[:3]), row_of(*documents[3:])])
+def test_packed_logits_are_those_of_each_document_alone(tiny_llama31):
+    """Their losses and gradients: test_families.py."""
+    random = np.random.default_rng(7)
+    documents = [random.integers(0, 128000, length).tolist() for length in (60, 2, 17, 33, 5, 48, 9)]
+    rows = [row_of(*((ids, ids) for ids in some)) for some in (documents[:3], documents[3:])]
+    batch = sft.collate(rows)
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "cu_seq_lens_q", "max_length_q")}
     packed, alone = load(tiny_llama31, "sdpa"), load(tiny_llama31, "eager")
     with torch.no_grad():
         together = packed(**inputs, use_cache=False).logits[0]
-        apart = [alone(input_ids=torch.tensor([ids])).logits[0] for ids, _ in documents]
-        joined = alone(
-            input_ids=inputs["input_ids"],
-            position_ids=inputs["position_ids"],
-            attention_mask=torch.ones_like(inputs["input_ids"]),
-        ).logits[0]
-    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-5, atol=1e-5)
-    assert (joined - torch.cat(apart)).abs().max() > 0.01  # one long document: what a leak would look like
-
-
-@pytest.mark.parametrize("num_items", [None, 1000])
-@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
-def test_the_loss_is_that_of_the_plain_model(tiny_llama31, documents, packed, num_items):
-    """So are the gradients of all weights below the head."""
-    documents = documents if packed else documents[:1]
-    ours, plain = load(tiny_llama31, "sdpa"), load(tiny_llama31, "eager")
-    ours.lm_head.requires_grad_(False)
-    plain.lm_head.requires_grad_(False)
-    batch = sft.collate([row_of(*documents)])
-    del batch["documents"]
-    loss = ours(
-        **batch, use_cache=False, num_items_in_batch=None if num_items is None else torch.tensor(num_items)
-    ).loss
-    loss.backward()
-
-    count = sum(label != IGNORE for _, labels in documents for label in labels)
-    expected = 0
-    for ids, labels in documents:
-        part = plain(
-            input_ids=torch.tensor([ids]),
-            labels=torch.tensor([labels]),
-            num_items_in_batch=torch.tensor(num_items or count),
-        ).loss
-        part.backward()
-        expected += part.detach()
-    if not packed and num_items is None:
-        assert torch.equal(expected, plain(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.detach())
-    torch.testing.assert_close(loss.detach(), expected, rtol=1e-6, atol=0)
-    gradients = {name: weight.grad for name, weight in plain.named_parameters() if weight.grad is not None}
-    assert len(gradients) == 2 + 2 * 9 and max(grad.abs().max() for grad in gradients.values()) > 1e-3
-    for name, weight in ours.named_parameters():
-        if name in gradients:
-            torch.testing.assert_close(weight.grad, gradients[name], rtol=1e-4, atol=1e-6)
+        apart = torch.cat([alone(input_ids=torch.tensor([ids])).logits[0] for ids in documents])
+        leaking = alone(**inputs, attention_mask=torch.ones_like(inputs["input_ids"])).logits[0]
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+    assert (leaking - apart).abs().max() > 0.01

@@ -5,142 +5,53 @@ UPDATE_SCREENS=1 python -m pytest tests/test_screens.py      # writes the files;
 
 import json
 import os
-import pty
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from runs import NO_GPU, SCRIPT, TINY, dialogues, error_of, run
-from test_chatml import AUTO_ERRORS, CHATML_ERRORS, MESSAGES_ERRORS, chatml, messages, read, write
-from test_cli import NONSENSE
+from runs import SCRIPT, TINY, assert_says, dialogues, error_of, main, run
+from test_chatml import ERRORS, OK, load
 from test_train import LLAMA_8B
 
-import train_sft_dolores as sft
-
 SCREENS = Path(__file__).with_name("screens")
-COLOUR = re.compile(r"\033\[[0-9;]*m")
+COLOR = re.compile(r"\033\[[0-9;]*m")
 
 
 def check(name: str, shown: str, wide=()):
     """Equal to the file; no line is longer than 80 columns, except those that contain one of `wide`."""
     file = SCREENS / f"{name}.txt"
     if os.environ.get("UPDATE_SCREENS"):
-        SCREENS.mkdir(exist_ok=True)
         file.write_text(shown, encoding="utf-8")
     assert shown == file.read_text(encoding="utf-8")
-    long = [line for line in COLOUR.sub("", shown).splitlines() if len(line) > 80]
+    long = [line for line in COLOR.sub("", shown).splitlines() if len(line) > 80]
     assert [line for line in long if not any(part in line for part in wide)] == []
 
 
-def command(*options):
-    return [sys.executable, str(SCRIPT), *map(str, options)]
-
-
-def screen(folder: Path, *options, **environment) -> str:
-    """What the script prints in this folder, to a pipe."""
-    env = {**os.environ, "COLUMNS": "80", **NO_GPU, **environment}
-    done = subprocess.run(command(*options), capture_output=True, text=True, cwd=folder, env=env, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
-    return here(done.stdout)
-
-
-def here(shown: str) -> str:
-    """With the command that a dry run ends with as it is typed in the script's own folder."""
-    return re.sub(rf"^(next +)\S*python\S* {SCRIPT} ", rf"\1python3 {SCRIPT.name} ", shown, flags=re.MULTILINE)
-
-
-def terminal(folder: Path, *options, **environment) -> str:
-    """What it prints to a terminal, progress bars and all."""
-    ours, theirs = pty.openpty()
-    env = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | NO_GPU | environment
-    process = subprocess.Popen(command(*options), stdout=theirs, stderr=theirs, cwd=folder, env=env)
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            block = os.read(ours, 1 << 16)
-        except OSError:  # the other end is closed: Linux says EIO
-            block = b""
-        if not block:
-            break
-        shown += block
-    os.close(ours)
-    assert process.wait(60) == 0
-    return here(shown.decode().replace("\r\n", "\n"))
-
-
 @pytest.fixture
-def folder(tmp_path, smollm2) -> Path:
-    """A folder with a small corpus, and SmolLM2 as `base`."""
+def folder(tmp_path, smollm2, monkeypatch) -> Path:
+    """The current folder, with a small corpus and SmolLM2 as `base`."""
     (tmp_path / "train.chatml").write_text(dialogues(40))
     (tmp_path / "base").symlink_to(smollm2)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "80")
     return tmp_path
 
 
-def test_help(tmp_path):
-    check("help", screen(tmp_path, "--help"))
+@pytest.fixture
+def screen(folder, capsys):
+    """A function that returns what the script prints there with these options."""
 
+    def screen(*options) -> str:
+        code = main(*options)
+        shown, err = capsys.readouterr()
+        assert (code, err) == (0, "")
+        # The command that a dry run ends with, as it is typed in the script's own folder.
+        return re.sub(rf"^(next +)\S*python\S* {SCRIPT} ", rf"\1python3 {SCRIPT.name} ", shown, flags=re.MULTILINE)
 
-def test_dry_run_without_the_model(folder):
-    check("dry_run_without_model", screen(folder, "--dry-run"), wide=["hf download"])
-
-
-def test_warnings(tmp_path):
-    ok = "<|user|>\nq\n<|assistant|>\na\n"
-    parts = [ok] * 8 + [f"<|system|>\n\n<|user|>\n{q}\n<|assistant|>\na\n" for q in (
-        "Ã©tÃ©", "x" * 20_001, "q\n<| user |> r", "a <|eot_id|> b", "\\<|user|>", "é" * 50, "a <|user|> b",
-        "\n```\n<|system|>\nS\n```\n<|user|>\nq", "q<|endoftext|>")]  # fmt: skip
-    parts += ["<|user|>\nq\n<|assistant|>\na</s>\n", "".join(ok.replace("q", f"q{i}") for i in range(30)), "Lost.\n"]
-    (tmp_path / "d.chatml").write_text("<|endoftext|>\n".join(parts) + "<|user|>\nUnanswered.\n")
-    check("warnings", screen(tmp_path, "--dry-run", "--skip-bad", "--train-files", "d.chatml"), wide=["hf download"])
-
-
-def test_one_conversation(tmp_path):
-    """The file of a beginner: nothing separates its dialogues."""
-    (tmp_path / "d.txt").write_text("<|user|>\nq\n<|assistant|>\na\n" * 12)
-    check("one_conversation", screen(tmp_path, "--dry-run", "--train-files", "d.txt"), wide=["hf download"])
-
-
-def test_all_errors_at_once(tmp_path):
-    bad = "<|endoftext|>\n<|user|>\nq\n<|assitant|>\na\n<|usr|>\n"
-    (tmp_path / "d.txt").write_text(bad * 12)
-    done = subprocess.run(command("--train-files", "d.txt"), capture_output=True, text=True, cwd=tmp_path, timeout=60)
-    assert (done.returncode, done.stdout) == (2, "")
-    check("all_errors", done.stderr)
-
-
-def unquoted_choices(line: str) -> str:
-    """Without quotes around the choices of a flag: Python's versions differ."""
-    return re.sub(r"\(choose from [^)]+\)", lambda choices: choices[0].replace("'", ""), line)
-
-
-def test_errors(tmp_path, monkeypatch, capsys):
-    """One line for each mistake in the data (inputs: test_chatml.py) or in the flags (inputs: test_cli.py)."""
-    monkeypatch.chdir(tmp_path)
-    lines = [error_of(chatml, text) for text, *_ in CHATML_ERRORS]
-    lines += [error_of(messages, text) for text, *_ in MESSAGES_ERRORS]
-    lines += [error_of(read, write(name, text), input_format="auto") for name, text, *_ in AUTO_ERRORS]
-    lines.append(error_of(sft.find_files, ["missing"]))
-    monkeypatch.setattr(sys, "argv", [SCRIPT.name])  # argparse begins its lines with it
-    for options in NONSENSE:
-        with pytest.raises(SystemExit):
-            sft.parse_args(options.split())
-        lines.append(unquoted_choices(capsys.readouterr().err.removesuffix("\n")))
-    check("errors", "\n".join(lines) + "\n", wide=[""])
-
-
-def test_dry_run(folder):
-    """With the tokenizer: lengths, rows, steps and the memory plan; the advice about steps is right when followed."""
-    options = ("--dry-run", "--model", "base", "--max-length", 128, "--no-bf16")  # a CPU without bfloat16 says so
-    shown = screen(folder, *options, "--grad-accum", 4)
-    check("dry_run", shown, wide=["next "])
-    steps = re.search(r"would make about (\d+) steps", " ".join(shown.split()))[1]
-    followed = screen(folder, *next_flags(shown), "--dry-run")
-    made = re.search(r"\nsteps +(\d+) optimizer steps", followed)[1]  # fewer, because more is held out
-    assert "advice" not in followed and 0.9 <= int(made) / int(steps) <= 1
+    return screen
 
 
 def next_flags(shown: str) -> list[str]:
@@ -148,13 +59,74 @@ def next_flags(shown: str) -> list[str]:
     return shlex.split(shown.splitlines()[-1].removeprefix(f"next       python3 {SCRIPT.name}"))
 
 
+def test_help(screen):
+    check("help", screen("--help"))
+
+
+def test_warnings(folder, screen):
+    parts = [OK] * 8 + [f"<|system|>\n\n<|user|>\n{q}\n<|assistant|>\na\n" for q in (
+        "Ã©tÃ©", "x" * 20_001, "q\n<| user |> r", "a <|eot_id|> b", "\\<|user|>", "é" * 50, "a <|user|> b",
+        "\n```\n<|system|>\nS\n```\n<|user|>\nq", "q<|endoftext|>")]  # fmt: skip
+    parts += ["<|user|>\nq\n<|assistant|>\na</s>\n", "".join(OK.replace("q", f"q{i}") for i in range(30)), "Lost.\n"]
+    (folder / "d.chatml").write_text("<|endoftext|>\n".join(parts) + "<|user|>\nUnanswered.\n")
+    check("warnings", screen("--dry-run", "--skip-bad", "--train-files", "d.chatml"), wide=["hf download"])
+
+
+def test_all_errors_at_once(folder, capsys):
+    """Equal ones are one line; of others the first twenty are shown."""
+    bad = (f"<|endoftext|>\n<|user|>\nq\n<|assitant|>\na\n<|r{i}|>\n" for i in range(30))
+    (folder / "d.txt").write_text(OK + "".join(bad))
+    assert main("--train-files", "d.txt") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    check("all_errors", err, wide=["d.txt:"])
+
+
+NONSENSE = [
+    "--max-length 15", "--max-length 2k", "--max-length 1e3", "--lora-dropout -0.1", "--lora-dropout 1", "--learning-rate 0",
+    "--learning-rate nan", "--learning-rate inf", "--epochs 0", "--epochs inf", "--grad-accum 0", "--train-batch-size 0",
+    "--eval-batch-size -1", "--lora-r 0", "--lora-r 1.5", "--lora-alpha 0", "--warmup-ratio 1", "--warmup-ratio -0.1",
+    "--max-grad-norm -1", "--torch-memory-fraction 0", "--torch-memory-fraction 1.5", "--max-split-size-mb 20",
+    "--eval-fraction 0.9", "--seed -1", "--seed 4294967296", "--logging-steps 0", "--eval-steps 0", "--save-steps 0",
+    "--save-total-limit 0", "--input-format csv", "--chat-format alpaca", "--optim sgdd", "--lr-scheduler-type cosin",
+    "--bnb-dtype int8", "--overlong cut", "--gradient-checkpointing some", "--gradient-checkpointing -1", "--epoch 1",
+    "--lora_r 8", "--model", "--train-files", "extra", "--resume --overwrite",
+]  # fmt: skip
+
+
+def test_errors(folder, capsys):
+    """One line for each mistake in the data (inputs: test_chatml.py) or in the flags."""
+    lines = []
+    for name, content in ERRORS:
+        lines.append(error_of(load, content, name))
+        assert_says(lines[-1], lines[-1].split(": ")[0])
+    for options in NONSENSE:
+        assert main(*options.split()) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1
+        # Python's versions differ in the quotes around the choices of a flag.
+        lines.append(re.sub(r"\(choose from [^)]+\)", lambda choices: choices[0].replace("'", ""), err[:-1]))
+    check("errors", "\n".join(lines) + "\n", wide=[""])
+
+
+def test_dry_run(screen):
+    """With the tokenizer: lengths, rows, steps and the memory plan; the advice about steps is right when followed."""
+    options = ("--dry-run", "--model", "base", "--max-length", 128, "--no-bf16")  # a CPU without bfloat16 says so
+    shown = screen(*options, "--grad-accum", 4)
+    check("dry_run", shown, wide=["next "])
+    steps = re.search(r"would make about (\d+) steps", " ".join(shown.split()))[1]
+    followed = screen(*next_flags(shown), "--dry-run")
+    made = re.search(r"\nsteps +(\d+) optimizer steps", followed)[1]  # fewer, because more is held out
+    assert "advice" not in followed and 0.9 <= int(made) / int(steps) <= 1
+
+
 @pytest.mark.parametrize("count", [8, 12, 20, 28, 60])
-def test_advice_comes_at_once(count, folder):
+def test_advice_comes_at_once(count, folder, screen):
     """When all flags of the first advice are added, the second has nothing new to say."""
     (folder / "train.chatml").write_text(dialogues(count))
 
     def shown(*options) -> tuple[list[str], list[str]]:
-        lines = screen(folder, "--dry-run", "--model", "base", "--max-length", 128, *options)
+        lines = screen("--dry-run", "--model", "base", "--max-length", 128, *options)
         return re.findall(r"^advice     (.*(?:\n {11}.*)*)", lines, re.M), next_flags(lines)
 
     first, flags = shown()
@@ -162,33 +134,39 @@ def test_advice_comes_at_once(count, folder):
     assert shown(*flags) == ([line for line in first if "--" not in line], flags)
 
 
-def test_a_plan_that_does_not_fit(folder, llama31_tokenizer):
-    (folder / "llama").mkdir()
+def test_a_plan_that_does_not_fit(folder, screen, llama31_tokenizer):
     llama31_tokenizer.save_pretrained(folder / "llama")
     (folder / "llama/config.json").write_text(json.dumps(LLAMA_8B))
     options = ("--no-bnb-nf4", "--max-length", 8192, "--lora-r", 64, "--grad-accum", 1)
-    shown = screen(folder, "--dry-run", "--model", "llama", *options)
+    shown = screen("--dry-run", "--model", "llama", *options)
     check("plan_does_not_fit", shown[shown.index("memory ") : shown.index("next ")])
 
 
-def test_preview(folder):
-    """Trained tokens are coloured on a terminal, and between brackets in a pipe or if NO_COLOR is set."""
+def test_preview(folder, screen, monkeypatch):
+    """Trained tokens are colored on a terminal, and between brackets in a pipe or if NO_COLOR is set."""
     (folder / "train.chatml").write_text(
         "<|system|>\nTu es Dolores.\n<|user|>\nÇa va <|eot_id|> ?\x1b[2J\n<|assistant|>\nOui.\n<|user|>\nEt là ?\n"
         "<|assistant|>\nBien !\n<|endoftext|>\n<|user|>\nQui ?\n<|assistant|>\nMoi.\n"
     )
-    options = ("--preview", 2, "--model", "base", "--eval-fraction", 0)
-    preview = lambda shown: shown[shown.index("=== row") :]  # noqa: E731
-    plain, coloured = preview(screen(folder, *options)), preview(terminal(folder, *map(str, options)))
+
+    def preview() -> str:
+        shown = screen("--preview", 2, "--model", "base", "--eval-fraction", 0)
+        return shown[shown.index("=== row") :]
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    plain = preview()
     check("preview", plain)
-    check("preview_colour", coloured)
-    assert COLOUR.sub("", coloured) == re.sub("[⟦⟧]", "", plain)
-    assert preview(terminal(folder, *map(str, options), NO_COLOR="1")) == plain
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    colored = preview()
+    check("preview_color", colored)
+    assert COLOR.sub("", colored) == re.sub("[⟦⟧]", "", plain)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert preview() == plain
 
 
 def test_a_run(folder, short_smollm2):
     """The output of a whole run, without times, speeds and losses, which differ between machines."""
-    (folder / "questions.txt").write_text("Qui es-tu ?\nOù vas-tu ?\n")
+    (folder / "questions.txt").write_text("Qui es-tu ?\n")
     options = (*TINY, "--max-length", "256", "--epochs", "0.2", "--sample-prompts", "questions.txt")
     code, shown = run(folder, "--model", short_smollm2, "--output", "out", *options)
     assert code == 0, shown

@@ -1,5 +1,6 @@
 """Turns -> tokens with two real vocabularies: training sees the ids that a runtime sends, and trains only answers."""
 
+from collections import Counter
 from itertools import chain, pairwise
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -8,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from runs import assert_says, error_of
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import train_sft_dolores as sft
@@ -135,17 +135,6 @@ def test_exact_ids_of_a_small_conversation(vocabulary, name, request):
     assert got.tolist() == list(chain(*labels))
 
 
-def test_exact_renderings(llama31_tokenizer):
-    assert make_chat(llama31_tokenizer, "dolores").render(SMALL[:4], answering=True) == (
-        "<|system|>\nTu es Dolores.\n<|user|>\nÇa va ?\n<|assistant|>\nOui, ça va.<|eot_id|>\n"
-        "<|user|>\nEt là ?\n<|assistant|>\n"
-    )
-    assert make_chat(llama31_tokenizer, "llama3").render(SMALL[:2], answering=True) == (
-        "<|start_header_id|>system<|end_header_id|>\n\nTu es Dolores.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nÇa va ?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-    )
-
-
 def test_an_answer_that_is_only_context(chat):
     """Its ids are the same as those of a trained one; nothing of it is trained, its end token neither."""
     context = [SMALL[0], SMALL[1], SMALL[2]._replace(trained=False), *SMALL[3:]]
@@ -153,14 +142,6 @@ def test_an_answer_that_is_only_context(chat):
     assert ids.tolist() == same.tolist()
     first, second = trained_spans(trained)
     assert trained_spans(labels) == [second] and (labels[first] == IGNORE).all()
-
-
-def test_formats_that_do_not_fit(llama31_tokenizer, smollm2_tokenizer):
-    for tokenizer, name, eos in (
-        (llama31_tokenizer, "chatml", "<|im_end|>"),
-        (smollm2_tokenizer, "llama3", "<|eot_id|>"),
-    ):
-        assert_says(error_of(sft.chat_format, name, tokenizer), f"--chat-format {name}", eos)
 
 
 # ---- any conversation ----
@@ -246,21 +227,12 @@ def test_padding_and_truncation_of_a_saved_tokenizer_are_off(small):
     assert ids.tolist() == same_ids.tolist() and labels.tolist() == same_labels.tolist()
 
 
-def test_a_word_of_100_000_characters(small):
-    ((ids, labels),) = small.encode([turns_of("é" * 100_000, "<|im_end|>" * 10_000)])
-    assert small.control_ids(ids.tolist()) == [2]
-    assert small.decode(ids[labels != IGNORE]) == "<|im_end|>" * 10_001
-
-
 # ---- longer than a row ----
-
-
-NOTHING = {"split": 0, "dropped": 0, "dropped_exchanges": 0, "lost_trained_tokens": 0}
 
 
 def encoded(data, encode, max_length, overlong="split") -> tuple[list[SimpleNamespace], dict, list[sft.Finding]]:
     """The samples of these conversations, counts and findings."""
-    counts, findings = dict(NOTHING), []
+    counts, findings = Counter(split=0, dropped=0, dropped_exchanges=0, lost_trained_tokens=0), []
     samples = sft.encode_conversations(data, encode, max_length, overlong, counts, findings)
     return [SimpleNamespace(**sample) for sample in samples], counts, findings
 
@@ -289,18 +261,6 @@ def test_overlong_exact(small):
     assert len(parts_of([turns], small.encode, whole)[0]) == 1 and parts_of([turns], small.encode, whole)[1] == []
 
 
-def test_drop_and_error(small):
-    short, long = turns_of("q", "a"), turns_of("q", "a " * 100)
-    size = len(small.encode([long])[0][0])
-    samples, warned = parts_of([short, long, short], small.encode, 64, "drop")
-    assert [small.decode(sample.input_ids) for sample in samples] == [small.render(short)] * 2
-    ((line, text),) = warned
-    assert line == 1 and f"{size} tokens" in text
-    data = [Conversation(turns, "d", turns[0].line, []) for turns in (short, long)]
-    (error,) = encoded(data, small.encode, 64, "error")[2]
-    assert_says(str(error), "d:1", f"{size} tokens", "--max-length 64", "--overlong split")
-
-
 def test_what_is_split_and_dropped_is_counted(small):
     """Conversations, exchanges and the trained tokens that are lost; an answer that is only context loses none."""
     whole = turns_of("q", "a", system="S")
@@ -309,28 +269,20 @@ def test_what_is_split_and_dropped_is_counted(small):
     context = [*gone[:1], gone[1]._replace(trained=False), *turns_of("q", "a")]
     data = [Conversation(turns, "d", n, []) for n, turns in enumerate([whole, split, gone, context])]
 
-    def trained(*turns):
-        return sum((labels != IGNORE).sum() for _, labels in small.encode(list(turns)))
+    def trained(*conversations) -> int:
+        return sum(sft.count_trained(labels) for _, labels in small.encode(list(conversations)))
 
-    def tally(overlong):
-        return encoded(data, small.encode, 64, overlong)[:2]
-
-    samples, counts = tally("split")
-    lost = int(trained(split[3:5], gone))
+    samples, counts, _ = encoded(data, small.encode, 64, "split")
+    lost = trained(split[3:5], gone)
     assert counts == {"split": 1, "dropped": 1, "dropped_exchanges": 2, "lost_trained_tokens": lost}
     assert [(sample.line, sample.part) for sample in samples] == [(0, 0), (1, 0), (1, 1), (1, 2), (3, 0)]
-    samples, counts = tally("drop")
-    lost = int(trained(split, gone, context))
+    samples, counts, findings = encoded(data, small.encode, 64, "drop")
+    lost = trained(split, gone, context)
     assert counts == {"split": 0, "dropped": 3, "dropped_exchanges": 0, "lost_trained_tokens": lost}
     assert [sample.line for sample in samples] == [0]
+    assert [finding[:4] for finding in findings] == [("warning", "d", line, "dropped") for line in (1, 2, 3)]
     findings = encoded(data, small.encode, 64, "error")[2]
-    assert [(finding.level, finding.line) for finding in findings] == [("error", 1), ("error", 2), ("error", 3)]
-
-
-def test_a_system_turn_as_long_as_a_row_drops_every_exchange(small):
-    samples, warned = parts_of([turns_of("q", "a", "r", "b", system="long " * 100)], small.encode, 64)
-    assert samples == []
-    assert [line for line, _ in warned] == [2, 4]  # the exchanges
+    assert [finding[:3] for finding in findings] == [("error", "d", line) for line in (1, 2, 3)]
 
 
 @property_test
@@ -377,28 +329,13 @@ def test_no_exchange_is_lost_without_a_warning(chat, sizes, system, late, max_le
     assert kept == []
 
 
-def test_a_long_system_turn_is_not_encoded_with_each_exchange(small):
-    """The characters given to the tokenizer grow with a conversation whose system turn leaves no room, not faster."""
+def test_a_system_turn_as_long_as_a_row_drops_every_exchange(small):
+    """It is not encoded with each of them, which would take quadratic time."""
+    turns, given = turns_of(*["q", "a"] * 400, system="s " * 400), []
 
-    class Counting:
-        """The tokenizer; it counts the characters that it is given."""
+    def encode(conversations):
+        given.extend(conversations)
+        return small.encode(conversations)
 
-        def __init__(self, tokenizer):
-            self.tokenizer, self.characters = tokenizer, 0
-
-        def __getattr__(self, name):
-            return getattr(self.tokenizer, name)
-
-        def encode_batch_fast(self, texts, **options):
-            self.characters += sum(map(len, texts))
-            return self.tokenizer.encode_batch_fast(texts, **options)
-
-    def characters(n: int) -> int:
-        turns = turns_of(*["q", "a"] * n, system="s " * n)
-        encode = sft.Encoder(small.tokenizer, small.chat)
-        encode.tokenizer = Counting(encode.tokenizer)
-        samples, lost = sft.split_conversation(turns, encode, 64)
-        assert samples == [] and lost == turns[1::2]
-        return encode.tokenizer.characters
-
-    assert characters(400) <= 2 * characters(200) + 100
+    assert sft.split_conversation(turns, encode, 64) == ([], turns[1::2])
+    assert len(given) == 1
