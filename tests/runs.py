@@ -1,11 +1,12 @@
 """Runs of the training script in processes of their own.
 
-`run` and `start` fork it from a server that has imported torch and the rest once, so that a run starts within a second;
-`launch` starts any command, such as torchrun. What a process prints goes to a file. conftest.py calls `end_all` after
-each test: no process outlives the test that started it, whether it failed, timed out or was interrupted.
+`run` and `start` fork it from a server that has imported torch and the rest once (preloaded.py): a run then takes three
+seconds instead of ten. `launch` starts any command, such as torchrun. What a process prints goes to a file. conftest.py
+calls `end_all` after each test: no process outlives the test that started it, even one that failed or was interrupted.
 """
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -27,9 +28,7 @@ import train_sft_dolores as sft  # noqa: E402
 
 SCRIPT = ROOT / "train_sft_dolores.py"
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["torch", "transformers", "peft", "datasets", "bitsandbytes", "matplotlib.pyplot", "runs"]
-)
+SERVER.set_forkserver_preload(["preloaded"])
 # Importing bitsandbytes initialises CUDA where there is a GPU, and a process forked after that cannot use it. Besides,
 # these tests compare runs bit for bit, as only a CPU gives them.
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
@@ -45,19 +44,19 @@ forked: list[multiprocessing.Process] = []
 launched: list[tuple[subprocess.Popen, str]] = []  # with the value of its MARK
 
 
-def start(folder: Path, *options, log="log.txt", moment=None, **environment: str):
-    """A running process of the script in `folder`; at `moment` (function, nth call) it creates a file of that name."""
-    args = ([str(o) for o in options], str(folder), str(folder / log), moment, environment)
+def start(folder: Path, *options, log="log.txt", at=None, **environment: str):
+    """A running process of the script in `folder`; `at` (function, nth call, signal) it sends itself this signal."""
+    args = ([str(o) for o in options], str(folder), str(folder / log), at, environment)
     process = SERVER.Process(target=child, args=args)
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in NO_GPU.items():
-            environment.setenv(name, value)
+    with pytest.MonkeyPatch.context() as server_environment:
+        for name, value in {**NO_GPU, "PYTHONPATH": str(ROOT / "tests")}.items():
+            server_environment.setenv(name, value)
         process.start()  # the first one starts the server, which keeps this environment
     forked.append(process)
     return process
 
 
-def child(argv: list[str], folder: str, log: str, moment: tuple | None, environment: dict[str, str]):
+def child(argv: list[str], folder: str, log: str, at: tuple | None, environment: dict[str, str]):
     """The forked process: the script with these arguments, printing to `log`."""
     os.chdir(folder)
     os.environ |= environment
@@ -70,34 +69,36 @@ def child(argv: list[str], folder: str, log: str, moment: tuple | None, environm
     import torch
 
     torch.set_num_threads(1)  # one order of summation on every machine: runs are compared bit for bit
-    if moment:
-        create_at(*moment, Path(folder, "moment"))
+    if at:
+        signal_at(*at)
     sft.main()
 
 
-def create_at(name: str, calls: int, file: Path):
-    """Create `file` when the script calls its function `name` for the nth time."""
+def signal_at(name: str, calls: int, number: int):
+    """Send this process a signal when the script calls its function `name` for the nth time."""
+    owner = next(owner for owner in (sft, sft.Training, sft.Steps) if name in vars(owner))
+    function, count = vars(owner)[name], itertools.count(1)
 
-    def profile(frame, event, _):
-        nonlocal calls
-        if event == "call" and frame.f_code.co_name == name and "train_sft_dolores" in frame.f_code.co_filename:
-            calls -= 1
-            if not calls:
-                sys.setprofile(None)
-                file.touch()
+    def counted(*args, **kwargs):
+        if next(count) == calls:
+            os.kill(os.getpid(), number)
+        return function(*args, **kwargs)
 
-    sys.setprofile(profile)
+    setattr(owner, name, counted)
 
 
-def run(folder: Path, *options, log="log.txt", timeout=240) -> tuple[int, str]:
-    """(exit status, output) of a run that has ended."""
-    before = (folder / log).stat().st_size if (folder / log).exists() else 0
-    process = start(folder, *options, log=log)
+def wait_for(process, folder: Path, log="log.txt", timeout=240) -> tuple[int, str]:
+    """(exit status, all that is in its log) of a process of `start` that ends by itself."""
     process.join(timeout)
-    if process.exitcode is None:
-        end_all()
-        pytest.fail(f"still running after {timeout} s: {(folder / log).read_text()[-2000:]}")
-    return process.exitcode, unwrapped((folder / log).read_text()[before:])
+    printed = (folder / log).read_text()
+    assert process.exitcode is not None, f"still running after {timeout} s: {printed[-2000:]}"
+    return process.exitcode, unwrapped(printed)
+
+
+def run(folder: Path, *options, log="log.txt", **more) -> tuple[int, str]:
+    """(exit status, output) of a run that has ended; `more` goes to `start`."""
+    (folder / log).unlink(missing_ok=True)
+    return wait_for(start(folder, *options, log=log, **more), folder, log)
 
 
 def launch(command: list, folder: Path, log: str, **environment: str) -> subprocess.Popen:

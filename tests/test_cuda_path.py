@@ -1,4 +1,4 @@
-"""The CUDA path at Llama-3.1-8B's full shape, traced on fake CUDA tensors (tests/fake_cuda): no GPU needed."""
+"""The CUDA path at the width of Llama-3.1-8B, traced on fake CUDA tensors (tests/fake_cuda): no GPU needed."""
 
 import json
 import os
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow  # the traces take minutes
+pytestmark = pytest.mark.slow
 TRACER = Path(__file__).parent / "fake_cuda" / "tracer.py"
 GIB = 2**30
 
-# What a step needs is a line in the number of layers, so most cases have two.
+# What a step needs is a line in the number of layers: two and eight show it.
 STEPS = [
     {"checkpointing": "all"},
     {"checkpointing": 1},
@@ -27,7 +27,7 @@ LOADING = {"job": "loading"}
 EVALUATION = {"job": "evaluation"}
 GENERATION = {"job": "generation", "options": {"tokens": 4}}
 MEASURED = {"job": "measured", "layers": 8, "tokens": 4096, "card": 11}
-FULL = {"layers": 32}
+EIGHT = {"layers": 8}
 
 
 def case_name(job: dict) -> str:
@@ -39,7 +39,7 @@ def traced() -> dict[str, dict]:
     """All jobs, done by one process: the device must be registered before torch is imported."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is missing: it compiles the fake CUDA device")
-    jobs = [{"layers": 2} | job for job in (LOADING, EVALUATION, GENERATION, *STEPS, MEASURED, FULL)]
+    jobs = [{"layers": 2} | job for job in (LOADING, EVALUATION, GENERATION, *STEPS, MEASURED, EIGHT)]
     done = subprocess.run(
         [sys.executable, str(TRACER)], input="\n".join(map(json.dumps, jobs)), capture_output=True, text=True,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
@@ -73,7 +73,7 @@ def gib_planned(answer: dict) -> float:
     return sum(answer["planned"].values()) - answer["planned"]["CUDA"] - optimizer
 
 
-@pytest.mark.parametrize("job", [FULL, *(step for step in STEPS if step["checkpointing"] == "all")], ids=case_name)
+@pytest.mark.parametrize("job", [EIGHT, *(step for step in STEPS if step["checkpointing"] == "all")], ids=case_name)
 def test_the_memory_plan_is_that_of_the_trace(job, found):
     """With all layers recomputing: hardly below, and little above."""
     assert -0.01 < gib_planned(found(job)) - found(job)["peak"] / GIB < 0.1
@@ -81,7 +81,7 @@ def test_the_memory_plan_is_that_of_the_trace(job, found):
 
 def test_flops_are_those_counted_by_hand(found):
     """GFLOP a token: two documents' worth of attention pairs, no head for untrained tokens, no gradient of the base."""
-    hidden, inner, kv, vocabulary, tokens, trained, r, layers = 4096, 14336, 1024, 128256, 2048, 0.68, 32, 32
+    hidden, inner, kv, vocabulary, tokens, trained, r, layers = 4096, 14336, 1024, 128256, 2048, 0.68, 32, 8
     weights = 2 * hidden**2 + 2 * hidden * kv + 3 * hidden * inner
     lora = r * (2 * 2 * hidden + 2 * (hidden + kv) + 3 * (hidden + inner))
     pairs = (tokens / 5 + 1) / 2 * hidden  # of a token with those before it in its document
@@ -89,7 +89,7 @@ def test_flops_are_those_counted_by_hand(found):
     head = 4 * trained * hidden * vocabulary
     # The recomputation stops before down_proj's lora_B, whose result backward does not need.
     again = forward - 2 * r * hidden
-    assert found(FULL)["gflop"] == pytest.approx((layers * (forward + again + backward) + head) / 1e9, rel=2e-3)
+    assert found(EIGHT)["gflop"] == pytest.approx((layers * (forward + again + backward) + head) / 1e9, rel=2e-3)
 
 
 def test_loading_and_the_self_check(found):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import NO_GPU, SCRIPT, TINY, assert_same_adapter, dialogues, run, start, wait_until
+from runs import NO_GPU, SCRIPT, TINY, assert_same_adapter, dialogues, run, start, wait_for, wait_until
 
 import train_sft_dolores as sft
 
@@ -19,122 +19,93 @@ LAST_WORD = "\nstopped before the first step: nothing to save; the same command 
 
 @pytest.fixture(scope="module")
 def options(short_smollm2):
-    """About six steps; an evaluation of about a second before the first and after every second one."""
-    held_out = ("--eval-files", "held.chatml", "--lora-dropout", "0.1")
-    return ("--model", short_smollm2, "--output", "out", *TINY[:-2], *held_out)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, options) -> Path:
-    folder = write_data(tmp_path_factory.mktemp("undisturbed"))
-    code, out = run(folder, *options)
-    assert code == 0, out
-    return folder
+    """Twelve steps, an evaluation after every second one."""
+    return ("--model", short_smollm2, "--output", "out", *TINY, "--epochs", "3", "--lora-dropout", "0.1")
 
 
 def write_data(folder: Path) -> Path:
     (folder / "train.chatml").write_text(dialogues(16))
-    (folder / "held.chatml").write_text(dialogues(36).removeprefix(dialogues(16)))
     (folder / "prompts.txt").write_text("Qui es-tu ?\n")
     return folder
 
 
-def interrupted(folder: Path, number, moment, *options) -> tuple[int, str]:
-    """(exit status, output) of a run that gets this signal in its nth call of a function."""
-    process = start(folder, *options, moment=moment, HF_DATASETS_CACHE=str(folder / "cache"))
-    wait_until((folder / "moment").exists, process, folder / "log.txt")
-    assert bool(list(folder.rglob("*.incomplete"))) == (moment[0] == "encode_conversations")
-    os.kill(process.pid, number)
-    process.join(60)
-    assert not list(folder.rglob("*.incomplete"))
-    return process.exitcode, (folder / "log.txt").read_text()
-
-
-IN_TRAINING = {
-    "evaluation": (signal.SIGTERM, ("evaluation_loop", 3)),  # two come before training
-    "sampling": (signal.SIGINT, ("generate_answers", 2)),
-    "saving": (signal.SIGTERM, ("on_save", 1)),
-}
+IN_TRAINING = [  # signal, function of the script, which call of it, step at which the run stops
+    (signal.SIGTERM, "on_save", 1, 3),
+    (signal.SIGINT, "training_step", 1, 4),
+    (signal.SIGTERM, "evaluation_loop", 1, 7),
+    (signal.SIGINT, "generate_answers", 1, 9),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, moment", IN_TRAINING.values(), ids=IN_TRAINING)
-def test_in_training(number, moment, undisturbed, options, tmp_path):
+def test_in_training(options, tmp_path_factory, tmp_path):
     """The current work and one more step are finished, then a checkpoint is saved; --resume ends like a whole run."""
-    options += ("--sample-prompts", "prompts.txt") if moment[0] == "generate_answers" else ()
-    code, out = interrupted(write_data(tmp_path), number, moment, *options)
-    assert code == STATUS[number], out
-    assert "step 3 of 4" in out and re.search(rf"\n  (python3|{re.escape(sys.executable)}) /", out)
-    assert out.endswith(" --resume\n") and "Traceback" not in out
-    for folder in (tmp_path / "out").glob("checkpoint-*"):
-        files = json.loads((folder / "complete.json").read_text())
-        assert all(sft.sha256(str(folder / name)) == digest for name, digest in files.items())
-    code, out = run(tmp_path, *options, "--resume")
-    assert code == 0 and "out/checkpoint-3" in out and "out/checkpoint-2" not in out, out
-    assert_same_adapter(tmp_path / "out", undisturbed / "out")
+    whole = write_data(tmp_path_factory.mktemp("whole"))
+    code, out = run(whole, *options)
+    assert code == 0, out
+    write_data(tmp_path)
+    options += ("--sample-prompts", "prompts.txt")
+    for number, function, call, step in IN_TRAINING:
+        code, out = run(tmp_path, *options, at=(function, call, number))
+        assert code == STATUS[number] and f"step {step} of 12" in out and "Traceback" not in out, out
+        assert re.search(rf"\n  (python3|{re.escape(sys.executable)}) /.* --resume\n$", out)
+        for folder in (tmp_path / "out").glob("checkpoint-*"):
+            files = json.loads((folder / "complete.json").read_text())
+            assert all(sft.sha256(str(folder / name)) == digest for name, digest in files.items())
+        options += ("--resume",) if "--resume" not in options else ()
+    code, out = run(tmp_path, *options)
+    assert code == 0 and "out/checkpoint-9" in out, out
+    assert_same_adapter(tmp_path / "out", whole / "out")
+
+
+def test_a_second_signal_stops_at_once(options, tmp_path):
+    at, more = ("training_step", 2, signal.SIGINT), ("--grad-accum", "16", "--epochs", "50")
+    process, log = start(write_data(tmp_path), *options, *more, at=at), tmp_path / "log.txt"
+    wait_until(lambda: log.exists() and "stopping after this step" in log.read_text(), process, log)
+    os.kill(process.pid, signal.SIGINT)
+    code, out = wait_for(process, tmp_path)
+    assert code == STATUS[signal.SIGINT] and not list((tmp_path / "out").glob("checkpoint-*")), out
 
 
 @pytest.mark.slow
-def test_a_closed_terminal(options, undisturbed, tmp_path):
-    """The run saves a checkpoint, although it can no longer print; --resume ends like a whole run."""
+def test_a_closed_terminal(options, tmp_path):
+    """The run saves a checkpoint, although it can no longer print."""
     write_data(tmp_path)
     pid, terminal = pty.fork()
     if not pid:
         os.chdir(tmp_path)
-        os.execve(
-            sys.executable,
-            [sys.executable, *map(str, (SCRIPT, *options))],
-            {**os.environ, **NO_GPU, "OMP_NUM_THREADS": "1"},
-        )
+        command = [sys.executable, *map(str, (SCRIPT, *options))]
+        os.execve(sys.executable, command, {**os.environ, **NO_GPU, "OMP_NUM_THREADS": "1"})
     shown = b""
-    while b"step 1/4" not in shown:
+    while b"step  1/12" not in shown:
         shown += os.read(terminal, 1 << 12)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == STATUS[signal.SIGHUP]
     assert sft.newest_checkpoint(tmp_path / "out")
-    code, out = run(tmp_path, *options, "--resume")
-    assert code == 0, out
-    assert_same_adapter(tmp_path / "out", undisturbed / "out")
 
 
-BEFORE_TRAINING = {
-    "preparing": (signal.SIGTERM, ("encode_conversations", 1)),
-    "evaluation": (signal.SIGINT, ("evaluation_loop", 1)),
-    "sampling": (signal.SIGTERM, ("generate_answers", 1)),
-}
+BEFORE_TRAINING = [  # signal, function of the script, more flags
+    (signal.SIGTERM, "encode_conversations", ()),
+    (signal.SIGHUP, "encode_conversations", ("--dry-run",)),
+    (signal.SIGINT, "evaluation_loop", ("--overwrite",)),
+    (signal.SIGTERM, "generate_answers", ("--overwrite",)),
+]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number, moment", BEFORE_TRAINING.values(), ids=BEFORE_TRAINING)
-def test_before_training(number, moment, options, tmp_path):
-    """There is nothing to save yet: it stops at once, and the same command can start over.
-
-    What --overwrite would delete is still there.
-    """
+@pytest.mark.parametrize("number, function, more", BEFORE_TRAINING)
+def test_before_training(number, function, more, options, tmp_path):
+    """There is nothing to save: it stops at once, leaves no part of a cache, and what --overwrite would delete."""
     write_data(tmp_path)
     old = [tmp_path / "out" / name for name in ("training_args.json", "adapter_model.safetensors")]
-    if moment[0] == "evaluation_loop":
+    if "--overwrite" in more:
         old[0].parent.mkdir()
         for file in old:
             file.write_text("{}")
-        options += ("--overwrite",)
-    options += ("--sample-prompts", "prompts.txt") if moment[0] == "generate_answers" else ()
-    if moment[0] == "encode_conversations":
-        (tmp_path / "train.chatml").write_text(dialogues(3_000))
-    code, out = interrupted(tmp_path, number, moment, *options)
-    assert code == STATUS[number] and "Traceback" not in out, out
-    assert out.endswith(LAST_WORD)
-    if moment[0] == "evaluation_loop":
+    options += ("--sample-prompts", "prompts.txt", *more)
+    code, out = run(tmp_path, *options, at=(function, 1, number), HF_DATASETS_CACHE=str(tmp_path / "cache"))
+    assert code == STATUS[number] and "Traceback" not in out and out.endswith(LAST_WORD), out
+    assert not list(tmp_path.rglob("*.incomplete"))
+    if "--overwrite" in more:
         assert [file.read_text() for file in old] == ["{}", "{}"]
-        code, out = run(tmp_path, *options)
-        assert code == 0 and all(file.stat().st_size > 2 for file in old), out
     else:
         assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("number", STATUS)
-def test_in_a_dry_run(number, smollm2, tmp_path):
-    write_data(tmp_path)
-    (tmp_path / "train.chatml").write_text(dialogues(3_000))
-    code, out = interrupted(tmp_path, number, ("encode_conversations", 1), "--dry-run", "--model", smollm2)
-    assert (code, out) == (STATUS[number], LAST_WORD)

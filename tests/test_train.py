@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shlex
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,15 +17,14 @@ from runs import (
     arguments,
     assert_same_adapter,
     assert_says,
+    checkpoint_steps,
     dialogues,
     planned,
     record,
     run,
-    start,
     unwrapped,
-    wait_until,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import train_sft_dolores as sft
 
@@ -39,23 +38,11 @@ FILES = {"adapter_model.safetensors", "adapter_config.json", "training_args.json
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, short_smollm2) -> Path:
-    """The folder of a run of twelve steps that has ended."""
+    """The folder of a run of six steps that has ended."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "train.chatml").write_text(dialogues(24))
-    code, out = run(
-        folder,
-        "--model",
-        short_smollm2,
-        "--output",
-        "out",
-        *TINY[:-2],
-        "--epochs",
-        "2",
-        "--lora-dropout",
-        "0.1",
-        "--name",
-        "cook",
-    )
+    options = (*TINY[:-2], "--lora-dropout", "0.1", "--name", "cook")
+    code, out = run(folder, "--model", short_smollm2, "--output", "out", *options)
     assert code == 0, out
     (folder / "printed").write_text(out)
     return folder
@@ -172,32 +159,25 @@ def test_default_questions_are_the_training_ids_before_an_answer(trained, short_
 # ---- a run that learns nothing ----
 
 
-def test_the_only_step_learns(data_folder, short_smollm2):
-    code, out = short_run(data_folder, short_smollm2, "--epochs", "0.1")
+def test_the_only_step_learns(trained, data_folder, short_smollm2):
+    """Without packing, too: a row is a conversation."""
+    code, out = short_run(data_folder, short_smollm2, "--no-packing", "--epochs", "0.05")
     assert code == 0 and "step 1/1 " in out, out
     assert any(w.abs().max() > 0 for name, w in adapter_weights(data_folder / "out").items() if "lora_B" in name)
+    assert record(data_folder)["data"]["rows"] == 23 > record(trained)["data"]["rows"]
 
 
-def test_an_adapter_that_is_still_zero_is_refused(data_folder, short_smollm2):
-    """A rate that float32 cannot hold."""
-    code, out = short_run(data_folder, short_smollm2, "--epochs", "0.1", "--learning-rate", "1e-50")
+REFUSED = {  # flags of a run that would learn nothing: what the line says
+    "--learning-rate 1e-50": ("zero",),  # float32 cannot hold it
+    "--grad-accum 32": ("--grad-accum 1", "--epochs", "--early-stopping"),  # the rows do not fill a step
+}
+
+
+@pytest.mark.parametrize("flag", REFUSED)
+def test_a_run_that_learns_nothing_is_refused(flag, data_folder, short_smollm2):
+    code, out = short_run(data_folder, short_smollm2, "--epochs", "0.05", *flag.split())
     assert code == 2 and not (data_folder / "out/README.md").exists()
-    assert_says(out.splitlines()[-1], "--learning-rate 1e-50", "zero")
-
-
-def test_rows_that_do_not_fill_a_step_are_refused(data_folder, short_smollm2):
-    code, out = short_run(data_folder, short_smollm2, "--grad-accum", "32")
-    assert code == 2 and not (data_folder / "out/adapter_model.safetensors").exists()
-    assert_says(out.splitlines()[-1], "--grad-accum 32", "--grad-accum 1", "--epochs", "--early-stopping")
-
-
-def test_checkpoints_are_those_of_trainer_and_limited(trained):
-    folders = sorted((trained / "out").glob("checkpoint-*"))
-    assert 1 < len(folders) <= 5
-    for folder in folders:
-        assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "complete.json"} <= {
-            p.name for p in folder.iterdir()
-        }
+    assert_says(out.splitlines()[-1], flag, *REFUSED[flag])
 
 
 # ---- every flag has its effect ----
@@ -265,34 +245,22 @@ def test_precision_flags(short_smollm2, options, weight, compute):
     assert trainable == {torch.float32}, "adapters are float32 masters"
 
 
-def allocator(*options, **environment) -> tuple[str, str]:
-    """(the value that torch finds in its variable when it is imported, the output)."""
-    code = (
-        "import os, sys; sys.argv[0] = 'x'; import train_sft_dolores as sft; assert 'torch' not in sys.modules;"
-        "args = sft.parse_args(); print(sft.set_allocator(args.cuda_alloc_expandable, args.max_split_size_mb)); import torch; print('=', os.environ.get('PYTORCH_ALLOC_CONF'))"
-    )
-    clean = {k: v for k, v in os.environ.items() if "ALLOC_CONF" not in k}
-    out = subprocess.run(
-        [sys.executable, "-c", code, *options],
-        env=clean | environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    return out.rsplit("= ", 1)[1].strip(), out
+ALLOCATOR = {  # flags, what PyTorch's variable was, and what it is then
+    ("", None): "expandable_segments:True",
+    ("--no-cuda-alloc-expandable --max-split-size-mb 64", None): "max_split_size_mb:64",
+    ("", "backend:native"): "backend:native",
+}
 
 
-def test_allocator_flags():
-    value, printed = allocator()
-    assert (
-        value == "expandable_segments:True"
-        and "--max-split-size-mb 128" in unwrapped(printed)
-        and unwrapped(printed).count("\n") == 2
-    )
-    assert allocator("--no-cuda-alloc-expandable", "--max-split-size-mb", "64")[0] == "max_split_size_mb:64"
-    value, printed = allocator(PYTORCH_ALLOC_CONF="backend:native")
-    assert value == "backend:native" and "PYTORCH_ALLOC_CONF=backend:native" in unwrapped(printed)
+@pytest.mark.parametrize("flags, before", ALLOCATOR)
+def test_allocator_flags(flags, before, monkeypatch):
+    """What has no effect is named."""
+    monkeypatch.setattr(os, "environ", {"PYTORCH_ALLOC_CONF": before} if before else {})
+    args = arguments(*flags.split())
+    said = sft.set_allocator(args.cuda_alloc_expandable, args.max_split_size_mb)
+    assert os.environ["PYTORCH_ALLOC_CONF"] == ALLOCATOR[flags, before]
+    without_effect = "PYTORCH_ALLOC_CONF=backend:native" if before else "" if flags else "--max-split-size-mb 128"
+    assert without_effect in said and bool(said) == bool(without_effect)
 
 
 def test_gradient_checkpointing_flag(short_smollm2, capsys):
@@ -307,50 +275,24 @@ def test_gradient_checkpointing_flag(short_smollm2, capsys):
         assert f"{sum(recomputed)} of 2 layers" in unwrapped(capsys.readouterr().out)
 
 
-def test_packing_flag(trained, data_folder, short_smollm2):
-    code, out = short_run(data_folder, short_smollm2, "--no-packing", "--epochs", "0.2")
-    assert code == 0, out
-    assert record(data_folder)["data"]["rows"] == 23 > record(trained)["data"]["rows"]
-
-
-EARLY = ("--epochs", "30", "--learning-rate", "0.5", "--early-stopping", "3")
-
-
 @pytest.mark.slow
-def test_early_stopping(data_folder, short_smollm2, tmp_path_factory):
+def test_early_stopping(data_folder, short_smollm2):
     """A learning rate that is far too high makes the held-out loss worse; after three such evaluations the run ends."""
-    code, out = short_run(data_folder, short_smollm2, *EARLY)
+    options = ("--epochs", "30", "--learning-rate", "0.5", "--early-stopping", "3", "--save-steps", "6")
+    code, out = short_run(data_folder, short_smollm2, *options)
     assert code == 0, out
-    steps = record(data_folder)["results"]["steps"]
-    assert steps < record(data_folder)["data"]["steps"]
-    stopped = next(line for line in out.splitlines() if line.startswith("stopped "))
-    assert f"step {steps} " in stopped and f"step {record(data_folder)['results']['best_step']}" in stopped
-    # Killed in between and resumed, it counts on from where it was.
-    killed = tmp_path_factory.mktemp("killed")
-    (killed / "train.chatml").write_text(dialogues(24))
-    options = ("--model", short_smollm2, "--output", "out", *TINY, *EARLY)
-    process = start(killed, *options, moment=("complete_checkpoint", steps // 2))
-    wait_until((killed / "moment").exists, process, killed / "log.txt")
-    process.kill()
-    process.join()
-    code, out = run(killed, *options, "--resume")
-    assert code == 0 and "out/checkpoint-" in out, out
-    assert record(killed)["results"]["steps"] == steps
-
-
-@pytest.mark.slow
-def test_the_best_step_is_saved_between_two_checkpoints(data_folder, short_smollm2):
-    code, out = short_run(data_folder, short_smollm2, *EARLY, "--save-steps", "8")
-    assert code == 0, out
-    best = record(data_folder)["results"]["best_step"]
-    assert best % 8, "the test needs a best step that is not a multiple of --save-steps"
+    results, steps = record(data_folder)["results"], record(data_folder)["data"]["steps"]
+    best, last = results["best_step"], results["steps"]
+    assert best + 6 == last < steps
+    (stopped,) = (line for line in out.splitlines() if line.startswith("stopped "))
+    assert f"step {last} " in stopped and f"step {best}" in stopped
+    assert best % 6, "the test needs a best step that is not a multiple of --save-steps"
     assert_same_adapter(data_folder / "out", data_folder / f"out/checkpoint-{best}")
-
-
-def test_save_steps_must_fit_eval_steps(data_folder, short_smollm2):
-    code, out = short_run(data_folder, short_smollm2, "--save-steps", "3")
-    assert code == 2
-    assert_says(out.splitlines()[-1], "--save-steps 3", "--eval-steps 2")
+    # Resumed from a step after the best one, it counts on.
+    step = max(step for step in checkpoint_steps(data_folder) if best < step < last)
+    shutil.rmtree(data_folder / f"out/checkpoint-{last}", ignore_errors=True)
+    code, out = short_run(data_folder, short_smollm2, *options, "--resume")
+    assert code == 0 and f"out/checkpoint-{step}" in out and record(data_folder)["results"]["steps"] == last, out
 
 
 @pytest.mark.slow
@@ -395,25 +337,6 @@ def test_gradients_after_an_evaluation_are_right(short_smollm2):
         with torch.no_grad():
             model.eval()(**inputs)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
-
-
-def test_evaluation_weighs_tokens_not_batches(data_folder, short_smollm2):
-    """Held-out loss = sum of token losses / tokens; transformers alone computes the same."""
-    (data_folder / "held.chatml").write_text("<|user|>\nun ?\n<|assistant|>\nun.\n<|endoftext|>\n" + dialogues(5))
-    code, out = short_run(data_folder, short_smollm2, "--epochs", "0.2", "--eval-files", "held.chatml", "--no-packing")
-    assert code == 0, out
-    tokenizer = AutoTokenizer.from_pretrained(short_smollm2)
-    encode = sft.Encoder(tokenizer, sft.chat_format("dolores", tokenizer))
-    model, total, count = AutoModelForCausalLM.from_pretrained(short_smollm2), 0.0, 0
-    model = model.float()
-    for conversation in sft.read_conversations([str(data_folder / "held.chatml")], "chatml"):
-        ((ids, labels),) = encode([conversation.turns])
-        labels = torch.tensor(labels)[None].long()
-        trained = int((labels[:, 1:] != sft.IGNORE).sum())
-        with torch.no_grad():
-            total += float(model(input_ids=torch.tensor(ids)[None].long(), labels=labels).loss) * trained
-        count += trained
-    assert record(data_folder)["results"]["eval_loss_before"] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_memory_and_fix(capsys):

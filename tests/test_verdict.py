@@ -1,6 +1,8 @@
 """What a run says about itself: the held-out gain with its interval, examples in the prompt, copies, and the advice."""
 
 import re
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +16,6 @@ from runs import (
     planned,
     record,
     run,
-    start,
-    wait_until,
 )
 from transformers import AutoModelForCausalLM
 
@@ -123,26 +123,23 @@ def test_copied_runs_of_eight_words():
 
 @pytest.fixture(scope="module")
 def options(short_smollm2) -> tuple:
-    return (
-        "--model",
-        short_smollm2,
-        "--output",
-        "out",
-        *TINY[:-2],
-        "--max-length",
-        "256",
-        "--epochs",
-        "2",
-        "--eval-fraction",
-        "0.25",
-    )
+    data = ("--eval-files", "held.chatml", "--max-length", "256", "--epochs", "2", "--sample-prompts", "prompts.txt")
+    return ("--model", short_smollm2, "--output", "out", *TINY, *data)
+
+
+def write_data(folder: Path) -> Path:
+    """Training data for four steps; six held-out conversations, one of them much shorter; a question."""
+    (folder / "train.chatml").write_text(dialogues(18))
+    held_out = dialogues(23).removeprefix(dialogues(18))
+    (folder / "held.chatml").write_text(f"<|user|>\nun ?\n<|assistant|>\nun.\n<|endoftext|>\n{held_out}")
+    (folder / "prompts.txt").write_text("Qui es-tu ?\n")
+    return folder
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, options):
-    """The folder of a run with six held-out conversations, and what it printed."""
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "train.chatml").write_text(dialogues(24))
+    """The folder of a run of four steps, and what it printed."""
+    folder = write_data(tmp_path_factory.mktemp("finished"))
     code, out = run(folder, *options)
     assert code == 0, out
     return folder, out
@@ -161,13 +158,13 @@ def test_losses_are_those_of_transformers_alone(finished, short_smollm2, monkeyp
             return float(model(input_ids=ids, labels=labels).loss)
 
     encode = sft.load_encoder("m", str(short_smollm2), "dolores")
-    found = {f"{c.file}:{c.line}": c.turns for c in sft.read_conversations(["train.chatml"], "chatml")}
+    found = {f"{c.file}:{c.line}": c.turns for c in sft.read_conversations(["held.chatml"], "chatml")}
     alone = {place: loss(*encode([found[place]])[0]) for place in held_out["before"]}
     assert held_out["before"] == pytest.approx(alone, abs=1e-4) and len(alone) == 6
-    plan = planned(arguments(*TINY, "--max-length", "256", "--eval-fraction", "0.25"), encode)
+    plan = planned(arguments(*TINY, "--max-length", "256", "--eval-files", "held.chatml"), encode)
     rows, examples = sft.prompted_rows(plan)
     prompted = {
-        f"train.chatml:{row['line'][0]}": loss(row["input_ids"][0], row["labels"][0])
+        f"held.chatml:{row['line'][0]}": loss(row["input_ids"][0], row["labels"][0])
         for row in map(rows.__getitem__, range(len(rows)))
     }
     assert held_out["prompted"] == pytest.approx(prompted, abs=1e-4) and results["examples"] == examples > 0
@@ -190,12 +187,8 @@ def test_screen_card_and_samples_say_the_same(finished):
 
 @pytest.mark.slow
 def test_a_resumed_run_says_the_same(finished, options, tmp_path):
-    (tmp_path / "train.chatml").write_text(dialogues(24))
-    process = start(tmp_path, *options, moment=("complete_checkpoint", 2))
-    wait_until((tmp_path / "moment").exists, process, tmp_path / "log.txt")
-    process.kill()
-    process.join()
-    assert checkpoint_steps(tmp_path)
+    code, out = run(write_data(tmp_path), *options, at=("evaluation_loop", 4, signal.SIGKILL))
+    assert code == -signal.SIGKILL and checkpoint_steps(tmp_path) == [2], out
     code, out = run(tmp_path, *options, "--resume")
     assert code == 0, out
     names = ("eval_loss_before", "examples", "held_out", "samples", "copied")
@@ -205,9 +198,10 @@ def test_a_resumed_run_says_the_same(finished, options, tmp_path):
 
 
 @pytest.mark.parametrize("fraction, names", [("0", []), ("0.01", ["held out", "examples"])])
-def test_little_or_nothing_held_out(fraction, names, options, tmp_path):
+def test_little_or_nothing_held_out(fraction, names, short_smollm2, tmp_path):
     (tmp_path / "train.chatml").write_text(dialogues(8))
-    code, out = run(tmp_path, *options, "--eval-fraction", fraction, "--sample-prompts", "none")
+    options = (*TINY, "--epochs", "0.1", "--eval-fraction", fraction)
+    code, out = run(tmp_path, "--model", short_smollm2, "--output", "out", *options)
     said = sft.verdict(record(tmp_path)["results"])
     assert code == 0 and list(said) == names, out
     assert all("certain" in text for text in said.values())
