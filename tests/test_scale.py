@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def write_data(folder: Path, base: Path) -> Path:
-    (folder / "d.chatml").write_text(dialogues(48))
+    (folder / "d.chatml").write_text(dialogues(50))
     (folder / "base").symlink_to(base)
     return folder
 

@@ -19,8 +19,8 @@ LAST_WORD = "\nstopped before the first step: nothing to save; the same command 
 
 @pytest.fixture(scope="module")
 def options(short_smollm2):
-    """Twelve steps, an evaluation after every second one."""
-    return ("--model", short_smollm2, "--output", "out", *TINY, "--epochs", "3", "--lora-dropout", "0.1")
+    """Eight steps, an evaluation after every second one."""
+    return ("--model", short_smollm2, "--output", "out", *TINY, "--epochs", "2", "--lora-dropout", "0.1")
 
 
 def write_data(folder: Path) -> Path:
@@ -33,7 +33,6 @@ IN_TRAINING = [  # signal, function of the script, which call of it, step at whi
     (signal.SIGTERM, "on_save", 1, 3),
     (signal.SIGINT, "training_step", 1, 4),
     (signal.SIGTERM, "evaluation_loop", 1, 7),
-    (signal.SIGINT, "generate_answers", 1, 9),
 ]
 
 
@@ -44,17 +43,16 @@ def test_in_training(options, tmp_path_factory, tmp_path):
     code, out = run(whole, *options)
     assert code == 0, out
     write_data(tmp_path)
-    options += ("--sample-prompts", "prompts.txt")
     for number, function, call, step in IN_TRAINING:
         code, out = run(tmp_path, *options, at=(function, call, number))
-        assert code == STATUS[number] and f"step {step} of 12" in out and "Traceback" not in out, out
+        assert code == STATUS[number] and f"step {step} of 8" in out and "Traceback" not in out, out
         assert re.search(rf"\n  (python3|{re.escape(sys.executable)}) /.* --resume\n$", out)
         for folder in (tmp_path / "out").glob("checkpoint-*"):
             files = json.loads((folder / "complete.json").read_text())
             assert all(sft.sha256(str(folder / name)) == digest for name, digest in files.items())
         options += ("--resume",) if "--resume" not in options else ()
     code, out = run(tmp_path, *options)
-    assert code == 0 and "out/checkpoint-9" in out, out
+    assert code == 0 and "out/checkpoint-7" in out, out
     assert_same_adapter(tmp_path / "out", whole / "out")
 
 
@@ -77,11 +75,11 @@ def test_a_closed_terminal(options, tmp_path):
         command = [sys.executable, *map(str, (SCRIPT, *options))]
         os.execve(sys.executable, command, {**os.environ, **NO_GPU, "OMP_NUM_THREADS": "1"})
     shown = b""
-    while b"step  1/12" not in shown:
+    while b"step 1/8" not in shown:
         shown += os.read(terminal, 1 << 12)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == STATUS[signal.SIGHUP]
-    assert sft.newest_checkpoint(tmp_path / "out")
+    assert list((tmp_path / "out").glob("checkpoint-*/complete.json"))
 
 
 BEFORE_TRAINING = [  # signal, function of the script, more flags
