@@ -81,9 +81,11 @@ def fault(name: str, model):
         patch.setattr(sft, "plain_path", watched)
         if name in BATCHES:
             patch.setattr(sft, "collate", lambda rows: (batch := collate(rows)) | BATCHES[name](batch))
-        yield
-    for handle in handles:
-        handle.remove()
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def without_borders(batch: dict) -> dict:

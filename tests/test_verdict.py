@@ -123,16 +123,15 @@ def test_copied_runs_of_eight_words():
 
 @pytest.fixture(scope="module")
 def options(short_smollm2) -> tuple:
-    data = ("--eval-files", "held.chatml", "--max-length", "256", "--epochs", "2", "--sample-prompts", "prompts.txt")
-    return ("--model", short_smollm2, "--output", "out", *TINY, *data)
+    data = ("--eval-files", "held.chatml", "--max-length", "256", "--epochs", "2")
+    return ("--model", short_smollm2, "--output", "out", *TINY[:-2], *data)
 
 
 def write_data(folder: Path) -> Path:
-    """Training data for four steps; six held-out conversations, one of them much shorter; a question."""
+    """Training data for four steps; six held-out conversations, one of them much shorter."""
     (folder / "train.chatml").write_text(dialogues(18))
     held_out = dialogues(23).removeprefix(dialogues(18))
     (folder / "held.chatml").write_text(f"<|user|>\nun ?\n<|assistant|>\nun.\n<|endoftext|>\n{held_out}")
-    (folder / "prompts.txt").write_text("Qui es-tu ?\n")
     return folder
 
 
