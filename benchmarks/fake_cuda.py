@@ -51,7 +51,11 @@ def main() -> None:
     )
     print("|---" * 10 + "|")
     jobs = [
-        {**row, "layers": layers, "checkpointing": row["checkpointing"].replace("half", str(layers // 2))}
+        {
+            **row,
+            "layers": layers,
+            "checkpointing": layers // 2 if row["checkpointing"] == "half" else row["checkpointing"],
+        }
         for row in ROWS
     ]
     tracer = [sys.executable, str(llama.ROOT / "tests" / "fake_cuda" / "tracer.py")]
