@@ -1149,7 +1149,9 @@ def check_conversation(file: str, said: list[Turn | Finding]) -> Conversation:
             wrong.append((at, f"empty {role} turn; fill it or delete it"))
     turns = [turn for turn in turns if turn not in empty] if empty else turns
     for _, content, at, _ in turns:
-        if content.endswith(("</s>", "<end_of_turn>", "<eos>")):  # TAG has found those with bars
+        if len(content) > 10**6 and " " * 10**6 in content:  # ten million make Llama 3.1's tokenizer panic
+            wrong.append((at, "a million spaces in a row; delete them"))
+        elif content.endswith(("</s>", "<end_of_turn>", "<eos>")):  # TAG has found those with bars
             findings.append(tag_inside(file, at, content[content.rindex("<") :]))
         if strange := MOJIBAKE.search(content):
             findings.append(Finding("warning", file, at, "encoding", f"{strange[0]!r} looks wrongly decoded"))
@@ -2397,6 +2399,8 @@ def make_trainer(plan: Plan, model, tokenizer, stop: Stop):
     """A Hugging Face Trainer with exact evaluation, complete checkpoints and one line for each step."""
     args, eval_rows = plan.args, plan.eval_rows
     arguments = training_arguments(args, evaluating=eval_rows is not None)  # starts the process group
+    if not args.output.is_dir():
+        raise InputError(f"--output {args.output}: does not exist on this machine; name a folder that all share")
     # A share would be rounded up, and the first step of a warm-up has rate 0: without it a short run loses no step.
     arguments.warmup_steps = int(args.warmup_ratio * plan.counts["steps"])
     trainer = derive(Training, transformers.Trainer)(
@@ -2732,8 +2736,8 @@ def before_answer(input_ids: np.ndarray, labels: np.ndarray) -> list[int]:
     return input_ids[: int(np.argmax(labels != IGNORE))].tolist()
 
 
-def generate_answers(model, tokenizer, prompts: dict[str, list[int]], tokens=80, when="asking") -> dict[str, str]:
-    """Greedy answers by their questions, one at a time, without padding; `when` announces each."""
+def generate_answers(model, tokenizer, prompts: dict[str, list[int]], tokens=80, when="") -> dict[str, str]:
+    """Greedy answers by their questions, one at a time, without padding; `when` (before, after) announces each."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     # What is not set here comes from the base's own settings, and Llama 3.1's sample. Without sampling transformers
@@ -2752,7 +2756,8 @@ def generate_answers(model, tokenizer, prompts: dict[str, list[int]], tokens=80,
     model.eval()
     answers = {}
     for number, (text, prompt) in enumerate(prompts.items(), 1):
-        print_field(when, f"question {number} of {len(prompts)}: {escape_controls(one_line(text, 200))}")
+        if when:
+            print_field(when, f"question {number} of {len(prompts)}: {escape_controls(one_line(text, 200))}")
         ids = torch.tensor([prompt], device=model.device)
         output = model.generate(ids, generation_config=greedy)
         answers[text] = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()

@@ -83,7 +83,7 @@ def as_trl_packs(rows):
 def plan(args, rows, config: dict, trained: float):
     """The trainer's plan for these rows, `trained` their share of trained tokens."""
     base = sft.Base(args.model, None, config, lambda turns: [])
-    counts = {"tokens": 1000, "trained_tokens": round(1000 * trained)}
+    counts = {"tokens": 1000, "trained_tokens": round(1000 * trained), "steps": len(rows)}
     return sft.Plan(args, sft.World(), {}, counts, [], [], base, rows)
 
 

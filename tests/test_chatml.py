@@ -245,6 +245,7 @@ ERRORS = [
     ("d.chatml", OK + "<|endoftext|>\n" + U),
     ("d.chatml", "<|system|>\nS\n" + A + OK),
     ("d.chatml", U + "<|assistant|>\n\u200b\u2060\ufe0f\n"),
+    ("d.chatml", OK + OK + "<|user|>\nq" + " " * 1_000_000 + "q\n" + A),
     ("d.chatml", "\n \n<|endoftext|>\n\n"),
     ("d.chatml", "<|im_start|>user\nq\n<|im_start|>assistant\na<|im_end|>"),
     ("d.chatml", OK + "<|im_start|>user\nq\n"),

@@ -670,7 +670,7 @@ def test_files_that_are_cut_off(adapter, base, tmp_path):
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3\n")
     refused(adapter, tmp_path, str(base), "model.safetensors is damaged or incomplete", options=["--base", base])
     file.unlink()
-    refused(adapter, tmp_path, f"{file}: missing", options=["--base", base])
+    refused(adapter, tmp_path, str(base), "no model.safetensors", options=["--base", base])
     (adapter / "training_args.json").write_text("{\n  nonsense")
     refused(adapter, tmp_path, f"{adapter}/training_args.json", "not JSON", "line 2")
 

@@ -73,8 +73,11 @@ def fault(name: str, model):
         in_backward = torch._C._current_graph_task_id() != -1
         return (1.1 * inputs[0], *inputs[1:]) if in_backward else None
 
-    hooks = {ATTENTION: (".o_proj", scale_gradient), RECOMPUTED: (".base_layer", scale_recomputed)}
-    suffix, hook = hooks.get(name, ("-", None))
+    suffix, hook = {
+        ATTENTION: (".o_proj", scale_gradient),
+        WEIGHT: (".base_layer", scale_gradient),
+        RECOMPUTED: (".base_layer", scale_recomputed),
+    }.get(name, ("-", None))
     modules = model.get_base_model().get_decoder().layers.named_modules()
     handles = [module.register_forward_pre_hook(hook) for name, module in modules if name.endswith(suffix)]
     with pytest.MonkeyPatch.context() as patch:
@@ -118,8 +121,9 @@ BATCHES = {
     "logits of the next token": logits_of_the_next_token,
     "only one document is trained": one_document,
 }
-ATTENTION, RECOMPUTED = "the attention's gradient x 1.1", "recomputed activations x 1.1"
-FAULTS = (*BATCHES, ATTENTION, RECOMPUTED)
+ATTENTION, WEIGHT = "the attention's gradient x 1.1", "W x 1.1 in backward"
+RECOMPUTED = "recomputed activations x 1.1"
+FAULTS = (*BATCHES, ATTENTION, WEIGHT, RECOMPUTED)
 
 
 @pytest.mark.parametrize("name, precision", CASES)
