@@ -20,6 +20,7 @@ demo: .venv/demo
 	@sed -n '/^## Before and after/,/^## Merge/{/^## Merge/!p}' demo/adapter/README.md
 	$(python) merge_lora.py --adapter demo/adapter --output demo/merged --overwrite
 	$(python) merge_lora.py --chat demo/merged < demo/questions.txt
+	@echo "That was the demo. Your own dialogues: see README.md"
 
 test: .venv/dev
 	$(pytest)
@@ -45,7 +46,7 @@ test-ollama: .venv/dev
 	$(PYTHON) -m venv .venv
 
 .venv/demo: .venv/bin/python requirements.txt constraints.txt
-	@echo "downloading and installing about 2 GB: some minutes"
+	@echo "installing, the first time with a download of about 2 GB: some minutes"
 	$(python) -m pip install -q --disable-pip-version-check -r requirements.txt
 	@touch $@
 

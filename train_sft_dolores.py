@@ -354,8 +354,11 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
         print_rows(plan.train_rows, args.preview, plan.base.encode.tokenizer)
         if not args.preview and world.size == 1:  # a launcher's command is not known here
             print_next(sys.argv[0], *training_flags(parse_args([*training_flags(args), *plan.advised])))
+    elif args.preview:
+        fix = f"run `hf download {args.model} {' '.join(TOKENIZER_FILES)}`"
+        raise InputError(f"--preview: the tokenizer of {args.model} is not on this machine; {fix}")
     else:
-        missing = "is not on this machine yet; tokens, settings and --preview need these files:"
+        missing = "is not on this machine yet; tokens and settings need these files:"
         print_field("tokens", f"{args.model} {missing}")
         print(f"  hf download {args.model} {' '.join(TOKENIZER_FILES)}")
 
@@ -1146,7 +1149,7 @@ def check_conversation(file: str, said: list[Turn | Finding]) -> Conversation:
         if role == "system":
             findings.append(Finding("warning", file, at, "empty system", "an empty system turn is ignored"))
         else:
-            wrong.append((at, f"empty {role} turn; fill it or delete it"))
+            wrong.append((at, f"empty {role} turn; fill it, or delete the conversation"))
     turns = [turn for turn in turns if turn not in empty] if empty else turns
     for _, content, at, _ in turns:
         if len(content) > 10**6 and " " * 10**6 in content:  # ten million make Llama 3.1's tokenizer panic
@@ -1160,7 +1163,8 @@ def check_conversation(file: str, said: list[Turn | Finding]) -> Conversation:
     if wrong:
         pass
     elif not answers:
-        wrong = [(line, "a conversation without an assistant turn; add an answer or delete it")]
+        missing = (line, "a conversation without an assistant turn; add an answer or delete it")
+        wrong = [next(((found.line, found.text) for found in findings if found.kind == "tag"), missing)]
     elif next(turn for turn in turns if turn.role != "system") in answers:
         wrong = [(answers[0].line, "the assistant speaks first; put a user turn before it")]
     elif not any(turn.trained for turn in answers):
@@ -2922,7 +2926,8 @@ def write_card(output: Path, args: argparse.Namespace, record: dict[str, Any]) -
     merge = shlex.join(["python3", "merge_lora.py", *merge_flags(folder, args.name)])
     train = shlex.join(["python3", "train_sft_dolores.py", *map(without_folder, training_flags(args))])
     lines += ["", "## Merge and run", "", "```bash", merge,
-              f"ollama create {args.name} -f {merged_folder(args.name)}/Modelfile", f"ollama run {args.name}", "```", "",
+              f"ollama create {args.name} -f {merged_folder(args.name)}/Modelfile", f"ollama run {args.name}",
+              f"python3 merge_lora.py --chat {merged_folder(args.name)}    # without Ollama", "```", "",
               "## Reproduce", "", "```bash", train, "```", "", f"Versions: {versions}", "",
               "The license of the base model applies to this adapter and to what is merged from it."]  # fmt: skip
     (output / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -2964,7 +2969,7 @@ def card_rows(record: dict[str, Any]) -> dict[str, str]:
     rows |= verdict(results)
     if "best_step" in results:
         rows["adapter from"] = f"step {results['best_step']}, the best by held-out loss"
-    if after := results.get("held_out", {}).get("after"):
+    if len(after := results.get("held_out", {}).get("after", {})) > 3:
         worst = sorted(after, key=after.__getitem__, reverse=True)[:3]
         rows["learned worst"] = ", ".join(f"`{without_folder(place)}` ({after[place]:.2f})" for place in worst)
     return rows | {f"`{without_folder(name)}`": f"sha256 `{value[:16]}…`" for name, value in data["sha256"].items()}

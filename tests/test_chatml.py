@@ -246,6 +246,7 @@ ERRORS = [
     ("d.chatml", "<|system|>\nS\n" + A + OK),
     ("d.chatml", U + "<|assistant|>\n\u200b\u2060\ufe0f\n"),
     ("d.chatml", OK + OK + "<|user|>\nq" + " " * 1_000_000 + "q\n" + A),
+    ("d.chatml", "<|user|>\nq\n<assistant>\na\n"),
     ("d.chatml", "\n \n<|endoftext|>\n\n"),
     ("d.chatml", "<|im_start|>user\nq\n<|im_start|>assistant\na<|im_end|>"),
     ("d.chatml", OK + "<|im_start|>user\nq\n"),
