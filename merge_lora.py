@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Run main and return the exit status: its own, 2 for a user error, 130 or 143 for a signal."""
+    """Run main and return the exit status: its own, 2 for a user error, 129, 130 or 143 for a signal."""
 
     def stop(number: int, _frame: object) -> NoReturn:
         raise Stopped(number)
@@ -236,7 +236,7 @@ class Adapter(NamedTuple):
 
     folder: Path
     config: dict[str, Any]  # adapter_config.json, as PEFT wrote it
-    training: dict[str, Any]  # training_args.json: chat_format, base, quantization, data, args
+    training: dict[str, Any]  # training_args.json: chat_format, base, data, args
     end_token_id: int  # of the chat format's end token
     largest_id: int
     adds_bos: bool
@@ -250,7 +250,7 @@ def read_adapter(folder: Path) -> Adapter:
     checkpoint = folder.name.startswith("checkpoint-") and not (folder / "training_args.json").exists()
     run_folder = folder.parent if checkpoint else folder
     required = [folder / name for name in CHECKPOINT_FILES] + [run_folder / name for name in RUN_FILES]
-    for file in required[:-1] if checkpoint else required:  # config.json comes last, when training has ended
+    for file in required[:-1] if checkpoint else required:  # config.json is there when training has ended
         if not file.is_file():
             fix = "train_sft_dolores.py writes it when training has ended"
             if saved := sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime):
@@ -398,7 +398,7 @@ def merged_rows(plan: Plan, name: str) -> Iterator[Tensor]:
             rows = torch.frombuffer(bytearray(source.read(count * dtype.itemsize)), dtype=dtype).view(-1, width)
             if a is not None and b is not None:
                 rows = torch.mm(b[first : first + height], a).mul_(scale).add_(rows).to(dtype)
-            # One number that is not makes their sum so too, which takes one fast pass; the sum may overflow.
+            # A NaN or infinity makes the sum one, in one fast pass; the sum of finite numbers may overflow: look again.
             if not (rows.sum().isfinite() or rows.isfinite().all()):
                 problem = f"NaN or infinity in {name}, from the base or the adapter"
                 raise InputError(f"{stored.file}: {problem}; download the base or train the adapter again")

@@ -8,7 +8,7 @@
 train.chatml -> turns -> (input_ids, labels) -> packed rows -> NF4 base + LoRA -> Trainer -> --output.
 Then `python3 merge_lora.py` merges base and adapter into a folder that Ollama reads.
 
-The flags come first, then the story (`main`, `dry_run`, `train` and its steps), then what they call, as data flow.
+The flags come first, then the story (`main`, `dry_run`, `train` and its steps), then their helpers, in the order of the data.
 """
 
 from __future__ import annotations
@@ -291,7 +291,7 @@ class Plan(NamedTuple):
     args: argparse.Namespace
     world: World
     files: dict[str, str]  # name: sha256
-    counts: dict[str, Any]
+    counts: dict[str, Any]  # filled by survey, encode_conversations and make_plan; "data" in training_args.json
     findings: list[Finding]
     questions: list[str] | None  # of --sample-prompts; None: those of held-out conversations
     base: Base = None  # type: ignore[assignment]  # None, with all that follows, until its tokenizer is on this machine
@@ -326,7 +326,7 @@ def main() -> None:
         sys.exit(2)
 
 
-def describe_error(error: Exception, less_memory: str = "take smaller files or a larger machine") -> str | None:
+def describe_error(error: Exception, more_memory: str = "free some, or take a larger machine") -> str | None:
     """The line to print about an error that the user can fix, or None for a bug of ours, which keeps its traceback."""
     if isinstance(error, InputError):
         return str(error)
@@ -339,13 +339,13 @@ def describe_error(error: Exception, less_memory: str = "take smaller files or a
     if number in (errno.EACCES, errno.EPERM, errno.EROFS) and place:
         return f"{place}: {os.strerror(number).lower()}; make it readable and writable"
     if out_of_memory(error):
-        return f"out of memory; {less_memory}"
+        return f"out of memory; {more_memory}"
     return None
 
 
 def dry_run(args: argparse.Namespace, world: World) -> None:
     """Show the data, the memory that a step needs, and what is trained on; torch is not imported."""
-    Stop(world)
+    Stop(world)  # handles signals
     folder = model_on_disk(args.model)
     plan = make_plan(args, world, find_base(args, folder) if folder else None)
     print_plan(plan)
@@ -355,8 +355,7 @@ def dry_run(args: argparse.Namespace, world: World) -> None:
         if not args.preview and world.size == 1:  # a launcher's command is not known here
             print_next(sys.argv[0], *training_flags(parse_args([*training_flags(args), *plan.advised])))
     elif args.preview:
-        fix = f"run `hf download {args.model} {' '.join(TOKENIZER_FILES)}`"
-        raise InputError(f"--preview: the tokenizer of {args.model} is not on this machine; {fix}")
+        raise InputError(f"--preview: {args.model} is not on this machine; download {', '.join(TOKENIZER_FILES)} of it")
     else:
         missing = "is not on this machine yet; tokens and settings need these files:"
         print_field("tokens", f"{args.model} {missing}")
@@ -375,8 +374,10 @@ def train(args: argparse.Namespace, world: World) -> None:
         check_apart(args.output, [*plan.files, args.model, args.sample_prompts, args.init_adapter])
         print_plan(plan)
         device = start_torch(args, world)
-        targets = check_weights(args.model, base.folder, headers, args.lora_target_modules)
-        if plan.counts["rows"] * max(1, args.epochs) < plan.counts["rows_per_step"]:  # a part of a pass may be short
+        targets = find_targets(args.model, base.folder, headers, args.lora_target_modules)
+        if (
+            plan.counts["rows"] * max(1, args.epochs) < plan.counts["rows_per_step"]
+        ):  # a part of a pass may be one short step
             problem = f"{plural(plan.counts['rows'], 'row')} of data, too few for one step"
             fix = " ".join(more_steps(args, world.size, plan.counts)[0])
             raise InputError(f"--grad-accum {args.grad_accum}: {problem}; use {fix}")
@@ -463,13 +464,13 @@ def load_model(plan: Plan, targets: list[str], device: torch.device):
     model.forward = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)(model.forward)
     # Without a device PEFT loads the best checkpoint, and the one to resume from, onto cuda:0 in every process.
     model.load_adapter = functools.partial(model.load_adapter, torch_device=str(device))
-    check_path(model, plan.train_rows)
-    plan_checkpointing(model, plan.train_rows, args)
+    check_packing(model, plan.train_rows)
+    choose_checkpointing(model, plan.train_rows, args)
     return model
 
 
 def fit(plan: Plan, trainer, record: dict, checkpoint: str | None) -> None:
-    """Measure, train, measure again; fills record["results"]. Exits on a signal."""
+    """Measure, empty the output folder, train, measure again; fills record["results"]. Exits on a signal."""
     args = plan.args
     ask = functools.partial(generate_answers, trainer.model, trainer.processing_class, trainer.prompts)
     # Only the first process has read the checkpoint folder.
@@ -512,7 +513,7 @@ def fit(plan: Plan, trainer, record: dict, checkpoint: str | None) -> None:
 def measure_before(plan: Plan, trainer) -> dict[str, Any]:
     """What the base makes of the held-out conversations, alone and with examples in the prompt: a part of the results."""
     print_field("before", f"the loss of {plural(plan.counts['held_out'], 'held-out conversation')}")
-    before, tokens = trainer.losses(plan.eval_rows), trainer.trained_tokens
+    before, tokens = trainer.losses(plan.eval_rows), trainer.measured_tokens
     loss = sum(before[place] * tokens[place] for place in tokens) / tokens.total()
     print_field("before", f"held-out loss {loss:.4f}; now with examples in the prompt")
     rows, examples = prompted_rows(plan)
@@ -743,7 +744,7 @@ class Turn(NamedTuple):
 class Finding(NamedTuple):
     """Something to say about the data. A conversation with an error is not trained on."""
 
-    level: str  # error, warning, or note: `text` is the name of a column (kind row) or key (message) that is not read
+    level: str  # error, warning, or note (a column, kind row, or key, kind message, that is not read: `text` names it)
     file: str
     line: int  # 0: `text` names the place
     kind: str
@@ -1161,7 +1162,7 @@ def check_conversation(file: str, said: list[Turn | Finding]) -> Conversation:
     answers = [turn for turn in turns if turn.role == "assistant"]
     mixed = [b.line for a, b in pairwise(turns) if a.role == b.role and a.trained != b.trained]
     if wrong:
-        pass
+        pass  # what an empty turn hides would only look like another mistake
     elif not answers:
         missing = (line, "a conversation without an assistant turn; add an answer or delete it")
         wrong = [next(((found.line, found.text) for found in findings if found.kind == "tag"), missing)]
@@ -1376,7 +1377,7 @@ def read_data(
 ) -> tuple[dict[str, Any], list[Finding], Any]:
     """Read and check files {name: sha256} and, given an encoder, encode them in the same pass.
 
-    Returns counts, warnings and the samples: a memory-mapped datasets.Dataset, or None. A second start with the same files and settings finds them in its cache. InputError lists all errors.
+    Returns counts, warnings and the samples: a memory-mapped datasets.Dataset, or None. A second start finds all three in the cache and never runs `samples`. InputError lists all errors.
     """
     counts: dict[str, Any] = {"split": 0, "dropped": 0, "dropped_exchanges": 0, "lost_trained_tokens": 0}
     findings: list[Finding] = []
@@ -1389,6 +1390,7 @@ def read_data(
         raise_errors(counts, findings)
         if counts["dropped"] == counts["conversations"]:
             raise InputError(f"{', '.join(files)}: no answer fits into --max-length {args.max_length}; raise it")
+        write_json(report, [counts, findings])
 
     if not encode:
         deque(conversations, maxlen=0)  # only counted
@@ -1400,13 +1402,12 @@ def read_data(
     code, tokenizer = Path(__file__).read_text(encoding="utf-8"), encode.tokenizer.to_str()
     settings = (args.input_format, args.skip_bad, args.max_length, args.overlong, args.chat_format, encode.chat)
     key = hashlib.sha256(repr([code, tokenizer, *settings, *files.items()]).encode()).hexdigest()
-    columns = {"trained": "int32", "digest": "int64", "file": "string", "line": "int32", "part": "int32"}
-    ids = datasets.List(datasets.Value("int32"))
-    features = datasets.Features(
-        {"input_ids": ids, "labels": ids} | {name: datasets.Value(kind) for name, kind in columns.items()}
-    )
+    kinds = {"trained": "int32", "digest": "int64", "file": "string", "line": "int32", "part": "int32"}
+    columns = dict.fromkeys(("input_ids", "labels"), datasets.List(datasets.Value("int32")))
+    features = datasets.Features(columns | {name: datasets.Value(kind) for name, kind in kinds.items()})
     datasets.disable_progress_bars()
     cache = os.environ.get("HF_DATASETS_CACHE") or f"{HF_HOME}/datasets"
+    report = Path(cache, f"{key[:32]}.json")
     try:
         made = datasets.Dataset.from_generator(samples, features, cache, fingerprint=key[:32])
     except datasets.exceptions.DatasetGenerationError as error:
@@ -1414,9 +1415,6 @@ def read_data(
     except OSError as error:
         problem = f"the cache cannot be {'locked' if error.errno in NO_LOCKS else 'written'} ({error.strerror})"
         raise InputError(f"{error.filename or cache}: {problem}; set HF_HOME to a folder on a local disk") from None
-    report = Path(made.cache_files[0]["filename"]).with_name("found.json")
-    if "conversations" in counts:  # it was not in the cache
-        write_json(report, [counts, findings])
     counts, found = read_json(report)
     return counts, [Finding(*fields) for fields in found], made
 
@@ -1780,11 +1778,13 @@ def saving_flags(args: argparse.Namespace, checkpointed: bool = False) -> list[s
 def less_memory(args: argparse.Namespace, world: World) -> str:
     """What to do where memory has run out: the command that continues with the flags that save most."""
     flags = saving_flags(args)
-    goes_on = not args.dry_run and (args.output / RECORD).is_file() and flags[0] not in ("--bnb-nf4", "--max-length")
+    goes_on = (
+        not args.dry_run and os.path.isfile(args.output / RECORD) and flags[0] not in ("--bnb-nf4", "--max-length")
+    )
     return f"use {same_command(world, *(['--resume'] if goes_on else []), *flags)}"
 
 
-def plan_checkpointing(model, rows: Rows, args: argparse.Namespace) -> None:
+def choose_checkpointing(model, rows: Rows, args: argparse.Namespace) -> None:
     """Choose which layers recompute their activations, as --gradient-checkpointing says.
 
     Each layer that need not saves about 1 % of a step, so auto spares as many as the GPU has room for.
@@ -2034,7 +2034,7 @@ def check_base(args: argparse.Namespace, config: dict[str, Any]) -> None:
         raise InputError(f"--max-length {args.max_length}: the model reads at most {longest:,} tokens; lower it")
 
 
-def check_weights(name: str, folder: str, headers: dict[str, StoredTensor], targets: list[str]) -> list[str]:
+def find_targets(name: str, folder: str, headers: dict[str, StoredTensor], targets: list[str]) -> list[str]:
     """The names of the linear layers to adapt; InputError for a wrong one, or for weights of other names or shapes."""
     hint = "{error}; give a causal language model"
     with explain(f"--model {name}", hint, ValueError, OSError, KeyError), torch.device("meta"):
@@ -2159,11 +2159,11 @@ def choose_attention(folder: str, device: torch.device, bf16: bool) -> str:
 
 # ---- Self-check ----------------------------------------------------------------------------------
 
-# bfloat16 rounds gradients apart by 1 % in two layers and by 3 % in Gemma 3's six, but by 70 % in SmolLM2's thirty.
+# By bfloat16's rounding alone gradients differ by 1 % in two layers, 3 % in Gemma 3's six, 70 % in SmolLM2's thirty.
 TOLERANCE = 0.06
 
 
-def check_path(model, rows: Rows) -> None:
+def check_packing(model, rows: Rows) -> None:
     """Compare packed rows with their documents alone, on this device; where varlen_attn is wrong, sdpa takes its place."""
     config, where = model.get_base_model().config, "GPU" if model.device.type == "cuda" else "CPU"
     while True:
@@ -2405,7 +2405,7 @@ def make_trainer(plan: Plan, model, tokenizer, stop: Stop):
     arguments = training_arguments(args, evaluating=eval_rows is not None)  # starts the process group
     if not args.output.is_dir():
         raise InputError(f"--output {args.output}: does not exist on this machine; name a folder that all share")
-    # A share would be rounded up, and the first step of a warm-up has rate 0: without it a short run loses no step.
+    # Trainer would round the share up. The first step of a warm-up has rate 0, and a short run should not lose it.
     arguments.warmup_steps = int(args.warmup_ratio * plan.counts["steps"])
     trainer = derive(Training, transformers.Trainer)(
         model=model,
@@ -2436,7 +2436,7 @@ class Training(Trainer):
     tokens = 0  # trained on by this process
     documents: tuple[str, ...] = ()  # of the current step
     measured: dict[str, float]  # of the last evaluation: each conversation's loss, by file:line
-    trained_tokens: Counter[str]  # and its tokens
+    measured_tokens: Counter[str]  # and its tokens
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Keep the documents' places, which are no input of the model. Callbacks do not see the inputs."""
@@ -2465,12 +2465,12 @@ class Training(Trainer):
             starts, kept = (inputs[name].cpu().numpy() for name in ("cu_seq_lens_q", "logits_to_keep"))
             each = losses.double().cpu().split(np.diff(np.searchsorted(kept, starts)).tolist())
             found += [(place, float(part.sum()), len(part)) for place, part in zip(places, each, strict=True)]
-        total, self.trained_tokens = Counter(), Counter()  # parts of a conversation are added up
+        total, self.measured_tokens = Counter(), Counter()  # parts of a conversation are added up
         for place, loss, tokens in accelerate.utils.gather_object(found):
             total[place] += loss
-            self.trained_tokens[place] += tokens
-        self.measured = {place: round(total[place] / tokens, 6) for place, tokens in self.trained_tokens.items()}
-        metrics = {f"{metric_key_prefix}_loss": total.total() / self.trained_tokens.total()}
+            self.measured_tokens[place] += tokens
+        self.measured = {place: round(total[place] / tokens, 6) for place, tokens in self.measured_tokens.items()}
+        metrics = {f"{metric_key_prefix}_loss": total.total() / self.measured_tokens.total()}
         return transformers.trainer_utils.EvalLoopOutput(None, None, metrics, len(self.eval_dataset))
 
     def get_eval_dataloader(self, eval_dataset=None):
@@ -2494,7 +2494,7 @@ class Steps(TrainerCallback):
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         restore_paging(optimizer)  # after Trainer has loaded its state
-        if state.global_step:  # the checkpoint has brought the run's rate before, which --force-resume may change
+        if state.global_step:  # the checkpoint has restored its learning rate, which --force-resume may change
             lr_scheduler.base_lrs = [args.learning_rate] * len(lr_scheduler.base_lrs)
             lr_scheduler.last_epoch -= 1
             lr_scheduler.step()
@@ -2744,8 +2744,8 @@ def generate_answers(model, tokenizer, prompts: dict[str, list[int]], tokens=80,
     """Greedy answers by their questions, one at a time, without padding; `when` (before, after) announces each."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    # What is not set here comes from the base's own settings, and Llama 3.1's sample. Without sampling transformers
-    # warns about any values of the other three but these.
+    # What is not set here comes from the base's own settings; Llama 3.1's turn sampling on. Without sampling
+    # transformers warns about any values of the other three but these.
     greedy = transformers.GenerationConfig(
         do_sample=False,
         temperature=1.0,
@@ -2832,7 +2832,7 @@ def paired_change(before: np.ndarray, after: np.ndarray, tokens: np.ndarray) -> 
     """Change of the mean loss of all tokens, and half of its 95 % interval over the choice of conversations.
 
     Loss and tokens of each conversation: float64 [N]. The variance is the jackknife's: the change with each conversation
-    left out in turn. A long one counts for what it is then, and with few of them Student's t is wider.
+    left out in turn. So a long one weighs more; with few of them Student's t is wider.
     """
     changes, n = (after - before) * tokens, len(tokens)
     change = float(changes.sum() / tokens.sum())

@@ -179,12 +179,12 @@ def test_files_with_other_names_are_refused(tmp_path):
     sft.load_libraries()
     folder = str(family("llama3"))
     headers = sft.read_headers(folder, folder)
-    sft.check_weights(folder, folder, headers, PROJECTIONS)
+    sft.find_targets(folder, folder, headers, PROJECTIONS)
     name = "model.layers.1.mlp.up_proj.weight"
     lost = {key: value for key, value in headers.items() if key != name}
-    assert_says(error_of(sft.check_weights, folder, folder, lost, PROJECTIONS), f"--model {folder}", name)
+    assert_says(error_of(sft.find_targets, folder, folder, lost, PROJECTIONS), f"--model {folder}", name)
     other = {**headers, name: headers[name]._replace(shape=[160, 32])}
-    assert_says(error_of(sft.check_weights, folder, folder, other, PROJECTIONS), f"--model {folder}", name, "[160, 32]")
+    assert_says(error_of(sft.find_targets, folder, folder, other, PROJECTIONS), f"--model {folder}", name, "[160, 32]")
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
@@ -194,7 +194,7 @@ def test_target_modules_of_each_family(name):
     linear, headers = sorted(FUSED if name.startswith("phi") else PROJECTIONS), sft.read_headers(folder, folder)
 
     def targets(given: str):
-        return sft.check_weights(folder, folder, headers, [given])
+        return sft.find_targets(folder, folder, headers, [given])
 
     assert targets("all-linear") == linear and targets("o_proj") == ["o_proj"]
     for wrong in ("foo", "lm_head", "embed_tokens", "input_layernorm", *(set(PROJECTIONS) - set(linear))):

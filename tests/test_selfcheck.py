@@ -145,7 +145,7 @@ def test_the_right_path_passes_and_nothing_stays_changed(name, precision, capsys
     with fault("none", model):
         loss, gradients = sft.differences(model, rows)
     assert loss < 0.001 and gradients < (0.04 if precision != "float32" else 1e-4), (loss, gradients)
-    sft.check_path(model, rows)
+    sft.check_packing(model, rows)
     assert capsys.readouterr().out.count("\n") <= 2
     assert torch.equal(torch.get_rng_state(), random)
     assert model.get_base_model().get_decoder().layers is layers
@@ -156,7 +156,7 @@ def test_the_right_path_passes_and_nothing_stays_changed(name, precision, capsys
 def test_a_broken_path_ends_in_one_line():
     model, rows = loaded("llama3", "float32")
     with fault("documents leak", model):
-        assert_says(error_of(sft.check_path, model, rows), "--model", "CPU")
+        assert_says(error_of(sft.check_packing, model, rows), "--model", "CPU")
 
 
 # ---- varlen_attn: sdpa by document stands in for the kernel, which needs CUDA ----
@@ -200,7 +200,7 @@ def test_sdpa_takes_the_place_of_a_wrong_kernel(name, kernel, monkeypatch, capsy
     if kernel == "no window" and not getattr(config, "sliding_window", None):
         pytest.skip("no window in this family")
     config._attn_implementation = sft.choose_attention(families.family(name), torch.device("cuda"), bf16=True)
-    sft.check_path(model, rows)
+    sft.check_packing(model, rows)
     assert config._attn_implementation == ("packed" if kernel == "right" else "sdpa"), capsys.readouterr().out
     if kernel != "right":
         assert "varlen_attn" in capsys.readouterr().out

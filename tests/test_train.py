@@ -269,7 +269,7 @@ def test_gradient_checkpointing_flag(short_smollm2, capsys):
         ("auto", [False, False]),
     ):
         model = lora_model(short_smollm2)
-        sft.plan_checkpointing(model, [], arguments("--gradient-checkpointing", option))
+        sft.choose_checkpointing(model, [], arguments("--gradient-checkpointing", option))
         assert [layer.gradient_checkpointing for layer in model.get_base_model().model.layers] == recomputed
         assert f"{sum(recomputed)} of 2 layers" in unwrapped(capsys.readouterr().out)
 
@@ -315,7 +315,7 @@ def test_checkpointed_layers_give_the_same_gradients(short_smollm2):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     for option in ("all", "none"):
-        sft.plan_checkpointing(model, [], arguments("--gradient-checkpointing", option))
+        sft.choose_checkpointing(model, [], arguments("--gradient-checkpointing", option))
         model.zero_grad()
         torch.manual_seed(0)
         model(**inputs).loss.backward()

@@ -331,7 +331,7 @@ def load(card: Card, case: Case):
 def choose_layers(card: Card, model, case: Case) -> int:
     """How many layers the trainer spares from recomputing."""
     with card.on(case.card), contextlib.redirect_stdout(io.StringIO()):
-        sft.plan_checkpointing(model, case.plan("").train_rows, case.args())
+        sft.choose_checkpointing(model, case.plan("").train_rows, case.args())
     if isinstance(case.checkpointing, int):
         sft.checkpoint_layers(model.get_base_model().get_decoder().layers, case.layers - case.checkpointing)
     return sum(not layer.gradient_checkpointing for layer in model.get_base_model().get_decoder().layers)
@@ -392,7 +392,7 @@ def formulas(case: Case) -> dict:
 
 def loading(card: Card, model, case: Case) -> dict:
     """`load_model` once more, with the self-check's own peak, operators and waits."""
-    checked, check_path = {}, sft.check_path
+    checked, check_path = {}, sft.check_packing
 
     def watched(*args) -> None:
         card.trace.start()
@@ -402,7 +402,7 @@ def loading(card: Card, model, case: Case) -> dict:
         gc.collect()
         checked["left"] = card.trace.live - before
 
-    with mock.patch.object(sft, "check_path", watched):
+    with mock.patch.object(sft, "check_packing", watched):
         model, printed = load(card, case)
     return {"printed": printed, "attention": model.get_base_model().config._attn_implementation, "checked": checked}
 
