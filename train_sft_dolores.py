@@ -152,7 +152,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(
         usage="%(prog)s [options]",
         description="Fine-tune Dolores v5 on assistant tokens only: NF4 + LoRA on one 24 GB GPU.",
-        epilog="examples:\n" + str(__doc__).split("\n\n")[1],
+        epilog="\n".join(["examples:", *str(__doc__).split("\n\n")[1:2]]),
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -317,7 +317,7 @@ def main() -> None:
         if args.init_adapter:
             args = inherit_lora(args)
         dry_run(args, world) if args.dry_run else train(args, world)
-    except (InputError, ModuleNotFoundError, OSError, RuntimeError, MemoryError) as error:
+    except Exception as error:
         line = describe_error(error, less_memory(args, world))
         if line is None:
             raise
@@ -334,7 +334,7 @@ def describe_error(error: Exception, more_memory: str = "free some, or take a la
         install = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt"
         return f"{error.name}: not installed; run `{install}`"
     number, place = getattr(error, "errno", None), getattr(error, "filename", None)
-    if number == errno.ENOSPC:
+    if number == errno.ENOSPC or "os error 28" in str(error):  # safetensors has no errno
         return f"{place or 'cache or output'}: no space left on the disk; free some space"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS) and place:
         return f"{place}: {os.strerror(number).lower()}; make it readable and writable"
@@ -375,9 +375,8 @@ def train(args: argparse.Namespace, world: World) -> None:
         print_plan(plan)
         device = start_torch(args, world)
         targets = find_targets(args.model, base.folder, headers, args.lora_target_modules)
-        if (
-            plan.counts["rows"] * max(1, args.epochs) < plan.counts["rows_per_step"]
-        ):  # a part of a pass may be one short step
+        enough = plan.counts["rows"] * max(1, args.epochs) >= plan.counts["rows_per_step"]
+        if not enough and args.grad_accum > 1:  # less than a pass may be one short step
             problem = f"{plural(plan.counts['rows'], 'row')} of data, too few for one step"
             fix = " ".join(more_steps(args, world.size, plan.counts)[0])
             raise InputError(f"--grad-accum {args.grad_accum}: {problem}; use {fix}")
@@ -460,7 +459,6 @@ def load_model(plan: Plan, targets: list[str], device: torch.device):
     transformers.set_seed(args.seed)
     print_field("loading", args.model)
     model = add_lora(load_base(args, plan.base.folder, device), args, targets, plan.base.revision)
-    # The adapters are float32; under autocast they compute in bfloat16.
     model.forward = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)(model.forward)
     # Without a device PEFT loads the best checkpoint, and the one to resume from, onto cuda:0 in every process.
     model.load_adapter = functools.partial(model.load_adapter, torch_device=str(device))
@@ -1164,8 +1162,8 @@ def check_conversation(file: str, said: list[Turn | Finding]) -> Conversation:
     if wrong:
         pass  # what an empty turn hides would only look like another mistake
     elif not answers:
-        missing = (line, "a conversation without an assistant turn; add an answer or delete it")
-        wrong = [next(((found.line, found.text) for found in findings if found.kind == "tag"), missing)]
+        meant = [(found.line, found.text) for found in findings if "<|assistant|>" in found.text]
+        wrong = meant[:1] or [(line, "a conversation without an assistant turn; add an answer or delete it")]
     elif next(turn for turn in turns if turn.role != "system") in answers:
         wrong = [(answers[0].line, "the assistant speaks first; put a user turn before it")]
     elif not any(turn.trained for turn in answers):
@@ -1377,7 +1375,8 @@ def read_data(
 ) -> tuple[dict[str, Any], list[Finding], Any]:
     """Read and check files {name: sha256} and, given an encoder, encode them in the same pass.
 
-    Returns counts, warnings and the samples: a memory-mapped datasets.Dataset, or None. A second start finds all three in the cache and never runs `samples`. InputError lists all errors.
+    Returns counts, warnings and the samples, a memory-mapped datasets.Dataset or None. A second start finds all three in
+    the cache and never runs `samples`. InputError lists all errors.
     """
     counts: dict[str, Any] = {"split": 0, "dropped": 0, "dropped_exchanges": 0, "lost_trained_tokens": 0}
     findings: list[Finding] = []
@@ -1410,12 +1409,12 @@ def read_data(
     report = Path(cache, f"{key[:32]}.json")
     try:
         made = datasets.Dataset.from_generator(samples, features, cache, fingerprint=key[:32])
+        counts, found = read_json(report)
     except datasets.exceptions.DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
     except OSError as error:
         problem = f"the cache cannot be {'locked' if error.errno in NO_LOCKS else 'written'} ({error.strerror})"
         raise InputError(f"{error.filename or cache}: {problem}; set HF_HOME to a folder on a local disk") from None
-    counts, found = read_json(report)
     return counts, [Finding(*fields) for fields in found], made
 
 
@@ -1549,7 +1548,7 @@ def survey(
                     several = Finding("warning", file, line, "several exchanges", text)
                     if answers >= MANY_EXCHANGES:
                         found.append(several)
-                    if turns[0].role == "system":
+                    if "system" in (turn.role for turn in turns):
                         with_system = file, line
                     if (first := seen.setdefault(digest(turns), f"{file}:{line}")) != f"{file}:{line}":
                         found.append(Finding("warning", file, line, "duplicate", f"the same conversation as {first}"))
@@ -1663,7 +1662,8 @@ def advise(args: argparse.Namespace, processes: int, counts: dict[str, Any]) -> 
     little = five > 0.25 and not args.eval_files
     few = counts["steps"] < 0.75 * ENOUGH_STEPS  # close to it is good enough
     coarse = counts["rows_per_step"] > 1.25 * MOST_ROWS and counts["steps"] < PLENTY_STEPS
-    found = f"{plural(counts['steps'], 'step')} of {plural(counts['rows_per_step'], 'row')} will teach little"
+    found = f"{plural(counts['steps'], 'step')} of {plural(counts['rows_per_step'], 'row')} "
+    found += "will teach little" if few else "teach less than smaller ones"
     if (few or coarse) and steps > counts["steps"]:
         advice.append(f"{found}: {' '.join(flags)} would make about {steps:,} steps")
     else:
@@ -1700,6 +1700,7 @@ def more_steps(args: argparse.Namespace, processes: int, counts: dict[str, Any])
     if counts["held_out"]:  # after each pass, or four times in a long one: with more held out, each takes longer
         every = max(args.eval_steps, per_epoch // 4) if plenty else min(args.eval_steps, per_epoch)
         flags += ["--eval-steps", f"{every}"] if every != args.eval_steps else []
+        flags += ["--save-steps", f"{every}"] if args.save_steps != args.eval_steps != every else []
         flags += ["--early-stopping", f"{args.early_stopping or 2}"] if epochs > 1 else []
     return flags, int(np.ceil(epochs * per_epoch))
 
@@ -1978,7 +1979,8 @@ class StoredTensor(NamedTuple):
 def read_headers(place: str, folder: str | Path) -> dict[str, StoredTensor]:
     """The base's tensors by name; InputError for a missing or damaged file."""
     tensors, index = {}, Path(folder, "model.safetensors.index.json")
-    names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    with explain(place, f"{index.name} is damaged ({{error}}); download it again", ValueError, LookupError, TypeError):
+        names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     for file in (Path(folder, name) for name in sorted(names)):
         if not file.is_file():
             fix = "give a folder with the weights, or go online if the Hub's cache lacks them"
@@ -2375,7 +2377,6 @@ def training_arguments(args: argparse.Namespace, evaluating: bool) -> transforme
         gradient_accumulation_steps=args.grad_accum,
         learning_rate=args.learning_rate,
         lr_scheduler_type=args.lr_scheduler_type,
-        warmup_steps=args.warmup_ratio,  # below 1 it is a share
         max_grad_norm=args.max_grad_norm,
         optim=optimizer_on(args.optim, "cuda" if cuda else "cpu"),
         seed=args.seed,
@@ -2448,7 +2449,7 @@ class Training(Trainer):
         """Stop before the optimizer applies a gradient that is NaN or infinite. Callbacks do not see it."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if not torch.isfinite(torch.as_tensor(grad_norm)):
-            places = ", ".join(self.documents)
+            places = ", ".join(self.documents[:8])
             problem, fix = f"the gradient is {float(grad_norm)}", f"lower --learning-rate, or check {places}"
             raise InputError(f"step {self.state.global_step + 1}: {problem}; {fix}")
         self.documents = ()
@@ -2487,7 +2488,7 @@ class Training(Trainer):
 
 
 class Steps(TrainerCallback):
-    """Around each step: a line on the screen, the end on a signal, complete checkpoints, and answers."""
+    """Around each step: a line on the screen, the end on a signal, and complete checkpoints."""
 
     def __init__(self, trainer, options: argparse.Namespace):
         self.trainer, self.options, self.seconds = trainer, options, 0.0  # in steps alone
@@ -2646,6 +2647,7 @@ def resume_point(output: Path, record: dict, force: bool) -> str | None:
     record["results"], checkpoint = previous.get("results", {}), newest_checkpoint(output)
     if list(previous["data"]["sha256"]) != list(record["data"]["sha256"]):  # files have moved: no place is the same
         record["results"].pop("held_out", None)
+        print_field("resume", "the files have other names: the verdict on held-out conversations is left out")
     print_field("resume", f"from {checkpoint or 'the beginning: there is no complete checkpoint yet'}")
     return checkpoint
 
@@ -2682,7 +2684,7 @@ def comparable(record: dict) -> dict[str, Any]:
 def same_command(world: World, *flags: str) -> str:
     """This run's command with more flags, of which --resume stands once and never beside --overwrite."""
     if world.size > 1:  # the launcher's command is not known here
-        return f"the same command, launcher included, with {' '.join(flags)}"
+        return f"the same command, launcher included, without --overwrite and with {' '.join(flags)}"
     options = [option for option in sys.argv if "--resume" not in flags or option not in ("--resume", "--overwrite")]
     return shlex.join([this_python(), *options, *flags])
 
@@ -2787,8 +2789,7 @@ def prompted_rows(plan: Plan, examples: int = 5) -> tuple[Rows, float]:
     samples, random, found, used = plan.train_rows.samples, np.random.default_rng(plan.args.seed), [], 0
     _, lengths, _, part, _ = measure(samples)
     whole = (part == 0) & (np.append(part[1:], 0) == 0)  # the parts of a conversation follow each other
-    both = (plan.train_rows, plan.eval_rows or plan.train_rows)
-    shown, held_out = (random.permutation(np.concatenate(rows.plan)) for rows in both)
+    shown, held_out = (random.permutation(np.concatenate(rows.plan)) for rows in (plan.train_rows, plan.eval_rows))  # type: ignore[union-attr]
     bos = len(plan.base.encode.start)  # only the first of a row keeps it
     for number, own in enumerate(held_out[whole[held_out]][:MOST_PROMPTED]):
         before = np.roll(shown, -examples * number)[:examples]
@@ -2886,10 +2887,9 @@ def plot_losses(history: list[dict], results: dict[str, Any], tokens_per_step: f
     held_out += [(log["step"], log["eval_loss"]) for log in history if "eval_loss" in log]
     figure = Figure((7, 4), layout="constrained")
     axes, window = figure.subplots(), max(1, len(losses) // 10)
-    axes.plot(steps, losses, lw=0.6, alpha=0.35, color="tab:blue")
+    axes.plot(steps, losses, lw=0.6, marker=".", ms=3, alpha=0.35, color="tab:blue")
     means = np.convolve(losses, np.ones(window) / window, "valid")
-    label = f"training, mean of {window} steps" if window > 1 else "training"
-    axes.plot(steps[window - 1 :], means, color="tab:blue", label=label)
+    axes.plot(steps[window - 1 :], means, color="tab:blue", label="training, smoothed" if window > 1 else "training")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), marker="o", ms=4, color="tab:orange", label="held out")
     if "best_step" in results:

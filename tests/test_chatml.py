@@ -247,6 +247,7 @@ ERRORS = [
     ("d.chatml", U + "<|assistant|>\n\u200b\u2060\ufe0f\n"),
     ("d.chatml", OK + OK + "<|user|>\nq" + " " * 1_000_000 + "q\n" + A),
     ("d.chatml", "<|user|>\nq\n<assistant>\na\n"),
+    ("d.chatml", "<|user|>\nWhat is <|eot_id|>?\n"),
     ("d.chatml", "\n \n<|endoftext|>\n\n"),
     ("d.chatml", "<|im_start|>user\nq\n<|im_start|>assistant\na<|im_end|>"),
     ("d.chatml", OK + "<|im_start|>user\nq\n"),
@@ -398,6 +399,8 @@ def test_a_system_turn_that_not_all_conversations_have():
     same, none = "<|system|>\nTu es Dolores.\n" + OK, "<|endoftext|>\n" + OK
     assert surveyed(write("d", same + none * 2)) == [("d", 1, "system")] and surveyed(write("e", same + none)) == []
     assert surveyed(write("d", same * 4)) == [] and survey("d")[0]["system"] == "Tu es Dolores."
+    middle = row(*QA, ("system", "S"), *QA)  # in a row, a system turn begins no other conversation
+    assert surveyed(write("m.jsonl", "\n".join([middle, row(*QA), row(*QA)]))) == [("m.jsonl", 1, "system")]
     for text in (same + same.replace("Dolores", "Maeve"), none + same, same + none + same):
         assert survey(write("d", text))[0]["system"] is None
 

@@ -184,6 +184,12 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(options, data_folder):
             assert all((path / name).exists() for name in json.loads((path / "complete.json").read_text()))
 
 
+def test_a_disk_that_is_too_small_for_a_checkpoint(options, data_folder):
+    with small_disk(data_folder / "out", "1600k"):
+        code, out = run(data_folder, *options, "--overwrite")
+    assert code == 2 and re.fullmatch(r"[^;]+: no space left on the disk; [^;]+", out.strip().splitlines()[-1]), out
+
+
 def test_a_full_disk_under_the_cache(data_folder, short_smollm2):
     (data_folder / "train.chatml").write_text(dialogues(500))
     with small_disk(data_folder / "cache", "100k"):

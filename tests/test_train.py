@@ -158,6 +158,14 @@ def test_default_questions_are_the_training_ids_before_an_answer(trained, short_
 # ---- a run that learns nothing ----
 
 
+def test_a_warm_up_is_rounded_down(data_folder, short_smollm2):
+    """Its first step has rate 0."""
+    for ratio, shown in (("0.5", ["0.0e+00", "5.0e-03", "1.0e-02"]), ("0.2", ["1.0e-02", "8.5e-03", "5.0e-03"])):
+        options = ("--no-packing", "--epochs", "0.3", "--warmup-ratio", ratio, "--overwrite")
+        code, out = short_run(data_folder, short_smollm2, *options)
+        assert code == 0 and re.findall(r"  lr (\S+)", out)[:3] == shown, out
+
+
 def test_the_only_step_learns(trained, data_folder, short_smollm2):
     """Without packing, too: a row is a conversation."""
     code, out = short_run(data_folder, short_smollm2, "--no-packing", "--epochs", "0.05")
@@ -188,7 +196,6 @@ TRAINER_FLAGS = {
     ("--grad-accum", "7"): ("gradient_accumulation_steps", 7),
     ("--learning-rate", "3e-4"): ("learning_rate", 3e-4),
     ("--lr-scheduler-type", "linear"): ("lr_scheduler_type", "linear"),
-    ("--warmup-ratio", "0.2"): ("warmup_steps", 0.2),
     ("--max-grad-norm", "0.1"): ("max_grad_norm", 0.1),
     ("--optim", "adamw_torch_fused"): ("optim", "adamw_torch_fused"),
     ("--seed", "9"): ("seed", 9),
