@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -60,6 +61,7 @@ def child(argv: list[str], folder: str, log: str, at: tuple | None, environment:
     """The forked process: the script with these arguments, printing to `log`."""
     os.chdir(folder)
     os.environ |= environment
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored
     with open(log, "a", buffering=1) as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
