@@ -377,9 +377,10 @@ def train(args: argparse.Namespace, world: World) -> None:
         targets = find_targets(args.model, base.folder, headers, args.lora_target_modules)
         enough = plan.counts["rows"] * max(1, args.epochs) >= plan.counts["rows_per_step"]
         if not enough and args.grad_accum > 1:  # less than a pass may be one short step
-            problem = f"{plural(plan.counts['rows'], 'row')} of data, too few for one step"
             fix = " ".join(more_steps(args, world.size, plan.counts)[0])
-            raise InputError(f"--grad-accum {args.grad_accum}: {problem}; use {fix}")
+            raise InputError(
+                f"--grad-accum {args.grad_accum}: {plan.counts['rows']} rows do not fill a step; use {fix}"
+            )
         record, checkpoint = run_record(plan, fingerprint(headers)), None
         if args.init_adapter:
             check_ancestor(args.init_adapter, record)
@@ -2684,7 +2685,8 @@ def comparable(record: dict) -> dict[str, Any]:
 def same_command(world: World, *flags: str) -> str:
     """This run's command with more flags, of which --resume stands once and never beside --overwrite."""
     if world.size > 1:  # the launcher's command is not known here
-        return f"the same command, launcher included, without --overwrite and with {' '.join(flags)}"
+        never = "without --overwrite and " if "--resume" in flags else ""
+        return f"the same command, launcher included, {never}with {' '.join(flags)}"
     options = [option for option in sys.argv if "--resume" not in flags or option not in ("--resume", "--overwrite")]
     return shlex.join([this_python(), *options, *flags])
 
