@@ -378,9 +378,7 @@ def train(args: argparse.Namespace, world: World) -> None:
         enough = plan.counts["rows"] * max(1, args.epochs) >= plan.counts["rows_per_step"]
         if not enough and args.grad_accum > 1:  # less than a pass may be one short step
             fix = " ".join(more_steps(args, world.size, plan.counts)[0])
-            raise InputError(
-                f"--grad-accum {args.grad_accum}: {plan.counts['rows']} rows do not fill a step; use {fix}"
-            )
+            raise InputError(f"--grad-accum {args.grad_accum}: {plan.counts['rows']} rows fill no step; use {fix}")
         record, checkpoint = run_record(plan, fingerprint(headers)), None
         if args.init_adapter:
             check_ancestor(args.init_adapter, record)
