@@ -217,7 +217,7 @@ def run(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGHUP, stop)
     try:
         return main(argv)
-    except (InputError, ModuleNotFoundError, OSError) as error:
+    except Exception as error:
         line = trainer.describe_error(error)
         if line is None:
             raise

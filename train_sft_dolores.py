@@ -8,7 +8,7 @@
 train.chatml -> turns -> (input_ids, labels) -> packed rows -> NF4 base + LoRA -> Trainer -> --output.
 Then `python3 merge_lora.py` merges base and adapter into a folder that Ollama reads.
 
-The flags come first, then the story (`main`, `dry_run`, `train` and its steps), then their helpers, in the order of the data.
+The flags come first, then the story (`main`, `dry_run`, `train`), then their helpers, in the order of the data.
 """
 
 from __future__ import annotations
@@ -508,7 +508,7 @@ def fit(plan: Plan, trainer, record: dict, checkpoint: str | None) -> None:
 
 
 def measure_before(plan: Plan, trainer) -> dict[str, Any]:
-    """What the base makes of the held-out conversations, alone and with examples in the prompt: a part of the results."""
+    """The base's losses on the held-out conversations, alone and with examples in the prompt: a part of the results."""
     print_field("before", f"the loss of {plural(plan.counts['held_out'], 'held-out conversation')}")
     before, tokens = trainer.losses(plan.eval_rows), trainer.measured_tokens
     loss = sum(before[place] * tokens[place] for place in tokens) / tokens.total()
@@ -1374,7 +1374,7 @@ def read_data(
 ) -> tuple[dict[str, Any], list[Finding], Any]:
     """Read and check files {name: sha256} and, given an encoder, encode them in the same pass.
 
-    Returns counts, warnings and the samples, a memory-mapped datasets.Dataset or None. A second start finds all three in
+    Returns counts, warnings and the samples, a memory-mapped datasets.Dataset or None. A second start finds them in
     the cache and never runs `samples`. InputError lists all errors.
     """
     counts: dict[str, Any] = {"split": 0, "dropped": 0, "dropped_exchanges": 0, "lost_trained_tokens": 0}
@@ -2325,9 +2325,6 @@ def optimizer_on(optim: str, device_type: str) -> str:
     return "adamw_8bit" if device_type == "cuda" and "8bit" in optim else "adamw_torch"
 
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
 class Stop:
     """Signals to stop: exit at once before training; during training finish the step and save a checkpoint.
 
@@ -2338,7 +2335,7 @@ class Stop:
         self.signal = self.agreed = 0  # received by this process; by any process
         self.finish_step_first, self.world = False, world
         self.terminals = [stream for stream in (1, 2) if os.isatty(stream)]
-        for signum in STOP_SIGNALS:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, self)
 
@@ -2554,8 +2551,9 @@ def out_of_memory(error: BaseException) -> bool:
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems
 # These may differ when a run is resumed; batch size and accumulation may as long as their product does not.
-MAY_DIFFER = {"model", "train_files", "eval_files", "init_adapter", "output", "name", "input_format", "resume", "force_resume", "overwrite", "dry_run", "preview", "report_to", "sample_prompts",
-              "train_batch_size", "grad_accum", "eval_batch_size", "logging_steps", "save_steps", "save_total_limit",
+MAY_DIFFER = {"model", "train_files", "eval_files", "init_adapter", "output", "name", "input_format", "resume",
+              "force_resume", "overwrite", "dry_run", "preview", "report_to", "sample_prompts", "train_batch_size",
+              "grad_accum", "eval_batch_size", "logging_steps", "save_steps", "save_total_limit",
               "gradient_checkpointing", "torch_memory_fraction", "cuda_alloc_expandable", "max_split_size_mb"}  # fmt: skip
 
 
@@ -2781,15 +2779,16 @@ MOST_PROMPTED = 50  # held-out conversations: each fills a row
 def prompted_rows(plan: Plan, examples: int = 5) -> tuple[Rows, float]:
     """Rows of held-out conversations, each behind training conversations; and how many of these on average.
 
-    That is what one can do without training: as many examples as fit into a row. A conversation that was split, or leaves
-    no room for one, is left out. Only its own answers are labels.
+    That is what one can do without training: as many examples as fit into a row. A conversation that was split, or
+    leaves no room for one, is left out. Only its own answers are labels.
     """
     import datasets
 
     samples, random, found, used = plan.train_rows.samples, np.random.default_rng(plan.args.seed), [], 0
     _, lengths, _, part, _ = measure(samples)
     whole = (part == 0) & (np.append(part[1:], 0) == 0)  # the parts of a conversation follow each other
-    shown, held_out = (random.permutation(np.concatenate(rows.plan)) for rows in (plan.train_rows, plan.eval_rows))  # type: ignore[union-attr]
+    assert plan.eval_rows
+    shown, held_out = (random.permutation(np.concatenate(rows.plan)) for rows in (plan.train_rows, plan.eval_rows))
     bos = len(plan.base.encode.start)  # only the first of a row keeps it
     for number, own in enumerate(held_out[whole[held_out]][:MOST_PROMPTED]):
         before = np.roll(shown, -examples * number)[:examples]
@@ -2832,8 +2831,8 @@ def count_copied(answers: Iterable[str], training: Iterable[str], size: int = 8)
 def paired_change(before: np.ndarray, after: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
     """Change of the mean loss of all tokens, and half of its 95 % interval over the choice of conversations.
 
-    Loss and tokens of each conversation: float64 [N]. The variance is the jackknife's: the change with each conversation
-    left out in turn. So a long one weighs more; with few of them Student's t is wider.
+    Loss and tokens of each conversation: float64 [N]. The variance is the jackknife's: the change with each
+    conversation left out in turn. So a long one weighs more; with few of them Student's t is wider.
     """
     changes, n = (after - before) * tokens, len(tokens)
     change = float(changes.sum() / tokens.sum())
